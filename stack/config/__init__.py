@@ -1,0 +1,26 @@
+"""The config tree and its readers."""
+
+from stack.config.data import DataConfig, SourceConfig
+from stack.config.errors import ConfigError
+from stack.config.mesh import AXES, MeshConfig
+from stack.config.model import ModelConfig, RopeConfig
+from stack.config.optimizer import OptimizerConfig, ScheduleConfig
+from stack.config.train import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
+from stack.config.tree import Config
+
+__all__ = [
+    "AXES",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RopeConfig",
+    "SampleConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "TrainConfig",
+]

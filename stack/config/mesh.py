@@ -1,0 +1,49 @@
+"""How the run is laid out over devices: changes speed and memory, never the numbers."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from stack.config.section import Section
+
+AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
+"""The mesh axes, from the slowest network to the fastest."""
+
+
+class MeshConfig(Section):
+    """Sizes of the named mesh axes; their product is the number of devices, one may be -1."""
+
+    data: int = Field(default=1, ge=-1)
+    """Replicas of the model over the slow network; only gradients cross it."""
+    fsdp: int = Field(default=-1, ge=-1)
+    """Ways the parameters, gradients and optimizer state are split (see zero); -1: what is left."""
+    stage: int = Field(default=1, ge=-1)
+    """Pipeline stages; more than 1 is refused, not built yet."""
+    context: int = Field(default=1, ge=-1)
+    """Ways a sequence is split; more than 1 is refused, not built yet."""
+    expert: int = Field(default=1, ge=-1)
+    """Ways experts are split; more than 1 is refused, not built yet."""
+    tensor: int = Field(default=1, ge=-1)
+    """Ways heads, MLP and vocabulary are split (arXiv 1909.08053); within one node."""
+    zero: Literal[0, 1, 2, 3] = 3
+    """What `fsdp` shards (arXiv 1910.02054). 0: nothing; 1: parameters and optimizer state, weights
+    gathered once a step, gradients scattered once; 2: gradients scattered every micro-batch; 3:
+    weights gathered layer by layer. 3 needs the least memory and is as fast inside a node."""
+    sequence_parallel: bool = False
+    """Norms and residuals are split over `tensor` along the sequence (arXiv 2205.05198)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, size in sizes.items():
+            if size == 0:
+                raise ValueError(f"{axis}=0: a mesh axis has at least 1 device, or -1 for what is left")
+        if list(sizes.values()).count(-1) > 1:
+            free = [axis for axis, size in sizes.items() if size == -1]
+            raise ValueError(f"only one mesh axis may be -1, not {' and '.join(free)}")
+        for axis in ("stage", "context", "expert"):
+            if sizes[axis] != 1:
+                raise ValueError(f"{axis}={sizes[axis]}: this axis is not built yet; set {axis}=1")
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel splits over tensor; set tensor > 1 or sequence_parallel=false")
+        return self

@@ -1,0 +1,152 @@
+"""What the model is. Nothing here depends on how many devices run it."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from stack.config.section import Section
+
+
+class RopeConfig(Section):
+    """Rotary position embedding (arXiv 2104.09864) and its extension to longer contexts."""
+
+    theta: PositiveFloat = 10_000.0
+    """Base of the wavelengths, in positions; 10,000 is the paper's, Llama 3 uses 500,000."""
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    """Stretching of the wavelengths: `linear` divides positions by `factor` (arXiv 2306.15595),
+    `llama3` only stretches the long wavelengths (Llama 3.1)."""
+    factor: PositiveFloat = 1.0
+    """How many times longer the context is than `original_length`."""
+    low_frequency_factor: PositiveFloat = 1.0
+    """`llama3`: wavelengths above original_length / this are stretched in full."""
+    high_frequency_factor: PositiveFloat = 4.0
+    """`llama3`: wavelengths below original_length / this stay as they are."""
+    original_length: PositiveInt = 8192
+    """`llama3`: the context, in tokens, the wavelengths were first trained for."""
+
+
+class ModelConfig(Section):
+    """A decoder of the GPT-2 / Turing-NLG family or of the Llama / Qwen family."""
+
+    vocab_size: PositiveInt = 257
+    """Words of the tokenizer; 257 is every byte and one end of document."""
+    vocab_multiple: PositiveInt = 128
+    """The embedding has vocab_size rounded up to a multiple of this, so that any tensor degree up
+    to 128 divides it; a property of the model, so a checkpoint fits every mesh. The added rows are
+    zero, masked and never trained or exported."""
+    max_length: PositiveInt = 1024
+    """Longest sequence in tokens: rows of a learned position table, limit of generation."""
+    num_layers: PositiveInt = 12
+    """Transformer blocks; 12, 768 and 12 are GPT-2 small."""
+    embed_dim: PositiveInt = 768
+    """Width of the residual stream."""
+    num_heads: PositiveInt = 12
+    """Query heads."""
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention, arXiv 2305.13245); null: as many as queries."""
+    head_dim: PositiveInt | None = None
+    """Width of a head; null: embed_dim / num_heads."""
+    mlp_dim: PositiveInt | None = None
+    """Width inside the MLP; null: 4 x embed_dim."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention, before the MLP and at the end; `rmsnorm` has no bias."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Added to the variance; 1e-5 in GPT-2 and Llama 3, 1e-6 in Qwen."""
+    mlp: Literal["gelu", "gelu_tanh", "swiglu", "geglu"] = "gelu_tanh"
+    """Activation; the -glu kinds have a gate beside it (arXiv 2002.05202). GPT-2 uses gelu_tanh."""
+    position: Literal["learned", "rotary"] = "learned"
+    """How position enters: a learned table added to the embedding, or rotated queries and keys."""
+    rope: RopeConfig = RopeConfig()
+    """Read when position is `rotary`."""
+    qkv_bias: bool = True
+    """Biases on queries, keys and values: GPT-2 and Qwen 2 have them, Llama and Qwen 3 not."""
+    out_bias: bool = True
+    """Bias on the attention's output projection."""
+    mlp_bias: bool = True
+    """Biases inside the MLP."""
+    qk_norm: bool = False
+    """RMSNorm of every query and key head before the rotation (Qwen 3, arXiv 2302.05442)."""
+    tied_embeddings: bool = True
+    """The output projection is the embedding table (arXiv 1608.05859)."""
+    sliding_window: PositiveInt | None = None
+    """Each token sees this many tokens, itself included (arXiv 2310.06825); null: all before it."""
+    attention_softcap: PositiveFloat | None = None
+    """Scores become c x tanh(score / c) (Gemma 2, arXiv 2408.00118); null: as they are."""
+    logit_softcap: PositiveFloat | None = None
+    """The same for the logits."""
+    embedding_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the embedding dropped in training; 0, as data is rarely seen twice."""
+    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of attention weights dropped in training."""
+    residual_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of each block's two outputs dropped in training."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of initial weights; 0.02 in GPT-2, Megatron, Llama and Qwen."""
+    position_init_std: NonNegativeFloat = 0.01
+    """The same for learned positions; 0.01 in GPT-2's code, 0.02 in Megatron."""
+    scale_residual_init: bool = True
+    """Divide the deviation of the two projections that write to the residual stream by
+    sqrt(2 x num_layers) (GPT-2, section 2.3); Llama and Qwen do not."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What matmuls and activations are computed in; parameters are always float32."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """Attention kernel; `auto` takes cudnn where it can honour the whole config, and prints why."""
+    scan_unroll: PositiveInt = 1
+    """Layers per iteration of the scan over layers; 1 compiles one layer whatever the depth.
+    num_layers unrolls it whole: faster for tiny models on a CPU, slower to compile."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head, resolved."""
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Width inside the MLP, resolved."""
+        return self.mlp_dim or 4 * self.embed_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        return self.mlp in ("swiglu", "geglu")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; set head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}"
+            )
+        if self.position == "rotary" and self.head_width % 2:
+            raise ValueError(
+                f"rotary positions need an even head width, not {self.head_width}; set head_dim"
+            )
+        if self.position == "learned" and self.rope != RopeConfig():
+            raise ValueError("rope is only read with position=rotary; set model.position=rotary")
+        if self.attention == "cudnn":
+            if self.attention_dropout:
+                raise ValueError(
+                    "attention=cudnn has no dropout; set attention_dropout=0 or attention=xla"
+                )
+            if self.attention_softcap:
+                raise ValueError(
+                    "attention=cudnn has no soft cap; set attention_softcap=null or attention=xla"
+                )
+            if self.dtype != "bfloat16":
+                raise ValueError(
+                    "attention=cudnn computes in bfloat16; set dtype=bfloat16 or attention=xla"
+                )
+        return self

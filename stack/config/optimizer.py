@@ -1,0 +1,52 @@
+"""How gradients become updates."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from stack.config.section import Section
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps, as a fraction of optimizer.learning_rate."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Shape after the warmup: `cosine` (arXiv 1608.03983), `linear`, `constant`, or `wsd`, constant
+    and then linear decay (arXiv 2404.06395)."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps of linear rise from 0."""
+    decay_steps: PositiveInt | None = None
+    """Steps from the end of the warmup to the end of the decay; null: to the end of the run."""
+    decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
+    """`wsd`: share of decay_steps, at their end, that decays."""
+    final_fraction: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Fraction of the peak at the end; 0.1 in GPT-3 and Llama."""
+
+
+class OptimizerConfig(Section):
+    """One of Optax's optimizers, with global-norm clipping before and weight decay after."""
+
+    kind: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
+    """AdamW (arXiv 1711.05101), SGD with momentum, Lion (arXiv 2302.06675), Adafactor (1804.04235)."""
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Decay of the first moment; SGD's momentum."""
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Decay of the second moment; 0.95 in GPT-3 and Llama, Lion's paper has 0.99."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment (AdamW)."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices, per step as learning rate x this; 0.1 in GPT-3."""
+    decay_embeddings: bool = True
+    """Whether embedding and position tables decay too; biases and norm scales never do."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global norm of the gradient; null: no clipping."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.schedule.kind == "wsd" and self.schedule.decay_fraction > 1:
+            raise ValueError("schedule.decay_fraction is a share of decay_steps, at most 1")
+        return self

@@ -1,0 +1,84 @@
+"""How long, how often, and what is kept."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from stack.config.section import Section
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps of the whole run."""
+    batch_size: PositiveInt = 8
+    """Sequences per optimizer step, over all devices and micro-batches."""
+    accumulation: PositiveInt = 1
+    """Micro-batches per step, summed inside one jitted step; divides activation memory."""
+    remat: Literal["none", "full", "dots", "save_qkv_proj"] = "none"
+    """What the backward pass computes again: nothing; each layer from its input; all but matmul
+    outputs; all but the outputs of the query, key, value and attention output projections."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log-normaliser (arXiv 2204.02311, 1e-4 there)."""
+    loss_chunk: PositiveInt = 1024
+    """Tokens per device whose logits exist at one time; their memory is loss_chunk x vocabulary x 4
+    bytes."""
+    grad_reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients are summed in over devices and micro-batches. A bfloat16 sum over 625 ranks
+    can be off by 7%."""
+    log_every: PositiveInt = 10
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (extra `tracking`)."""
+    profile_steps: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    """[a, b]: write a trace of steps a to b, b excluded, under the run folder."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}"
+            )
+        if self.profile_steps and self.profile_steps[0] >= self.profile_steps[1]:
+            raise ValueError(f"profile_steps={list(self.profile_steps)}: the first must be below the second")
+        return self
+
+
+class EvalConfig(Section):
+    """Held-out evaluation: the whole held-out set, each token once."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0: only at the end."""
+    batch_size: PositiveInt | None = None
+    """Sequences per evaluation step over all devices; null: train.batch_size."""
+    trigram: bool = False
+    """Print an interpolated trigram model's loss on the same text beside it, as a yardstick."""
+
+
+class CheckpointConfig(Section):
+    """What is saved and kept."""
+
+    every: NonNegativeInt = 500
+    """Steps between checkpoints; one is always saved at the end. 0: only at the end."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of this are kept for good."""
+    resume: bool = True
+    """Go on from the newest checkpoint in the run folder; false refuses a folder that holds one."""
+
+
+class SampleConfig(Section):
+    """How text is generated, at the end of a run and by `stack sample`."""
+
+    prompt: str = ""
+    """What the text printed at the end of a run starts with; empty: the start of a document."""
+    length: PositiveInt = 200
+    """Tokens to generate at most; generation ends at the end of a document."""
+    temperature: float = Field(default=0.8, ge=0.0)
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: PositiveInt | None = None
+    """Sample among this many likeliest tokens; null: all."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sample among the likeliest tokens that together hold this probability (arXiv 1904.09751)."""
