@@ -1,1 +1,46 @@
-"""Stack."""
+"""Plan, train and trust large models in JAX.
+
+    import stack
+
+    config = stack.load("configs/quickstart.yaml", ["train.steps=100"])
+    trainer = stack.Trainer(config)
+    trainer.fit()
+    print(trainer.generate(["def "]))
+
+The public names are loaded when they are used, so `import stack` takes no time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stack.config import Config as Config
+    from stack.config import ConfigError as ConfigError
+    from stack.config import StackError as StackError
+    from stack.config import dump as dump
+    from stack.config import load as load
+    from stack.train.trainer import Trainer as Trainer
+
+__all__ = ["Config", "ConfigError", "StackError", "Trainer", "dump", "load"]
+
+_HOME = {
+    "Config": "stack.config",
+    "ConfigError": "stack.config",
+    "StackError": "stack.config",
+    "Trainer": "stack.train.trainer",
+    "dump": "stack.config",
+    "load": "stack.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'stack' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,11 @@
 """The config tree and its readers."""
 
 from stack.config.data import DataConfig, SourceConfig
-from stack.config.errors import ConfigError
+from stack.config.errors import ConfigError, StackError
 from stack.config.mesh import AXES, MeshConfig
 from stack.config.model import ModelConfig, RopeConfig
 from stack.config.optimizer import OptimizerConfig, ScheduleConfig
+from stack.config.reading import dump, load, parse, replace, schema
 from stack.config.train import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
 from stack.config.tree import Config
 
@@ -22,5 +23,11 @@ __all__ = [
     "SampleConfig",
     "ScheduleConfig",
     "SourceConfig",
+    "StackError",
     "TrainConfig",
+    "dump",
+    "load",
+    "parse",
+    "replace",
+    "schema",
 ]

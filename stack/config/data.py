@@ -38,7 +38,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Sources, tokenizer and packing."""
 
-    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    sources: tuple[SourceConfig, ...] = Field(default=(SourceConfig(),), strict=False)
     """What is read; several are mixed by weight, row by row."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a Hugging Face tokenizer.json (`stack data tokenizer` trains one)."""

@@ -45,5 +45,5 @@ class MeshConfig(Section):
             if sizes[axis] != 1:
                 raise ValueError(f"{axis}={sizes[axis]}: this axis is not built yet; set {axis}=1")
         if self.sequence_parallel and self.tensor == 1:
-            raise ValueError("sequence_parallel splits over tensor; set tensor > 1 or sequence_parallel=false")
+            raise ValueError("sequence_parallel=true splits over tensor=1; set tensor > 1")
         return self

@@ -24,6 +24,17 @@ class RopeConfig(Section):
     original_length: PositiveInt = 8192
     """`llama3`: the context, in tokens, the wavelengths were first trained for."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.scaling == "llama3" and self.low_frequency_factor >= self.high_frequency_factor:
+            raise ValueError(
+                f"low_frequency_factor={self.low_frequency_factor} must be below"
+                f" high_frequency_factor={self.high_frequency_factor}"
+            )
+        if self.scaling == "none" and self.factor != 1:
+            raise ValueError(f"factor={self.factor} is not read with scaling=none; set scaling")
+        return self
+
 
 class ModelConfig(Section):
     """A decoder of the GPT-2 / Turing-NLG family or of the Llama / Qwen family."""
@@ -127,26 +138,18 @@ class ModelConfig(Section):
                 f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; set head_dim"
             )
         if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}"
-            )
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}")
         if self.position == "rotary" and self.head_width % 2:
-            raise ValueError(
-                f"rotary positions need an even head width, not {self.head_width}; set head_dim"
-            )
+            raise ValueError(f"rotary positions need an even head width, not {self.head_width}; set head_dim")
         if self.position == "learned" and self.rope != RopeConfig():
-            raise ValueError("rope is only read with position=rotary; set model.position=rotary")
+            raise ValueError("rope is not read with position=learned; set position=rotary")
         if self.attention == "cudnn":
             if self.attention_dropout:
-                raise ValueError(
-                    "attention=cudnn has no dropout; set attention_dropout=0 or attention=xla"
-                )
+                raise ValueError("attention=cudnn has no dropout; set attention_dropout=0 or attention=xla")
             if self.attention_softcap:
                 raise ValueError(
                     "attention=cudnn has no soft cap; set attention_softcap=null or attention=xla"
                 )
             if self.dtype != "bfloat16":
-                raise ValueError(
-                    "attention=cudnn computes in bfloat16; set dtype=bfloat16 or attention=xla"
-                )
+                raise ValueError("attention=cudnn computes in bfloat16; set dtype=bfloat16 or attention=xla")
         return self

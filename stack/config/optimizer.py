@@ -1,8 +1,8 @@
 """How gradients become updates."""
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from stack.config.section import Section
 
@@ -44,9 +44,3 @@ class OptimizerConfig(Section):
     """Largest global norm of the gradient; null: no clipping."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over time."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.schedule.kind == "wsd" and self.schedule.decay_fraction > 1:
-            raise ValueError("schedule.decay_fraction is a share of decay_steps, at most 1")
-        return self

@@ -32,13 +32,26 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.data.sequence_length > self.model.max_length:
+        length, limit = self.data.sequence_length, self.model.max_length
+        if length > limit:
+            raise ValueError(f"data.sequence_length={length} exceeds model.max_length={limit}")
+        steps, warmup = self.train.steps, self.optimizer.schedule.warmup_steps
+        if self.optimizer.schedule.kind != "constant" and warmup >= steps:
             raise ValueError(
-                f"data.sequence_length={self.data.sequence_length} exceeds model.max_length={self.model.max_length}"
+                f"optimizer.schedule.warmup_steps={warmup} leaves nothing of train.steps={steps}"
             )
-        schedule = self.optimizer.schedule
-        if schedule.kind != "constant" and schedule.warmup_steps >= self.train.steps:
+        if self.train.profile_steps and self.train.profile_steps[1] > steps:
             raise ValueError(
-                f"optimizer.schedule.warmup_steps={schedule.warmup_steps} leaves nothing of train.steps={self.train.steps}"
+                f"train.profile_steps={list(self.train.profile_steps)} goes beyond train.steps={steps}"
             )
         return self
+
+    def replace(self, *overrides: str) -> "Config":
+        """A copy with overrides such as `"model.num_layers=4"`; the pairs are checked anew.
+
+        Raises:
+            ConfigError: an override names no field, or the config that comes out cannot be.
+        """
+        from stack.config.reading import replace  # it reads files into this very class
+
+        return replace(self, *overrides)

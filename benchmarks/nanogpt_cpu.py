@@ -1,0 +1,164 @@
+"""The GPT of nanoGPT's CPU example, trained side by side by Stack, PyTorch and transformers.
+
+    uv run python benchmarks/nanogpt_cpu.py --torch-python /path/to/python [--rounds 15] [--json]
+
+4 layers, 4 heads, 128 wide, 64 x 12 tokens a step, 65 words, GPT-2's biases, tied embeddings, no
+dropout, clipping, AdamW, float32, random tokens. Every contestant is a process of its own that stays
+alive; they take turns, a block of steps each, in an order that is shuffled every round, so that what
+else the machine does hits all alike. The torch interpreter needs torch and, for that contestant,
+transformers. Without --torch-python only Stack runs.
+
+Prints tokens/s and ms per step (median over blocks), time from starting the process to the first loss,
+peak memory, and speed relative to the fastest PyTorch.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent / "nanogpt"
+sys.path.insert(0, str(HERE))
+
+from child import Setting  # noqa: E402 - shared with interpreters that have neither Stack nor a package
+
+TORCH_KINDS = {"torch": "plain", "torch compiled": "compiled", "transformers": "transformers"}
+STACK_KINDS = {"stack": "unrolled", "stack scanned": "scanned"}
+# The first steps after another process had the caches are not counted.
+WARMUP_STEPS = 3
+
+
+class Contestant:
+    """A process that runs as many steps as it is asked for."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name = name
+        self.command = command
+        self.step_seconds: list[float] = []
+        self.loss = 0.0
+        self.peak_bytes = 0
+        start = time.perf_counter()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.first = self._answer()
+        self.first_step_seconds = time.perf_counter() - start
+
+    def run(self, steps: int) -> float:
+        """Runs steps and returns how long each took."""
+        assert self.process.stdin
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.loss, self.peak_bytes = answer["loss"], answer["peak_bytes"]
+        return answer["seconds"] / steps
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout
+        # A framework may print lines of its own; answers are the JSON objects.
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"{self.name} ended with {self.process.wait()}: {' '.join(self.command)}")
+
+
+def start(arguments: argparse.Namespace) -> list[Contestant]:
+    """Starts the contestants one after the other, so that each has the machine for its first step."""
+    commands = {
+        name: [sys.executable, str(HERE / "stack_child.py"), kind] for name, kind in STACK_KINDS.items()
+    }
+    if arguments.torch_python:
+        for name, kind in TORCH_KINDS.items():
+            commands[name] = [arguments.torch_python, str(HERE / "torch_child.py"), kind]
+    return [Contestant(name, commands[name]) for name in arguments.only or commands]
+
+
+def measure(contestants: list[Contestant], *, rounds: int, steps: int) -> None:
+    """Lets the contestants take turns."""
+    order = list(contestants)
+    shuffle = random.Random(0)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for contestant in order:
+            contestant.run(WARMUP_STEPS)
+            contestant.step_seconds.append(contestant.run(steps))
+
+
+def results(contestants: list[Contestant]) -> dict[str, Any]:
+    """What is printed."""
+    setting = Setting()
+    medians = {contestant.name: statistics.median(contestant.step_seconds) for contestant in contestants}
+    peers = [seconds for name, seconds in medians.items() if name in TORCH_KINDS]
+    rows = [
+        {
+            "name": contestant.name,
+            "tokens_per_second": setting.tokens / medians[contestant.name],
+            "step_ms": 1e3 * medians[contestant.name],
+            "fastest_block_ms": 1e3 * min(contestant.step_seconds),
+            "slowest_block_ms": 1e3 * max(contestant.step_seconds),
+            "first_step_seconds": contestant.first_step_seconds,
+            "peak_mb": contestant.peak_bytes / 1e6,
+            "speed_against_best_torch": min(peers) / medians[contestant.name] if peers else None,
+            "parameters": contestant.first["parameters"],
+            "first_loss": contestant.first["loss"],
+            "last_loss": contestant.loss,
+            "versions": contestant.first["versions"],
+        }
+        for contestant in contestants
+    ]
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+    return {"machine": machine, "setting": dataclasses.asdict(setting), "contestants": rows}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints a table."""
+    print(f"{report['machine']}; tokens per step: {Setting().tokens}")
+    print(f"{'':16} tokens/s  ms/step (fastest, slowest block)  first step  peak MB  against best torch")
+    for row in report["contestants"]:
+        spread = f"({row['fastest_block_ms']:.1f}, {row['slowest_block_ms']:.1f})"
+        ratio = row["speed_against_best_torch"]
+        print(
+            f"{row['name']:16} {row['tokens_per_second']:8,.0f} {row['step_ms']:8.1f} {spread:25}"
+            f" {row['first_step_seconds']:9.1f} s {row['peak_mb']:8.0f} {f'{ratio:.2f}' if ratio else '':>12}"
+            f"   {row['parameters']:,} parameters, loss {row['first_loss']:.3f} -> {row['last_loss']:.3f},"
+            f" {row['versions']}"
+        )
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--torch-python", help="interpreter that has torch and transformers")
+    parser.add_argument("--rounds", type=int, default=15, help="blocks per contestant")
+    parser.add_argument("--steps", type=int, default=30, help="steps per block")
+    parser.add_argument("--only", nargs="+", choices=[*STACK_KINDS, *TORCH_KINDS], help="contestants")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+
+    contestants = start(arguments)
+    measure(contestants, rounds=arguments.rounds, steps=arguments.steps)
+    report = results(contestants)
+    for contestant in contestants:
+        contestant.close()
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+
+
+if __name__ == "__main__":
+    main()

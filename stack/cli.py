@@ -1,0 +1,231 @@
+"""The command line: one thin command per verb; the work is done by the library."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from stack.config.errors import ConfigError, StackError
+
+EPILOG = """\
+examples:
+  stack train configs/quickstart.yaml                 train, evaluate, save, print a sample
+  stack train configs/quickstart.yaml train.steps=50  change any field by its dotted name
+  stack train runs/quickstart                         go on with a run
+  stack sample runs/quickstart "def " --length 100    generate text
+  stack config show configs/llama3_8b.yaml --sharding --devices 64
+
+exit status: 0 done, 1 error while running, 2 bad command line or config, 130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after `stack`; None takes those of the process.
+
+    Returns:
+        The exit status: 0, 1 for a StackError, 2 for a ConfigError or a bad command line, 130 when
+        interrupted.
+    """
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StackError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever reads our output has enough; nothing more may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad command line as a ConfigError instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; overrides and prompts may stand before, between and after options."""
+    parser, verbs = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        raise ConfigError(_unknown_verb(argv[0], verbs))
+    arguments, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("-"):
+            hint = f"; an override is written {word.lstrip('-')}" if "=" in word else ""
+            raise ConfigError(f"unknown option {word}{hint}; see `stack {argv[0]} --help`")
+        if not hasattr(arguments, "rest"):
+            raise ConfigError(f"{word!r} is one argument too many; see `stack {argv[0]} --help`")
+        arguments.rest = [*arguments.rest, word]
+    return arguments
+
+
+def _unknown_verb(word: str, verbs: Sequence[str]) -> str:
+    from stack.config.explain import nearest
+
+    match = nearest(word, verbs)
+    meant = f"did you mean `stack {match}`?" if match else f"it is one of {', '.join(verbs)}"
+    return f"{word!r} is not a command; {meant}"
+
+
+def _parser() -> tuple[_Parser, list[str]]:
+    """The parser and its verbs."""
+    parser = _Parser(
+        prog="stack",
+        description="Plan, train and trust large models in JAX.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the versions of stack and JAX")
+    parser.set_defaults(run=lambda arguments: _version() if arguments.version else parser.print_help())
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    train = _verb(verbs, "train", _train, "train a config, or go on with a run")
+    train.add_argument("config", metavar="CONFIG_OR_RUN", help="a YAML file, or the folder of a run")
+    _add_overrides(train)
+
+    evaluate = _verb(verbs, "eval", _evaluate, "evaluate a run on its held-out text")
+    evaluate.add_argument("config", metavar="RUN", help="the folder of a run")
+    _add_overrides(evaluate)
+
+    sample = _verb(verbs, "sample", _sample, "generate text with a run")
+    sample.add_argument("config", metavar="RUN", help="the folder of a run")
+    sample.add_argument("rest", metavar="PROMPT", nargs="*", default=(), help="what the text starts with")
+    for option, kind, text in (
+        ("length", int, "tokens to generate at most"),
+        ("temperature", float, "divides the logits; 0 takes the likeliest token"),
+        ("top-k", int, "sample among this many likeliest tokens"),
+        ("top-p", float, "sample among the likeliest tokens that hold this probability"),
+    ):
+        sample.add_argument(f"--{option}", type=kind, help=f"{text} (default: the run's)")
+    sample.add_argument("--seed", type=int, help="another seed gives another text (default: the run's)")
+
+    configs = _verb(verbs, "config", None, "show a config, or what a config may hold")
+    config_verbs = configs.add_subparsers(metavar="COMMAND", required=True)
+    show = _verb(config_verbs, "show", _show, "print a config with every field")
+    show.add_argument("config", metavar="FILE_OR_RUN", help="a YAML file, or the folder of a run")
+    _add_overrides(show)
+    show.add_argument("--sharding", action="store_true", help="print how each parameter is laid out instead")
+    show.add_argument(
+        "--devices", type=int, metavar="N", help="devices to lay out over (default: those here)"
+    )
+    _verb(config_verbs, "schema", _schema, "print the JSON schema of config files")
+
+    data = _verb(verbs, "data", None, "prepare data")
+    data_verbs = data.add_subparsers(metavar="COMMAND", required=True)
+    tokenizer = _verb(data_verbs, "tokenizer", _tokenizer, "train a BPE tokenizer on a config's sources")
+    tokenizer.add_argument("config", metavar="CONFIG", help="a YAML file")
+    _add_overrides(tokenizer)
+    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="words to learn")
+    tokenizer.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
+
+    doctor = _verb(verbs, "doctor", _doctor, "print what this machine has and what stack makes of it")
+    doctor.add_argument("--numerics", action="store_true", help="print the numerics contract instead")
+    return parser, list(verbs.choices)
+
+
+def _verb(
+    verbs: "argparse._SubParsersAction[_Parser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None] | None,
+    text: str,
+) -> _Parser:
+    parser = verbs.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+    )
+    if run:
+        parser.set_defaults(run=run)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    text = "fields to change, for example train.steps=100"
+    parser.add_argument("rest", metavar="NAME=VALUE", nargs="*", default=(), help=text)
+
+
+def _version() -> None:
+    from importlib.metadata import version
+
+    print(f"stack {version('stack')} (jax {version('jax')}, Python {sys.version.split()[0]})")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from stack.config.reading import load
+
+    config = load(arguments.config, arguments.rest)  # what is wrong is told before anything heavy is loaded
+
+    from stack.train.trainer import Trainer
+
+    Trainer(config).fit()
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from stack.train.trainer import Trainer
+
+    for name, value in Trainer.from_run(arguments.config, arguments.rest).evaluate().items():
+        print(f"{name} {value:.6g}")
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from stack.train.trainer import Trainer
+
+    fields = {
+        "sample.length": arguments.length,
+        "sample.temperature": arguments.temperature,
+        "sample.top_k": arguments.top_k,
+        "sample.top_p": arguments.top_p,
+    }
+    overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
+    trainer = Trainer.from_run(arguments.config, overrides)
+    prompts = arguments.rest or [trainer.config.sample.prompt]
+    for prompt, text in zip(prompts, trainer.generate(prompts, seed=arguments.seed), strict=True):
+        print(prompt + text)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from stack.config.reading import dump, load
+
+    config = load(arguments.config, arguments.rest)
+    if not arguments.sharding:
+        print(dump(config), end="")
+        return
+    import jax
+
+    from stack.parallel.describe import sharding_table
+
+    devices = jax.device_count() if arguments.devices is None else arguments.devices
+    print(sharding_table(config, devices))
+
+
+def _schema(_: argparse.Namespace) -> None:
+    from stack.config.reading import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+def _tokenizer(arguments: argparse.Namespace) -> None:
+    from stack.config.reading import load
+    from stack.data.tokenizer import train_bpe
+
+    config = load(arguments.config, arguments.rest)
+    tokenizer = train_bpe(config.data, arguments.vocab_size, arguments.out, seed=config.seed)
+    print(f"{arguments.out}: {tokenizer.vocab_size} words")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from stack import doctor
+
+    print(doctor.numerics() if arguments.numerics else doctor.report())

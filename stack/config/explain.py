@@ -1,0 +1,147 @@
+"""One line for everything that can be wrong with a config: what, where, and the nearest valid name."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from stack.config.located import Keys, Located
+
+EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a group of fields",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "model_type": "a group of fields",
+    "string_type": "text",
+    "tuple_type": "a list",
+}
+"""pydantic's error type -> what should have been there, where its own words speak of Python."""
+
+
+def explain(error: ValidationError, root: type[BaseModel], located: Located | None = None) -> str:
+    """The first error in one line: `place: name=value must be ...; did you mean ...? (and 2 more)`.
+
+    Args:
+        error: what pydantic found.
+        root: the class that was built.
+        located: the values it was built from; None when they come from Python.
+    """
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    line = _describe(first, root)
+    where = root.__name__ if located is None else _where(first, root, located)
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return (f"{where}: " if where else "") + line + more
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """The name a user is most likely to have meant, None if all are far from it."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+
+
+def dotted(path: Keys) -> str:
+    """A path as it is written on the command line."""
+    return ".".join(map(str, path))
+
+
+def annotation_at(root: Any, path: Keys) -> Any:
+    """The type at a path (`null` aside), None where there is no such field."""
+    here = _without_null(root)
+    for key in path:
+        inside = get_args(here)
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            field = here.model_fields.get(str(key))
+            here = _without_null(field.annotation) if field else None
+        elif inside and str(key).isdigit():
+            here = inside[0]
+        else:
+            return None
+    return here
+
+
+def field_names(root: type[BaseModel]) -> Iterator[Keys]:
+    """Paths of all fields, sections included; the fields of a list of sections are under index 0."""
+    for name, field in root.model_fields.items():
+        yield (name,)
+        inside = _without_null(field.annotation)
+        index: Keys = ()
+        if getattr(inside, "__origin__", None) is tuple:
+            inside, index = get_args(inside)[0], (0,)
+        if isinstance(inside, type) and issubclass(inside, BaseModel):
+            yield from ((name, *index, *rest) for rest in field_names(inside))
+
+
+def _without_null(annotation: Any) -> Any:
+    """`T | None` -> T; anything else as it is."""
+    kinds = get_args(annotation)
+    if type(None) in kinds:
+        return next(kind for kind in kinds if kind is not type(None))
+    return annotation
+
+
+def _describe(error: Any, root: type[BaseModel]) -> str:
+    """What is wrong, without the place."""
+    path, kind, value = error["loc"], error["type"], error["input"]
+    name = dotted(path)
+    if kind == "extra_forbidden":
+        return f"{name} is not a field; {_meant(path, root)}"
+    if kind == "value_error":  # from our own validators: already one line with its remedy
+        return f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"])
+    if kind == "missing":
+        return f"{dotted(path[:-1])} has too few entries"
+    if kind == "too_long":
+        return f"{name} has more than {error['ctx']['max_length']} entries"
+    expected = EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    return f"{name}={_shown(value)} must be {expected}{_remedy(kind, value, annotation_at(root, path))}"
+
+
+def _remedy(kind: str, value: Any, annotation: Any) -> str:
+    if kind == "literal_error" and (choice := nearest(str(value), [str(c) for c in get_args(annotation)])):
+        return f"; did you mean {choice}?"
+    if value == "None":
+        return "; write null"
+    if kind == "string_type" and isinstance(value, int | float):
+        return "; put it in quotes"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    return ""
+
+
+def _meant(path: Keys, root: type[BaseModel]) -> str:
+    """The same name elsewhere in the tree, else the closest name beside it, else the closest of all."""
+    *section, leaf = path
+    names = list(field_names(root))
+    elsewhere = [other for other in names if other[-1] == leaf]
+    if elsewhere:
+        best = max(elsewhere, key=lambda other: len({*other} & {*path}))
+        return f"did you mean {dotted(best)}?"
+    parent = annotation_at(root, tuple(section))
+    if beside := nearest(str(leaf), list(getattr(parent, "model_fields", ()))):
+        return f"did you mean {dotted((*section, beside))}?"
+    if anywhere := nearest(dotted(path), [dotted(other) for other in names]):
+        return f"did you mean {anywhere}?"
+    return "`stack config schema` lists every field"
+
+
+def _where(error: Any, root: type[BaseModel], located: Located) -> str:
+    """The place of the value; of an incompatible pair, of the one that was set last."""
+    path = error["loc"]
+    candidates = [path]
+    if error["type"] == "value_error":
+        fields = getattr(annotation_at(root, path), "model_fields", {})
+        words = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", str(error["ctx"]["error"]))
+        mentioned = [(*path, *word.split(".")) for word in words if word.split(".")[0] in fields]
+        candidates = [other for other in mentioned if located.find(other)] or candidates
+    places = [located.nearest_place(candidate) for candidate in candidates]
+    return max(places, key=lambda place: place.layer).text
+
+
+def _shown(value: Any) -> str:
+    """A value as it would be written in YAML, cut to a readable length."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

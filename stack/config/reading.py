@@ -1,0 +1,134 @@
+"""Configs from YAML files, overrides and back."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from stack.config.document import read_file, read_text, read_value
+from stack.config.errors import ConfigError
+from stack.config.explain import annotation_at, explain
+from stack.config.located import Keys, Located, Place, merge
+from stack.config.tree import Config
+
+RUN_CONFIG = "config.yaml"
+"""The resolved config in a run folder."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, or the config of a run folder, and apply overrides.
+
+    Args:
+        path: a YAML file; fields it leaves out come from the file its `base:` names, else from the
+            defaults. Or a run folder: the config it was trained with, set to that very folder, so
+            that a run that was moved goes on where it now lies.
+        overrides: `name=value` each, the name dotted (`model.num_layers=4`,
+            `data.sources.0.kind=text`), the value in YAML; a later one wins.
+
+    Raises:
+        ConfigError: in one line what is wrong, where, and the nearest valid name.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return _build(read_file(path), overrides)
+    if not (path / RUN_CONFIG).is_file():
+        raise ConfigError(f"{path} is neither a config file nor a run: it holds no {RUN_CONFIG}")
+    config = _build(read_file(path / RUN_CONFIG))
+    folder = path.resolve()
+    return replace(
+        config.model_copy(update={"output_dir": str(folder.parent), "name": folder.name}), *overrides
+    )
+
+
+def parse(text: str, overrides: Sequence[str] = (), *, where: str = "config") -> Config:
+    """The same for YAML text, for example that saved with a checkpoint; `where` names it in errors."""
+    return _build(read_text(text, where=where, folder=Path()), overrides)
+
+
+def replace(config: Config, *overrides: str) -> Config:
+    """A config with some fields changed, all checked anew."""
+    return _build(Located.of(config.model_dump(mode="json"), Place(text="")), overrides)
+
+
+def dump(config: Config) -> str:
+    """The whole config, defaults included, as YAML that `parse` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a config file: names, types, limits, defaults and descriptions, for editors."""
+    tree = _unwrapped(Config.model_json_schema())
+    tree["properties"]["base"] = {
+        "type": "string",
+        "description": "Another config file, relative to this one, that gives what this one leaves out.",
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | tree
+
+
+def _build(located: Located, overrides: Sequence[str] = ()) -> Config:
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides must be a list, not the text {overrides!r}; write [{overrides!r}]")
+    for override in overrides:
+        located = _override(located, override)
+    try:
+        return Config.model_validate(located.plain())
+    except ValidationError as error:
+        raise ConfigError(explain(error, Config, located)) from None
+
+
+def _unwrapped(tree: Any) -> Any:
+    """The schema with every description on one line."""
+    if isinstance(tree, list):
+        return [_unwrapped(item) for item in tree]
+    if isinstance(tree, dict):
+        return {
+            name: " ".join(item.split())
+            if name == "description" and isinstance(item, str)
+            else _unwrapped(item)
+            for name, item in tree.items()
+        }
+    return tree
+
+
+def _override(located: Located, override: str) -> Located:
+    """The values with one of them changed."""
+    name, equals, text = override.partition("=")
+    place = Place(text=f"override {override!r}", layer=located.place.layer + 1)
+    if not (equals and name):
+        raise ConfigError(f"{place.text}: expected name=value, for example train.steps=100")
+    keys = tuple(name.split("."))
+    changed = _change(located, keys, _value(text, keys, place), Config().model_dump(mode="json"))
+    return Located(value=changed.value, place=Place(text=located.place.text, layer=place.layer))
+
+
+def _value(text: str, keys: Keys, place: Place) -> Located:
+    """A value in YAML; for a field that holds text, the text as it was typed, unless it is quoted."""
+    if annotation_at(Config, keys) is str and text not in ("null", "~") and text[:1] not in ("'", '"'):
+        return Located(value=text, place=place)
+    return read_value(text, place)
+
+
+def _change(old: Located | None, keys: Keys, new: Located, default: Any) -> Located:
+    """`old` with `new` merged in at `keys`; a list that no file gives starts as the default's."""
+    if not keys:
+        return merge(old, new) if old else new
+    if old is None:
+        old = Located.of(default if isinstance(default, list) else {}, new.place)
+    key, *rest = keys
+    if isinstance(old.value, list):
+        index = _index(str(key), len(old.value), new.place)
+        changed = _change(old.find((index,)), tuple(rest), new, None)
+        return Located(value=[*old.value[:index], changed, *old.value[index + 1 :]], place=old.place)
+    fields, place = (old.value, old.place) if isinstance(old.value, dict) else ({}, new.place)
+    inner = default.get(key) if isinstance(default, dict) else None
+    return Located(value=fields | {key: _change(fields.get(key), tuple(rest), new, inner)}, place=place)
+
+
+def _index(key: str, length: int, place: Place) -> int:
+    if not (key.isdecimal() and int(key) <= length):
+        raise ConfigError(
+            f"{place.text}: a list is changed by index, 0 to {length} ({length} appends), not {key!r}"
+        )
+    return int(key)

@@ -1,0 +1,179 @@
+"""From the config to rows that can be asked for by number, and the fingerprint of what they are."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from stack.config import Config
+from stack.config.errors import ConfigError, StackError
+from stack.data.atomic import cache_folder
+from stack.data.cache import open_corpus
+from stack.data.packing import PackedRows, pack_corpus
+from stack.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The train or the held-out side of all sources; their rows are numbered one source after another."""
+
+    parts: tuple[PackedRows, ...]
+    weights: tuple[float, ...]
+    """Share of each part's rows in training."""
+    tokenizer: Tokenizer
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a row."""
+        return self.parts[0].sequence_length
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of `sequence_length`."""
+        return sum(part.num_rows for part in self.parts)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return sum(len(part.documents) for part in self.parts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are predicted: all but the first of every document."""
+        return sum(part.num_tokens for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text: summed loss over this is the loss per byte."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' places that hold a token; the rest is padding."""
+        return self.num_tokens / max(1, self.num_rows * self.sequence_length)
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by number [rows]: tokens, labels, segments, positions, each int32 [rows, length].
+
+        A row number of -1 gives a row of padding. See `PackedRows.read`.
+        """
+        shape = (len(rows), self.sequence_length)
+        padding = {"tokens": 0, "labels": -1, "segments": 0, "positions": 0}
+        batch = {name: np.full(shape, value, np.int32) for name, value in padding.items()}
+        start = 0
+        for part in self.parts:
+            here = np.flatnonzero((rows >= start) & (rows < start + part.num_rows))
+            if len(here):
+                for name, values in part.read(rows[here] - start).items():
+                    batch[name][here] = values
+            start += part.num_rows
+        return batch
+
+    def texts(self) -> Iterator[bytes]:
+        """The UTF-8 text of every document, in order."""
+        for part in self.parts:
+            for document in part.token_documents():
+                yield self.tokenizer.decode(document[1:-1]).encode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run reads."""
+
+    tokenizer: Tokenizer
+    train: Dataset
+    heldout: Dataset
+    fingerprint: dict[str, str]
+    """Hashes of tokenizer, corpus and packing: equal fingerprints give equal batches from one seed."""
+
+
+def open_data(config: Config, *, show_progress: bool = True) -> Data:
+    """Tokenize and pack what `config.data` names, unless the cache holds it, and open it.
+
+    Safe to call in all processes of a run at once: those that share a cache wait for the first.
+
+    Raises:
+        ConfigError: a tokenizer larger than the model's vocabulary, less training text than one batch.
+        StackError: what sources, tokenizer and cache raise; no held-out text although evaluation asks
+            for it.
+    """
+    data = config.data
+    tokenizer = load_tokenizer(data.tokenizer)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    root = cache_folder(data.cache_dir)
+    sources = [source for source in data.sources if source.weight > 0]
+    corpora = [
+        open_corpus(
+            source, tokenizer, root, seed=config.seed, workers=data.workers, show_progress=show_progress
+        )
+        for source in sources
+    ]
+    sides = [
+        pack_corpus(
+            corpus,
+            root,
+            sequence_length=data.sequence_length,
+            packed=data.packed,
+            heldout_fraction=data.heldout_fraction,
+        )
+        for corpus in corpora
+    ]
+    weights = tuple(source.weight for source in sources)
+    train, heldout = (
+        Dataset(parts=parts, weights=weights, tokenizer=tokenizer) for parts in zip(*sides, strict=True)
+    )
+    _check_size(config, train, heldout)
+    packing = [data.sequence_length, data.packed, data.heldout_fraction, data.shuffle, weights]
+    return Data(
+        tokenizer=tokenizer,
+        train=train,
+        heldout=heldout,
+        fingerprint={
+            "tokenizer": _digest(tokenizer.fingerprint),
+            "corpus": _digest([corpus.fingerprint for corpus in corpora]),
+            "packing": _digest(packing),
+        },
+    )
+
+
+def check_fingerprint(recorded: Mapping[str, str], current: Mapping[str, str], place: str) -> None:
+    """Raise StackError, naming `place`, if a run recorded other data than it would now go on with."""
+    meaning = {
+        "tokenizer": "data.tokenizer",
+        "corpus": "the text of data.sources",
+        "packing": "data.sequence_length, packed, heldout_fraction, shuffle or the sources' weights",
+    }
+    changed = [meaning[name] for name in meaning if recorded.get(name) != current.get(name)]
+    if changed:
+        raise StackError(
+            f"{place}: the run began with other data: {' and '.join(changed)} changed;"
+            " restore it, or start a new run under another name"
+        )
+
+
+def _check_size(config: Config, train: Dataset, heldout: Dataset) -> None:
+    batch_size = config.train.batch_size
+    if train.num_rows < batch_size:
+        raise ConfigError(
+            f"the training text fills {train.num_rows} rows of data.sequence_length={config.data.sequence_length},"
+            f" less than one batch of train.batch_size={batch_size};"
+            " add text, or lower train.batch_size or data.sequence_length"
+        )
+    for part, source in zip(train.parts, (s for s in config.data.sources if s.weight > 0), strict=True):
+        if not part.num_rows:
+            raise ConfigError(
+                f"data.sources: every document of {source.path or source.kind} is held out;"
+                " lower data.heldout_fraction or add documents"
+            )
+    if config.data.heldout_fraction > 0 and not heldout.num_rows:
+        documents = train.num_documents
+        raise ConfigError(
+            f"no document is held out of {documents} at data.heldout_fraction={config.data.heldout_fraction};"
+            " raise it, add documents, or set it to 0 to go without evaluation"
+        )
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,208 @@
+"""Documents packed into rows of one length, once; training then reads rows by number.
+
+A document of n stored tokens (bos, text, eos) holds n - 1 predictions. It is cut into pieces of at most
+`sequence_length` inputs; a piece is labelled with the tokens that follow its inputs, the last of which
+may be the first of the next piece, so every token after a document's first is predicted exactly once.
+Attention and positions start anew with each piece.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stack.config.errors import StackError
+from stack.data.atomic import publish_folder
+from stack.data.cache import Corpus
+from stack.data.split import heldout_mask
+
+_FORMAT = 1  # raise it when rows change: old indexes are then not found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRows:
+    """One side, train or held-out, of one corpus, as rows of `sequence_length` tokens."""
+
+    corpus: Corpus
+    sequence_length: int
+    documents: np.ndarray
+    """[documents] int64: numbers, within the corpus, of the documents on this side."""
+    row_offsets: np.ndarray
+    """[rows + 1] int64: row i is pieces row_offsets[i]:row_offsets[i + 1]."""
+    piece_start: np.ndarray
+    """[pieces] int64: place of a piece's first token in the corpus."""
+    piece_length: np.ndarray
+    """[pieces] int32: input tokens of a piece."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of `sequence_length`."""
+        return len(self.row_offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are predicted."""
+        return int(self.piece_length.sum(dtype=np.int64))
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the documents' text."""
+        return int(self.corpus.num_bytes[self.documents].sum())
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by number [rows]: tokens, labels, segments, positions, each int32 [rows, length].
+
+        Labels are the next token of the same document, -1 where there is padding; segments number the
+        pieces of a row from 1, 0 is padding; positions count from 0 in each piece.
+        """
+        first = self.row_offsets[rows]
+        pieces_per_row = self.row_offsets[rows + 1] - first
+        pieces = np.repeat(first, pieces_per_row) + _count_up(pieces_per_row)
+        lengths = self.piece_length[pieces].astype(np.int64)
+        positions = _count_up(lengths)
+        source = np.repeat(self.piece_start[pieces], lengths) + positions
+        # Where each token lands: its row, and its place after the pieces before it in that row.
+        row_of_piece = np.repeat(np.arange(len(rows)), pieces_per_row)
+        filled = np.bincount(row_of_piece, lengths, len(rows)).astype(np.int64)
+        target = np.repeat(np.arange(len(rows)) * self.sequence_length, filled) + _count_up(filled)
+
+        def scatter(values: np.ndarray, padding: int) -> np.ndarray:
+            flat = np.full(len(rows) * self.sequence_length, padding, np.int32)
+            flat[target] = values
+            return flat.reshape(len(rows), self.sequence_length)
+
+        return {
+            "tokens": scatter(self.corpus.tokens[source], 0),
+            "labels": scatter(self.corpus.tokens[source + 1], -1),
+            "segments": scatter(np.repeat(1 + _count_up(pieces_per_row), lengths), 0),
+            "positions": scatter(positions, 0),
+        }
+
+    def token_documents(self) -> Iterator[np.ndarray]:
+        """The stored tokens, bos and eos included, of each document on this side."""
+        for number in self.documents:
+            yield self.corpus.tokens[self.corpus.offsets[number] : self.corpus.offsets[number + 1]]
+
+
+def pack_corpus(
+    corpus: Corpus,
+    root: Path,
+    *,
+    sequence_length: int,
+    packed: bool,
+    heldout_fraction: float,
+) -> tuple[PackedRows, PackedRows]:
+    """The train and the held-out rows of a corpus; the index is made once and kept under `root`.
+
+    Raises:
+        StackError: a cache that can not be written, or a damaged index.
+    """
+    parts = [_FORMAT, corpus.key, sequence_length, packed, heldout_fraction]
+    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    folder = root / f"rows-{key}"
+
+    def write(target: Path) -> None:
+        heldout = heldout_mask(corpus.hashes, heldout_fraction)
+        for side, chosen in (("train", ~heldout), ("heldout", heldout)):
+            documents = np.flatnonzero(chosen)
+            start, length = _cut(corpus.offsets, documents, sequence_length)
+            order, row_offsets = _rows(length, sequence_length) if packed else _one_each(length)
+            np.save(target / f"{side}-documents.npy", documents)
+            np.save(target / f"{side}-row_offsets.npy", row_offsets)
+            np.save(target / f"{side}-piece_start.npy", start[order])
+            np.save(target / f"{side}-piece_length.npy", length[order].astype(np.int32))
+
+    publish_folder(folder, write)
+    train, heldout = (_load(folder, side, corpus, sequence_length) for side in ("train", "heldout"))
+    return train, heldout
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The bin [items] of each item when the longest go first, each into the fullest bin that takes it.
+
+    Best-fit decreasing (arXiv 2404.10830): at most 11/9 of the fewest possible bins and 6/9 more. All
+    items of one length are placed together, so the work grows with the number of distinct lengths and
+    not with the items: those go through NumPy. Lengths are from 1 to `capacity`.
+    """
+    bins = np.empty(len(lengths), np.int64)
+    by_length = np.argsort(-lengths, kind="stable")
+    counts = np.bincount(lengths, minlength=capacity + 1)
+    free: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # bins by the space left in them
+    spaces = np.zeros(capacity + 1, bool)  # which of these lists hold any
+    opened = placed = 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        items = by_length[placed : placed + counts[length]]
+        placed += len(items)
+        while len(items):
+            tightest = length + int(spaces[length:].argmax())
+            if spaces[tightest]:
+                open_bins = free[tightest].pop()
+            else:
+                tightest = capacity
+                open_bins = np.arange(opened, opened + -(-len(items) // (capacity // length)))
+                opened += len(open_bins)
+            # Best fit fills one bin with this length until it takes no more, then turns to the next.
+            each = tightest // length
+            used = min(len(open_bins), -(-len(items) // each))
+            taken = min(len(items), used * each)
+            bins[items[:taken]] = np.repeat(open_bins[:used], each)[:taken]
+            items = items[taken:]
+            last = taken - (used - 1) * each  # items in the last bin used
+            left = (
+                (tightest, open_bins[used:]),
+                (tightest - each * length, open_bins[: used - 1]),
+                (tightest - last * length, open_bins[used - 1 : used]),
+            )
+            for space, some in left:
+                if len(some):
+                    free[space].append(some)
+                spaces[space] = bool(free[space])
+    return bins
+
+
+def _cut(offsets: np.ndarray, documents: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of every piece, in the order of the text."""
+    start = offsets[documents]
+    predictions = offsets[documents + 1] - start - 1
+    pieces = -(-predictions // sequence_length)
+    within = _count_up(pieces) * sequence_length
+    length = np.minimum(np.repeat(predictions, pieces) - within, sequence_length)
+    return np.repeat(start, pieces) + within, length
+
+
+def _rows(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pieces in the order of the rows, and where each row starts among them.
+
+    Rows, and pieces in a row, are ordered by where they come from in the text.
+    """
+    bins = best_fit(lengths, sequence_length)
+    num_rows = int(bins.max(initial=-1)) + 1
+    first_piece = np.full(num_rows, len(bins))
+    np.minimum.at(first_piece, bins, np.arange(len(bins)))
+    row_of_bin = np.empty(num_rows, np.int64)
+    row_of_bin[np.argsort(first_piece)] = np.arange(num_rows)
+    rows = row_of_bin[bins]
+    return np.argsort(rows, kind="stable"), np.cumsum([0, *np.bincount(rows, minlength=num_rows)])
+
+
+def _one_each(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(len(lengths)), np.arange(len(lengths) + 1)
+
+
+def _count_up(counts: np.ndarray) -> np.ndarray:
+    """0 .. n - 1 for each count n, one after another."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _load(folder: Path, side: str, corpus: Corpus, sequence_length: int) -> PackedRows:
+    names = ("documents", "row_offsets", "piece_start", "piece_length")
+    try:
+        arrays = {name: np.asarray(np.load(folder / f"{side}-{name}.npy", mmap_mode="r")) for name in names}
+    except (OSError, ValueError, EOFError) as error:
+        raise StackError(
+            f"{folder}: a damaged cache entry ({error}); remove the folder and run again"
+        ) from error
+    return PackedRows(corpus=corpus, sequence_length=sequence_length, **arrays)

@@ -1,0 +1,221 @@
+"""Text to token ids and back: bytes, any Hugging Face tokenizer.json, and a byte-level BPE of one's own."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from stack.config import DataConfig
+from stack.config.errors import ConfigError, StackError
+from stack.data.atomic import replace_text
+from stack.data.sources import read_documents
+from stack.data.split import is_heldout
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_DOCUMENT = "<|endoftext|>"
+"""The special token of tokenizers trained here; it ends a document and starts the next."""
+
+# Names in use, for a tokenizer.json without a tokenizer_config.json beside it.
+_EOS_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
+_BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "[CLS]")
+
+
+class Tokenizer(Protocol):
+    """What the stack asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    @property
+    def bos(self) -> int:
+        """Id that starts every document; may be the same as `eos`."""
+        ...
+
+    @property
+    def eos(self) -> int:
+        """Id that ends every document."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever any text could be tokenized differently."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, without bos and eos: text can not forge a special token."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens leave nothing, broken UTF-8 leaves U+FFFD."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """Every UTF-8 byte is a token; 256 ends a document and starts the next."""
+
+    vocab_size: int = 257
+    bos: int = 256
+    eos: int = 256
+    fingerprint: str = "bytes"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The bytes of each text, uint8."""
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; see `Tokenizer`."""
+        values = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
+        return values[values < 256].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceTokenizer:
+    """A tokenizer.json, run by the `tokenizers` library."""
+
+    model: "tokenizers.Tokenizer"
+    vocab_size: int
+    bos: int
+    eos: int
+    fingerprint: str
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, uint32; releases the interpreter lock, so threads run side by side."""
+        # One text a call: a longer batch is spread over every core, whatever data.workers says, and
+        # the plain `encode` keeps the lock.
+        encodings = (self.model.encode_batch_fast([text], add_special_tokens=False)[0] for text in texts)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; see `Tokenizer`. Ids of a padded vocabulary's unused words are passed over."""
+        return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer `data.tokenizer` names: `bytes` or the path of a tokenizer.json.
+
+    Begin and end of document are those of the tokenizer_config.json beside it if there is one, else
+    the special token with one of the names in use; without a begin the end serves as both.
+
+    Raises:
+        StackError: no such file, not a tokenizer.json, or no token that ends a document.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    import tokenizers
+
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise StackError(f"data.tokenizer: {path} does not exist; give bytes or the path of a tokenizer.json")
+    try:
+        model = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise StackError(f"data.tokenizer: {path} is not a Hugging Face tokenizer.json: {error}") from error
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = True  # "<|endoftext|>" written in a text is text
+    bos, eos = _document_marks(model, path)
+    content = f"{model.to_str()} {bos} {eos}".encode()
+    return HuggingFaceTokenizer(
+        model=model,
+        vocab_size=max(model.get_vocab(with_added_tokens=True).values()) + 1,
+        bos=bos,
+        eos=eos,
+        fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest(),
+    )
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise ConfigError if the tokenizer has words the model has no row for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} words;"
+            f" set model.vocab_size={tokenizer.vocab_size}"
+        )
+
+
+def train_bpe(data: DataConfig, vocab_size: int, path: str | Path, *, seed: int = 0) -> Tokenizer:
+    """Train a byte-level BPE (arXiv 1508.07909, GPT-2 section 2.2) on the training text; write it to path.
+
+    The vocabulary is the 256 bytes, `<|endoftext|>` and the merges found; held-out documents are not
+    read, `seed` makes the text of synthetic sources. Text that is too short gives fewer words than
+    asked for: look at `vocab_size` of the result.
+
+    Raises:
+        ConfigError: `vocab_size` below 257, or no source of text.
+        StackError: what the sources raise, or a path that can not be written.
+    """
+    if vocab_size < 257:
+        raise ConfigError(f"vocab_size={vocab_size} has no room for the 256 bytes and the end of document")
+    texts = [source for source in data.sources if source.kind != "tokens"]
+    if not texts:
+        raise ConfigError("data.sources holds token files only; a tokenizer is trained on text")
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    model = tokenizers.Tokenizer(models.BPE())
+    # The libraries' classes fill these properties although their types do not say so.
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyrefly: ignore
+    model.decoder = decoders.ByteLevel()  # pyrefly: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+
+    def documents() -> Iterator[str]:
+        for source in texts:
+            for text in read_documents(source, seed=seed):
+                if not is_heldout(text.encode(), data.heldout_fraction):
+                    yield text
+
+    model.train_from_iterator(documents(), trainer)
+    _write(Path(path).expanduser(), model.to_str(pretty=True))
+    return load_tokenizer(str(path))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, text)
+    except OSError as error:
+        raise StackError(f"{path}: cannot be written: {error.strerror}; give another path") from error
+
+
+def _document_marks(model: "tokenizers.Tokenizer", path: Path) -> tuple[int, int]:
+    """Ids of begin and end of document."""
+    special = {token.content: i for i, token in model.get_added_tokens_decoder().items() if token.special}
+    named = _named_marks(path.with_name("tokenizer_config.json"))
+    ids = {}
+    for mark, usual in (("bos_token", _BOS_NAMES), ("eos_token", _EOS_NAMES)):
+        names = (named[mark],) if mark in named else usual
+        ids[mark] = next((special[name] for name in names if name in special), None)
+    if ids["eos_token"] is None:
+        present = ", ".join(special) or "none"
+        raise StackError(
+            f"data.tokenizer: {path} has no known end-of-document token (special tokens: {present});"
+            " put a tokenizer_config.json with eos_token beside it"
+        )
+    bos = ids["bos_token"]
+    return ids["eos_token"] if bos is None else bos, ids["eos_token"]
+
+
+def _named_marks(path: Path) -> dict[str, str]:
+    """bos_token and eos_token of a tokenizer_config.json, where it gives them."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise StackError(f"data.tokenizer: {path} is not JSON: {error}") from error
+    marks = {mark: settings.get(mark) for mark in ("bos_token", "eos_token")}
+    contents = {mark: token["content"] if isinstance(token, dict) else token for mark, token in marks.items()}
+    return {mark: content for mark, content in contents.items() if content}

@@ -1,0 +1,1 @@
+"""One folder per operation: its reference, its implementations, and how one is chosen."""

@@ -1,0 +1,99 @@
+"""Multi-head self-attention with grouped keys and values (arXiv 1706.03762, 2305.13245)."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from stack.config import ModelConfig
+from stack.kernels.attention import Mask, attend
+from stack.layers.dropout import ATTENTION, dropout
+from stack.layers.linear import Linear
+from stack.layers.mlp import residual_std
+from stack.layers.norm import Norm
+from stack.layers.rotary import frequencies, rotate
+from stack.parallel.rules import Layout
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer for tokens seen, [batch, slots, kv_heads, head_dim] each."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Attention(nnx.Module):
+    """Queries, keys and values from x, attention within documents, and the way back."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Weights normal with deviation `init_std`; `out` writes to the residual stream."""
+        embed, width = (("embed", config.embed_dim),), ("head_dim", config.head_width)
+        heads, kv_heads = (("heads", config.num_heads), width), (("kv_heads", config.kv_heads), width)
+        linear = partial(Linear, std=config.init_std, bias=config.qkv_bias, rngs=rngs)
+        self.config = config
+        self.query = linear(embed, heads)
+        self.key = linear(embed, kv_heads)
+        self.value = linear(embed, kv_heads)
+        self.out = Linear(heads, embed, std=residual_std(config), bias=config.out_bias, rngs=rngs)
+        self.query_norm = Norm("rmsnorm", width, config.norm_epsilon) if config.qk_norm else None
+        self.key_norm = Norm("rmsnorm", width, config.norm_epsilon) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: Mask,
+        layout: Layout,
+        *,
+        kernel: str,
+        keys: jax.Array | None = None,
+        cache: Cache | None = None,
+        slot: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        """[batch, length, embed] -> [batch, residual_length, embed], and the cache with x written at `slot`.
+
+        Args:
+          x: normalised residual stream.
+          mask: who sees whom, and the positions of queries.
+          layout: how things lie on the mesh.
+          kernel: `xla` or `cudnn`, as `stack.kernels.attention.choose` said.
+          keys: [batch] dropout keys of this layer, or None.
+          cache: tokens seen before, or None.
+          slot: where in the cache x goes.
+        """
+        config = self.config
+        q_spec = layout.spec("batch", "length", "heads", "head_dim")
+        kv_spec = layout.spec("batch", "length", "kv_heads", "head_dim")
+        query, key, value = self.query(x, q_spec), self.key(x, kv_spec), self.value(x, kv_spec)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if config.position == "rotary":
+            radians = frequencies(config.rope, config.head_width)
+            query = rotate(query, mask.query_positions, radians)
+            key = rotate(key, mask.query_positions, radians)
+        query, key, value = (checkpoint_name(projected, "qkv_proj") for projected in (query, key, value))
+        if cache is not None:
+            update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+            cache = Cache(update(cache.key, key), update(cache.value, value))
+            key, value = cache
+        y = attend(
+            query,
+            key,
+            value,
+            mask,
+            layout,
+            kernel=kernel,
+            window=config.sliding_window,
+            softcap=config.attention_softcap,
+            drop=partial(
+                dropout,
+                rate=config.attention_dropout,
+                keys=keys,
+                place=ATTENTION,
+                layout=layout,
+                names=("batch", "kv_heads", None, None, None),
+            ),
+        )
+        y = self.out(y, layout.spec("batch", "length", "embed"))
+        return layout.shard(y, "batch", "residual_length", "embed"), cache

@@ -1,0 +1,35 @@
+"""Affine maps between named axes."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+Axes = tuple[tuple[str, int], ...]
+"""Names and sizes, e.g. (("heads", 12), ("head_dim", 64))."""
+
+
+class Linear(nnx.Module):
+    """y[..., outputs] = sum over inputs of x[..., inputs] kernel[inputs, outputs] + bias[outputs]."""
+
+    def __init__(self, inputs: Axes, outputs: Axes, *, bias: bool, std: float, rngs: nnx.Rngs):
+        """Kernel normal with deviation `std`, bias zero, both float32."""
+        names = tuple(name for name, _ in inputs + outputs)
+        shape = tuple(size for _, size in inputs + outputs)
+        split = len(inputs)
+        self.contracted = split
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=names)
+        self.bias = nnx.Param(jnp.zeros(shape[split:], jnp.float32), axes=names[split:]) if bias else None
+
+    def __call__(self, x: jax.Array, out_sharding: P | None) -> jax.Array:
+        """`x` ends in the input axes; the result ends in the output axes and has the dtype of `x`."""
+        kernel = self.kernel[...].astype(x.dtype)
+        lhs = tuple(range(x.ndim - self.contracted, x.ndim))
+        rhs = tuple(range(self.contracted))
+        y = jax.lax.dot_general(x, kernel, ((lhs, rhs), ((), ())), out_sharding=out_sharding)
+        return y if self.bias is None else add_bias(y, self.bias[...])
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y + bias, in the dtype of y; added in float32, so that the bias's gradient is summed in float32."""
+    return (y.astype(jnp.float32) + bias).astype(y.dtype)

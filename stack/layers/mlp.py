@@ -1,0 +1,49 @@
+"""The position-wise MLP, plain or gated (arXiv 2002.05202)."""
+
+import math
+from functools import partial
+
+import jax
+from flax import nnx
+
+from stack.config import ModelConfig
+from stack.layers.linear import Linear
+from stack.parallel.rules import Layout
+
+ACTIVATIONS = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "swiglu": jax.nn.silu,
+    "geglu": partial(jax.nn.gelu, approximate=True),
+}
+
+
+class Mlp(nnx.Module):
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Weights normal with deviation `init_std`; `down` writes to the residual stream."""
+        embed, mlp = (("embed", config.embed_dim),), (("mlp", config.mlp_width),)
+        linear = partial(Linear, bias=config.mlp_bias, rngs=rngs)
+        self.kind = config.mlp
+        self.gate = linear(embed, mlp, std=config.init_std) if config.gated else None
+        self.up = linear(embed, mlp, std=config.init_std)
+        self.down = linear(mlp, embed, std=residual_std(config))
+
+    def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
+        """[batch, length, embed] -> [batch, residual_length, embed]."""
+        inside = layout.spec("batch", "length", "mlp")
+        y = self.up(x, inside)
+        if self.gate is None:
+            y = ACTIVATIONS[self.kind](y)
+        else:
+            y = ACTIVATIONS[self.kind](self.gate(x, inside)) * y
+        y = self.down(y, layout.spec("batch", "length", "embed"))
+        return layout.shard(y, "batch", "residual_length", "embed")
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Deviation of the projections that write to the residual stream (GPT-2, section 2.3)."""
+    return (
+        config.init_std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else config.init_std
+    )

@@ -1,0 +1,149 @@
+"""The decoder: GPT-2 and Turing-NLG, Llama and Qwen, by config."""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stack.config import ModelConfig
+from stack.kernels.attention import Mask
+from stack.layers.attention import Attention, Cache
+from stack.layers.dropout import ATTENTION_OUT, EMBEDDING, MLP_OUT, dropout, layer_keys
+from stack.layers.embedding import Embedding
+from stack.layers.mlp import Mlp
+from stack.layers.norm import Norm
+from stack.parallel.rules import ONE_DEVICE, Layout
+from stack.parallel.zero import gather_at_use
+
+RESIDUAL = ("batch", "residual_length", "embed")
+Remat = Literal["none", "full", "dots", "save_qkv_proj"]
+
+SAVED = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "save_qkv_proj": jax.checkpoint_policies.save_only_these_names("qkv_proj"),
+}
+"""What the backward pass finds saved, by the name of the remat policy."""
+
+
+class Context(NamedTuple):
+    """What every layer is told besides its input."""
+
+    mask: Mask
+    kernel: str
+    layout: Layout
+    slot: jax.Array | int = 0
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """One layer."""
+        embed = ("embed", config.embed_dim)
+        self.config = config
+        self.attention_norm = Norm(config.norm, embed, config.norm_epsilon)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = Norm(config.norm, embed, config.norm_epsilon)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, context: Context, *, keys: jax.Array | None = None, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """[batch, residual_length, embed] -> the same, and the cache with this layer's keys and values."""
+        layout = context.layout
+        drop = partial(dropout, rate=self.config.residual_dropout, keys=keys, layout=layout, names=RESIDUAL)
+        whole = layout.shard(self.attention_norm(x), "batch", "length", "embed")
+        y, cache = self.attention(
+            whole, context.mask, layout, kernel=context.kernel, keys=keys, cache=cache, slot=context.slot
+        )
+        x = x + drop(y, place=ATTENTION_OUT)
+        whole = layout.shard(self.mlp_norm(x), "batch", "length", "embed")
+        return x + drop(self.mlp(whole, layout), place=MLP_OUT), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, a stack of blocks, a final norm; the head is applied by `logits` or by the loss."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Float32 parameters; under `nnx.eval_shape` nothing is allocated."""
+        self.config = config
+        words = partial(
+            Embedding, ("vocab", config.padded_vocab_size), config.embed_dim, used=config.vocab_size
+        )
+        self.embed = words(std=config.init_std, rngs=rngs)
+        self.position = _positions(config, rngs) if config.position == "learned" else None
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        self.layers = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
+        self.final_norm = Norm(config.norm, ("embed", config.embed_dim), config.norm_epsilon)
+        self.head = None if config.tied_embeddings else words(std=config.init_std, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        mask: Mask,
+        *,
+        layout: Layout = ONE_DEVICE,
+        kernel: str = "xla",
+        keys: jax.Array | None = None,
+        remat: Remat = "none",
+        cache: Cache | None = None,
+        slot: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states after the final norm.
+
+        Args:
+          tokens: [batch, length] int32.
+          mask: who sees whom, and the positions of the tokens.
+          layout: how things lie on the mesh.
+          kernel: of attention, `xla` or `cudnn`.
+          keys: [batch] dropout keys in training, else None.
+          remat: what the backward pass computes again.
+          cache: of all layers, [layers, batch, slots, kv_heads, head_dim] each, or None.
+          slot: where in the cache the tokens go.
+
+        Returns:
+          [batch, length, embed] in the compute dtype, and the cache with the tokens in it.
+        """
+        context = Context(mask, kernel, layout, slot)
+        x = self._embed(tokens, mask.query_positions, layout)
+        if keys is not None:
+            x = dropout(
+                x,
+                rate=self.config.embedding_dropout,
+                keys=layer_keys(keys, self.config.num_layers),
+                place=EMBEDDING,
+                layout=layout,
+                names=RESIDUAL,
+            )
+
+        def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, Cache | None]:
+            block, number, cache = inputs
+            block = gather_at_use(block, layout)
+            return block(x, context, keys=None if keys is None else layer_keys(keys, number), cache=cache)
+
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=SAVED[remat], prevent_cse=False)
+        stack = (self.layers, jnp.arange(self.config.num_layers), cache)
+        x, cache = jax.lax.scan(layer, x, stack, unroll=self.config.scan_unroll)
+        x = gather_at_use(self.final_norm, layout)(x)
+        return layout.shard(x, "batch", "length", "embed"), cache
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array, layout: Layout) -> jax.Array:
+        dtype = jnp.dtype(self.config.dtype)
+        x = gather_at_use(self.embed, layout)(tokens, layout, dtype)
+        if self.position is None:
+            return x
+        return x + gather_at_use(self.position, layout)(positions, layout, dtype)
+
+    def output_table(self, layout: Layout = ONE_DEVICE) -> jax.Array:
+        """[vocab, embed]: the rows that hidden states are compared with, in the compute dtype."""
+        table = self.embed if self.head is None else self.head
+        return gather_at_use(table, layout).table[...].astype(self.config.dtype)
+
+
+def _positions(config: ModelConfig, rngs: nnx.Rngs) -> Embedding:
+    rows = ("length", config.max_length)
+    return Embedding(rows, config.embed_dim, std=config.position_init_std, used=config.max_length, rngs=rngs)

@@ -1,0 +1,1 @@
+"""Objectives: from hidden states and labels to a loss."""

@@ -1,0 +1,1 @@
+"""Meshes, the table of axes, and when weights are gathered."""

@@ -1,0 +1,122 @@
+"""THE table: which mesh axes each logical axis is split over.
+
+Layers and models name axes ("batch", "heads", ...); only this file knows what becomes of a name.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stack.config import MeshConfig
+
+BATCH_AXES = ("data", "fsdp")
+
+TABLE: dict[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "length": (),
+    "residual_length": (),  # ("tensor",) under sequence parallelism
+    "embed": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+}
+"""Logical axis -> mesh axes. Parameters are split over `fsdp` besides: see `parameter_spec`."""
+
+MATRICES = ("kernel", "table")
+"""Names of parameters used in matmuls and lookups. All others (`scale`, `bias`) are used elementwise:
+they stay float32, whole over `fsdp`, and never decay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How arrays lie on a mesh; without one, every question has a trivial answer."""
+
+    mesh: Mesh | None = None
+    zero: int = 0
+    sequence_parallel: bool = False
+    dtype: Any = None
+    """What matrices are cast to when they are gathered; None: as they are."""
+    reduce_dtype: Any = "float32"
+    """What gradients are summed in."""
+    split_batch: bool = True
+    """False: the batch is whole everywhere (generation, where rows are few)."""
+
+    @staticmethod
+    def of(mesh: Mesh, config: MeshConfig, **changes: Any) -> "Layout":
+        """The layout a config asks for on a mesh."""
+        return Layout(mesh=mesh, zero=config.zero, sequence_parallel=config.sequence_parallel, **changes)
+
+    def size(self, axis: str) -> int:
+        """Devices along one mesh axis."""
+        return self.mesh.shape[axis] if self.mesh is not None else 1
+
+    def mesh_axes(self, name: str) -> tuple[str, ...]:
+        """The mesh axes, of more than one device, that a logical axis is split over."""
+        axes = TABLE[name]
+        if name == "residual_length" and self.sequence_parallel:
+            axes = ("tensor",)
+        if name == "batch" and not self.split_batch:
+            axes = ()
+        return tuple(axis for axis in axes if self.size(axis) > 1)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether there is nothing to split over."""
+        return self.mesh is None or self.mesh.size == 1
+
+    @property
+    def replicas(self) -> frozenset[str]:
+        """The mesh axes that hold different examples, over which gradients are summed."""
+        return frozenset(self.mesh_axes("batch"))
+
+    def spec(self, *names: str | None) -> P | None:
+        """Partition of an activation with these logical axes; None where there is nothing to split."""
+        if self.trivial:
+            return None
+        return P(*(_entry(self.mesh_axes(name)) if name else None for name in names))
+
+    def shard(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """`x`, laid out as its logical axes say."""
+        spec = self.spec(*names)
+        return x if spec is None else jax.reshard(x, spec)
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """The same as a sharding, for arrays made outside jit."""
+        assert self.mesh is not None, "a layout without a mesh has no shardings"
+        return NamedSharding(self.mesh, self.spec(*names) or P())
+
+    def whole_spec(self, names: tuple[str, ...]) -> P:
+        """Partition of a parameter once gathered over `fsdp`: what `tensor` alone makes of it."""
+        return P(*(_entry(self.mesh_axes(name)) for name in names))
+
+    def parameter_spec(self, names: tuple[str, ...], shape: tuple[int, ...], *, matrix: bool) -> P:
+        """Partition of a parameter at rest.
+
+        `tensor` by the table; `fsdp`, from ZeRO stage 1, splits the first dimension it divides among
+        those that no other axis splits. The stack of layers is never split: the scan walks along it.
+        """
+        entries = list(self.whole_spec(names))
+        ways = self.size("fsdp")
+        if matrix and self.zero > 0 and ways > 1:
+            for i, (name, size) in enumerate(zip(names, shape, strict=True)):
+                if name != "layers" and entries[i] is None and size % ways == 0:
+                    entries[i] = "fsdp"
+                    break
+        return P(*entries)
+
+
+ONE_DEVICE = Layout()
+"""No mesh: nothing is split, nothing is gathered."""
+
+
+def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """Axes as PartitionSpec normalises them, so that equal layouts compare equal."""
+    if not axes:
+        return None
+    return axes[0] if len(axes) == 1 else axes

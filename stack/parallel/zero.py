@@ -1,0 +1,168 @@
+"""ZeRO (arXiv 1910.02054) as a question of when weights are gathered.
+
+Parameters lie split over `fsdp` in float32. `gather` makes one weight whole in the compute dtype, and
+its transpose, `scatter`, sums the gradients of all replicas straight into the shards: a
+reduce-scatter over `fsdp`, then an all-reduce of shards over `data`, both in float32.
+
+The types do the work. A gathered weight is `reduced` over the replicas, so the cotangent of every
+matmul it enters is `unreduced`: a partial sum that has not been communicated. Without them the
+compiled GPU step all-reduces whole weights, with no warning.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from stack.parallel.rules import MATRICES, Layout
+
+
+def gather_weight(weight: jax.Array, layout: Layout, names: tuple[str, ...], *, matrix: bool) -> jax.Array:
+    """One parameter, whole over `fsdp`, ready for use; differentiable.
+
+    Matrices come in the compute dtype and `reduced`; what is used elementwise cannot be `reduced`,
+    is small, never split, and stays float32.
+    """
+    if not matrix:
+        return weight
+    dtype = layout.dtype or weight.dtype
+    if layout.trivial:
+        return weight.astype(dtype)
+    split = layout.parameter_spec(names, weight.shape, matrix=True)
+
+    @jax.custom_vjp
+    def gather(weight: jax.Array) -> jax.Array:
+        return _forward(weight, layout, split, layout.whole_spec(names), dtype)
+
+    gather.defvjp(
+        lambda weight: (gather(weight), None),
+        lambda _, cotangent: (scatter_gradient(cotangent, layout, names).astype(weight.dtype),),
+    )
+    return gather(weight)
+
+
+def _forward(weight: jax.Array, layout: Layout, split: P, whole: P, dtype: jnp.dtype) -> jax.Array:
+    # Two steps: gathered in one, the transpose is an all-reduce of the whole weight when data > 1.
+    weight = jax.reshard(weight.astype(dtype), P(*split, reduced=_others(layout, split)))
+    return jax.reshard(weight, P(*whole, reduced=layout.replicas))
+
+
+def _others(layout: Layout, split: P) -> frozenset[str]:
+    """The replicas that hold the same shard of a parameter."""
+    return layout.replicas - {"fsdp"} if "fsdp" in split else layout.replicas
+
+
+def scatter_gradient(cotangent: jax.Array, layout: Layout, names: tuple[str, ...]) -> jax.Array:
+    """The sum over replicas of an unreduced cotangent of a gathered matrix, split as the parameter is."""
+    cotangent = cotangent.astype(layout.reduce_dtype)
+    if layout.trivial:
+        return cotangent.astype(jnp.float32)
+    split = layout.parameter_spec(names, cotangent.shape, matrix=True)
+    cotangent = jax.reshard(cotangent, P(*split, unreduced=_others(layout, split)))
+    return jax.reshard(cotangent, split).astype(jnp.float32)
+
+
+def gather_module(module: nnx.Module, layout: Layout) -> nnx.Module:
+    """A module (or its state) whose parameters are gathered for use."""
+
+    def gather(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        names = axis_names(variable)
+        matrix = parameter_name(path) in MATRICES
+        return variable.replace(gather_weight(variable[...], layout, names, matrix=matrix))
+
+    return jax.tree_util.tree_map_with_path(gather, module, is_leaf=is_variable)
+
+
+def gather_at_use(module: nnx.Module, layout: Layout) -> nnx.Module:
+    """What a model applies to the weights of one layer, or of one end, just before their use.
+
+    Stage 3 gathers here, layer by layer; below it the step has gathered everything already.
+    """
+    return gather_module(module, layout) if layout.zero == 3 else module
+
+
+def is_variable(node: object) -> bool:
+    """Whether a node of a module's tree is one of its parameters."""
+    return isinstance(node, nnx.Variable)
+
+
+def parameter_name(path: tuple) -> str:
+    """The last name on the way to a parameter: `kernel`, `table`, `scale` or `bias`."""
+    key = path[-1]
+    return str(getattr(key, "name", getattr(key, "key", key)))
+
+
+def axis_names(variable: nnx.Variable) -> tuple[str, ...]:
+    """A parameter's logical axes, with `layers` in front where a stack of layers is held."""
+    names = tuple(variable.axes)
+    return ("layers", *names) if len(variable.shape) == len(names) + 1 else names
+
+
+def gradients(
+    loss: Callable[[nnx.Module, Any], tuple[jax.Array, Any]],
+    model: nnx.Module,
+    batch: Any,
+    layout: Layout,
+    *,
+    accumulation: int,
+) -> tuple[nnx.Module, Any]:
+    """The gradient of a loss summed over micro-batches, split as the parameters are.
+
+    Stage 0 and 1 gather once, sum partial gradients over the micro-batches and scatter once; stage 2
+    scatters every micro-batch; stage 3 leaves both to the model, layer by layer.
+
+    Args:
+      loss: (weights, micro-batch) -> (scalar, any sums); must already be divided by what the whole
+        batch is divided by, so that micro-batches of unequal tokens add up.
+      model: the parameters, float32, split.
+      batch: arrays [batch, ...].
+      layout: how things lie on the mesh.
+      accumulation: number of micro-batches; divides the batch on every device.
+
+    Returns:
+      The gradient in float32, and the sums of all micro-batches.
+    """
+    weights = model if layout.zero == 3 else gather_module(model, layout)
+
+    def one(micro: Any) -> tuple[nnx.Module, Any]:
+        (_, sums), cotangent = jax.value_and_grad(loss, has_aux=True)(weights, micro)
+        if layout.zero == 2:
+            return scatter_module(cotangent, layout), sums
+        return jax.tree.map(lambda leaf: leaf.astype(layout.reduce_dtype), cotangent), sums
+
+    if accumulation == 1:
+        total = one(batch)
+    else:
+        micros = jax.tree.map(partial(_micro_batches, number=accumulation), batch)
+        first = jax.tree.map(lambda leaf: leaf[0], micros)
+        total = jax.tree.map(_zeros, jax.eval_shape(one, first))
+        total, _ = jax.lax.scan(
+            lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), total, micros
+        )
+    gradient, sums = total
+    return (scatter_module(gradient, layout) if layout.zero < 2 else gradient), sums
+
+
+def scatter_module(cotangent: nnx.Module, layout: Layout) -> nnx.Module:
+    """Partial gradients of a gathered module, summed over replicas and split as the parameters are."""
+
+    def scatter(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        if parameter_name(path) not in MATRICES:
+            return variable.replace(variable[...].astype(jnp.float32))
+        return variable.replace(scatter_gradient(variable[...], layout, axis_names(variable)))
+
+    return jax.tree_util.tree_map_with_path(scatter, cotangent, is_leaf=is_variable)
+
+
+def _micro_batches(x: jax.Array, *, number: int) -> jax.Array:
+    """[batch, ...] -> [number, batch / number, ...]; every device keeps its own rows."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // number, number, *x.shape[1:]), 1, 0)
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    sharding = like.sharding
+    return jnp.zeros(like.shape, like.dtype, out_sharding=sharding.spec if sharding else None)

@@ -1,0 +1,105 @@
+"""Optax optimizers whose per-parameter rules act per layer, although layers are stacked."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stack.config import OptimizerConfig, ScheduleConfig
+from stack.parallel.rules import MATRICES
+
+Axes = Any
+"""A tree like the parameters with the logical axes of each."""
+
+
+def build(config: OptimizerConfig, *, steps: int, axes: Axes) -> optax.GradientTransformation:
+    """Clipping, the optimizer's rule, weight decay of matrices, the learning rate: in that order.
+
+    Args:
+      config: the options.
+      steps: of the whole run, which the schedule may end with.
+      axes: the logical axes of every parameter.
+    """
+    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    parts.append(_rule(config, axes))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decays(config, axes)))
+    parts.append(optax.scale_by_learning_rate(schedule(config, steps=steps)))
+    return optax.chain(*parts)
+
+
+def schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
+    """Step (from 0) -> learning rate."""
+    shape, peak = config.schedule, config.learning_rate
+    rise = optax.linear_schedule(0.0, peak, max(1, shape.warmup_steps))
+    parts, boundaries = [rise, _after_warmup(shape, peak, steps)], [shape.warmup_steps]
+    joined = optax.join_schedules(parts, boundaries)
+    # The first update counts as one step of the rise: a step at rate 0 would be wasted.
+    return (lambda step: joined(step + 1)) if shape.warmup_steps else parts[1]
+
+
+def _after_warmup(shape: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
+    length = shape.decay_steps or max(1, steps - shape.warmup_steps)
+    end = peak * shape.final_fraction
+    match shape.kind:
+        case "constant":
+            return optax.constant_schedule(peak)
+        case "linear":
+            return optax.linear_schedule(peak, end, length)
+        case "cosine":
+            return optax.cosine_decay_schedule(peak, length, shape.final_fraction)
+        case "wsd":
+            fall = max(1, round(length * shape.decay_fraction))
+            return optax.linear_schedule(peak, end, fall, transition_begin=length - fall)
+
+
+def _rule(config: OptimizerConfig, axes: Axes) -> optax.GradientTransformation:
+    match config.kind:
+        case "adamw":
+            return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+        case "sgd":
+            return optax.trace(config.beta1)
+        case "lion":
+            return optax.scale_by_lion(config.beta1, config.beta2)
+        case "adafactor":
+            # The rule without its own clock: factored second moments, an update of at most root mean
+            # square 1, scaled by the parameter's own.
+            rule = optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.scale_by_param_block_rms(),
+            )
+            return per_layer(rule, axes)
+
+
+def per_layer(rule: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
+    """`rule`, applied to each layer of a stack as if it were a parameter of its own."""
+
+    def label(names: tuple[str, ...]) -> str:
+        return "stacked" if names[0] == "layers" else "single"
+
+    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        return jax.vmap(rule.update)(updates, state, params)
+
+    stacked = optax.GradientTransformation(jax.vmap(rule.init), update)
+    labels = jax.tree.map(label, axes, is_leaf=is_names)
+    return optax.partition({"stacked": stacked, "single": rule}, labels)
+
+
+def is_names(node: Any) -> bool:
+    """Whether a node of a tree of axes is one parameter's axes."""
+    return isinstance(node, tuple)
+
+
+def _decays(config: OptimizerConfig, axes: Axes) -> Any:
+    def decays(path: tuple, _: tuple) -> bool:
+        name = path[-1].key
+        return name in MATRICES and (name != "table" or config.decay_embeddings)
+
+    return jax.tree_util.tree_map_with_path(decays, axes, is_leaf=is_names)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Root of the sum of squares over all leaves, float32 scalar."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))

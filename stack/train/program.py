@@ -1,0 +1,95 @@
+"""Everything static about a run's computation: what the trainer turns and the planner compiles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from stack.config import Config
+from stack.kernels.attention import Choice, choose
+from stack.models.decoder import Decoder
+from stack.parallel import mesh as meshes
+from stack.parallel.rules import MATRICES, Layout
+from stack.parallel.zero import axis_names, is_variable
+from stack.train import optimizer as optimizers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A config on a mesh: the model's definition, how it lies, its kernels and its optimizer."""
+
+    config: Config
+    layout: Layout
+    attention: Choice
+    model: Decoder
+    """Abstract: shapes, dtypes and axes, no arrays."""
+    optimizer: optax.GradientTransformation
+
+    @cached_property
+    def axes(self) -> dict:
+        """A tree like the parameters with the logical axes of each."""
+        names = jax.tree.map(lambda v: v.replace(axis_names(v)), self.model, is_leaf=is_variable)
+        return nnx.to_pure_dict(nnx.state(names))
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """A tree like the parameters with the shape, dtype and sharding of each."""
+
+        def abstract(path: tuple, names: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            spec = self.layout.parameter_spec(names, leaf.shape, matrix=path[-1].key in MATRICES)
+            return jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=jax.NamedSharding(self.layout.mesh, spec)
+            )
+
+        shapes = nnx.to_pure_dict(nnx.state(self.model))
+        return jax.tree_util.tree_map_with_path(abstract, self.axes, shapes, is_leaf=optimizers.is_names)
+
+    @cached_property
+    def graph(self) -> nnx.GraphDef:
+        """The model without its parameters."""
+        return nnx.graphdef(self.model)
+
+    def merge(self, params: dict) -> Decoder:
+        """The model with these parameters."""
+        return nnx.merge(self.graph, params)
+
+    def num_parameters(self) -> int:
+        """Parameters, the padding of the vocabulary left out."""
+        model = self.config.model
+        tables = 1 if model.tied_embeddings else 2
+        padding = tables * (model.padded_vocab_size - model.vocab_size) * model.embed_dim
+        return sum(leaf.size for leaf in jax.tree.leaves(self.model)) - padding
+
+
+def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Program:
+    """The program of a config on these devices, by default all of them; nothing is allocated.
+
+    Raises:
+      ConfigError: the config does not fit the devices, or a kernel that was asked for cannot run.
+    """
+    mesh = meshes.build(config.mesh, devices)
+    train = config.train
+    meshes.check_divides(config.model, dict(mesh.shape), train.batch_size, train.accumulation)
+    layout = Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype)
+    device = mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", None)
+    model = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(config.seed)))
+    program = Program(
+        config=config,
+        layout=layout,
+        attention=choose(
+            config.model,
+            platform="gpu" if device.platform == "cuda" else device.platform,
+            compute_capability=float(capability) if capability else None,
+        ),
+        model=model,
+        optimizer=optax.identity(),
+    )
+    optimizer = optimizers.build(config.optimizer, steps=train.steps, axes=program.axes)
+    return Program(
+        config=config, layout=layout, attention=program.attention, model=model, optimizer=optimizer
+    )

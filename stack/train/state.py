@@ -1,0 +1,80 @@
+"""The train state: parameters, optimizer state and step, a plain tree of arrays.
+
+Nothing is ever whole on one host: abstract shapes first, then shardings, then `jit(init)` straight
+into place.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stack.models.decoder import Decoder
+from stack.train.program import Program
+
+State = dict[str, Any]
+"""{"params": ..., "opt_state": ..., "step": int32 scalar}."""
+
+
+def init(program: Program) -> State:
+    """The state at step 0, every shard made on its own device; the same bits on every layout."""
+    mesh = program.layout.mesh
+    with jax.set_mesh(mesh):
+        params = init_params(program)
+        opt_state = jax.jit(program.optimizer.init)(params)
+        return {
+            "params": params,
+            "opt_state": jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), opt_state),
+            "step": jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())),
+        }
+
+
+def init_params(program: Program) -> dict:
+    """Parameters from the seed.
+
+    The one place under automatic sharding: with explicit axes each random array would be typed whole
+    before it is split, here the compiler makes only the shard that is asked for.
+    """
+    config, mesh = program.config, program.layout.mesh
+    auto = Mesh(mesh.devices, mesh.axis_names)
+    shardings = jax.tree.map(lambda leaf: NamedSharding(auto, leaf.sharding.spec), program.parameters)
+
+    def init() -> dict:
+        return nnx.to_pure_dict(nnx.state(Decoder(config.model, rngs=nnx.Rngs(config.seed))))
+
+    with jax.set_mesh(auto):
+        params = jax.jit(init, out_shardings=shardings)()
+    return jax.tree.map(_retype, params, program.parameters)
+
+
+def abstract(program: Program) -> State:
+    """Shapes, dtypes and shardings of the state, for restoring and for compiling."""
+    mesh = program.layout.mesh
+    with jax.set_mesh(mesh):
+        opt_state = jax.eval_shape(program.optimizer.init, program.parameters)
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if leaf.sharding is not None else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return {
+        "params": program.parameters,
+        "opt_state": jax.tree.map(place, opt_state),
+        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P())),
+    }
+
+
+def _retype(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """The same shards on the same devices, under a mesh of explicit axes."""
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, like.sharding, shards)
+
+
+def _on_mesh(array: jax.Array, mesh: Mesh) -> jax.Array:
+    """Scalars made without a mesh, on all of it."""
+    if isinstance(array.sharding, NamedSharding):
+        return array
+    return jax.device_put(array, NamedSharding(mesh, P()))

@@ -1,0 +1,105 @@
+"""The config tree itself: small, documented, frozen, strict."""
+
+import pydantic
+import pytest
+
+from stack.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, SourceConfig, TrainConfig
+from stack.config.explain import annotation_at, field_names
+
+FIELDS = list(field_names(Config))
+
+
+def test_the_tree_has_at_most_120_fields():
+    assert 90 < len(FIELDS) <= 120
+
+
+def test_every_field_is_documented():
+    for path in FIELDS:
+        field = annotation_at(Config, path[:-1]).model_fields[path[-1]]
+        section = isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel)
+        text = field.annotation.__doc__ if section else field.description
+        assert text and text.rstrip().endswith("."), f"{path} has no docstring"
+
+
+def test_every_field_has_a_default():
+    for path in FIELDS:
+        assert not annotation_at(Config, path[:-1]).model_fields[path[-1]].is_required(), path
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        Config().model.num_layers = 4  # pyrefly: ignore[read-only]
+
+
+def test_a_config_takes_keywords_only():
+    with pytest.raises(TypeError):
+        Config("name")  # pyrefly: ignore[bad-argument-count]
+
+
+def test_a_list_stands_for_a_tuple():
+    sources = [SourceConfig(kind="synthetic"), {"kind": "python"}]
+    config = DataConfig(sources=sources)  # pyrefly: ignore[bad-argument-type]
+    assert [source.kind for source in config.sources] == ["synthetic", "python"]
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "told"),
+    [
+        (SourceConfig, {"kind": "text"}, "a source of kind text needs a path"),
+        (SourceConfig, {"path": "a"}, "a source of kind python has no path; remove path"),
+        (DataConfig, {"sources": [{"weight": 0.0}]}, "every source has weight 0"),
+        (MeshConfig, {"data": -1, "fsdp": -1}, "only one mesh axis may be -1, not data and fsdp"),
+        (MeshConfig, {"tensor": 0}, "tensor=0: a mesh axis has at least 1 device"),
+        (MeshConfig, {"stage": 2}, "stage=2: this axis is not built yet; set stage=1"),
+        (MeshConfig, {"context": 2}, "context=2: this axis is not built yet; set context=1"),
+        (MeshConfig, {"expert": 2}, "expert=2: this axis is not built yet; set expert=1"),
+        (
+            MeshConfig,
+            {"sequence_parallel": True},
+            "sequence_parallel=true splits over tensor=1; set tensor > 1",
+        ),
+        (ModelConfig, {"embed_dim": 100}, "embed_dim=100 is not a multiple of num_heads=12; set head_dim"),
+        (ModelConfig, {"num_kv_heads": 5}, "num_heads=12 is not a multiple of num_kv_heads=5"),
+        (
+            ModelConfig,
+            {"position": "rotary", "head_dim": 3},
+            "rotary positions need an even head width, not 3",
+        ),
+        (
+            ModelConfig,
+            {"rope": {"theta": 5e5}},
+            "rope is not read with position=learned; set position=rotary",
+        ),
+        (
+            ModelConfig,
+            {"rope": {"factor": 8.0}},
+            "rope: factor=8.0 is not read with scaling=none; set scaling",
+        ),
+        (
+            ModelConfig,
+            {"rope": {"scaling": "llama3", "low_frequency_factor": 4.0}},
+            "rope: low_frequency_factor=4.0 must be below high_frequency_factor=4.0",
+        ),
+        (ModelConfig, {"attention": "cudnn", "attention_dropout": 0.1}, "attention=cudnn has no dropout"),
+        (ModelConfig, {"attention": "cudnn", "attention_softcap": 50.0}, "attention=cudnn has no soft cap"),
+        (ModelConfig, {"attention": "cudnn", "dtype": "float32"}, "attention=cudnn computes in bfloat16"),
+        (TrainConfig, {"accumulation": 3}, "batch_size=8 is not a multiple of accumulation=3"),
+        (TrainConfig, {"profile_steps": [5, 5]}, "profile_steps=[5, 5]: the first must be below the second"),
+        (
+            Config,
+            {"data": {"sequence_length": 2048}},
+            "data.sequence_length=2048 exceeds model.max_length=1024",
+        ),
+        (Config, {"train": {"steps": 100}}, "warmup_steps=100 leaves nothing of train.steps=100"),
+        (
+            Config,
+            {"train": {"profile_steps": [1, 2000]}},
+            "train.profile_steps=[1, 2000] goes beyond train.steps=1000",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(section, fields, told):
+    with pytest.raises(ConfigError) as caught:
+        section(**fields)
+    assert str(caught.value).startswith(f"{section.__name__}: ")
+    assert told in str(caught.value)

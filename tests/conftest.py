@@ -1,0 +1,20 @@
+"""Eight virtual CPU devices and a persistent compile cache, set before anything imports jax."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Kept between runs, and shared with the processes that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--refresh` writes the files that tests compare with anew: config snapshots and the schema."""
+    parser.addoption("--refresh", action="store_true", help="write golden snapshots anew")

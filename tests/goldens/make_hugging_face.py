@@ -1,0 +1,170 @@
+"""Writes what Hugging Face transformers computes for small random models: tests/goldens/hugging_face_*.npz.
+
+Needs PyTorch and transformers, which the tests do not. In an environment of Python 3.11, whose PyTorch
+has a small build for CPUs (written with torch 2.13.0 and transformers 5.23.0):
+
+    pip install torch==2.13.0 transformers
+    python tests/goldens/make_hugging_face.py
+
+Each file holds `config` (config.json as text), `weight/NAME` and `gradient/NAME` for every parameter,
+`tokens` [2, 16], `lengths` [2] (the second row is padded on the right), `logits` [2, 16, vocab], `loss`
+(mean over the next tokens that exist), `prompts` [2, 9] with `prompt_lengths` (the first is padded on
+the left) and `generated` [2, 12], the greedy continuation through the key-value cache.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+LENGTH, PADDING = 16, 3
+PROMPT_LENGTHS, NEW_TOKENS = (5, 9), 12
+# Greedy choices closer than this could differ by rounding alone.
+SMALLEST_MARGIN = 1e-3
+
+COMMON = {"vocab_size": 61, "attn_implementation": "eager", "bos_token_id": None, "eos_token_id": None}
+LLAMA3_ROPE = {
+    # Head width 8 has wavelengths 6, 20, 63 and 199: one kept, one blended, two stretched.
+    "rope_theta": 100.0,
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS = {
+    "gpt2": transformers.GPT2Config(
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        **COMMON,
+    ),
+    "llama": transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        rope_parameters=LLAMA3_ROPE,
+        tie_word_embeddings=False,
+        **COMMON,
+    ),
+    "qwen2": transformers.Qwen2Config(
+        hidden_size=36,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        tie_word_embeddings=True,
+        **COMMON,
+    ),
+    "qwen3": transformers.Qwen3Config(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=12,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        tie_word_embeddings=True,
+        **COMMON,
+    ),
+}
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Weights large enough that attention and logits are far from uniform; no bias zero, no scale one."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(0, 0.2)
+            elif weight.ndim == 1:
+                weight.normal_(1, 0.2)
+            elif "wte" in name or "wpe" in name or "embed_tokens" in name:
+                weight.normal_(0, 0.2)
+            else:
+                weight.normal_(0, 2.0 * model.config.hidden_size**-0.5)
+
+
+def generate(model: transformers.PreTrainedModel, prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The greedy continuation, [2, NEW_TOKENS]; ValueError for one that would prove little."""
+    result = model.generate(
+        prompts,
+        attention_mask=mask,
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.stack(result.logits).topk(2).values
+    margin = (best[..., 0] - best[..., 1]).min().item()
+    generated = result.sequences[:, prompts.shape[1] :]
+    distinct = min(len(set(row.tolist())) for row in generated)
+    if margin < SMALLEST_MARGIN or distinct < NEW_TOKENS // 2:
+        raise ValueError(f"{distinct} distinct tokens, chosen by {margin:.1e}")
+    return generated
+
+
+def golden(config: transformers.PretrainedConfig, seed: int) -> dict[str, np.ndarray]:
+    """Everything one file holds."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    randomize(model)
+
+    tokens = torch.randint(1, config.vocab_size, (2, LENGTH))
+    mask = torch.ones_like(tokens)
+    mask[1, LENGTH - PADDING :] = 0
+    output = model(tokens, attention_mask=mask, labels=tokens.where(mask == 1, -100))
+    output.loss.backward()
+
+    prompts = torch.randint(1, config.vocab_size, (2, max(PROMPT_LENGTHS)))
+    lengths = torch.tensor(PROMPT_LENGTHS)
+    prompt_mask = (torch.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]).long()
+
+    arrays = {
+        "config": np.array(json.dumps(config.to_dict(), sort_keys=True)),
+        "tokens": tokens.numpy().astype(np.int32),
+        "lengths": mask.sum(1).numpy().astype(np.int32),
+        "logits": output.logits.detach().numpy(),
+        "loss": output.loss.detach().numpy(),
+        "prompts": prompts.numpy().astype(np.int32),
+        "prompt_lengths": lengths.numpy().astype(np.int32),
+        "generated": generate(model, prompts * prompt_mask, prompt_mask).numpy().astype(np.int32),
+    }
+    for name, weight in model.named_parameters():
+        arrays[f"weight/{name}"] = weight.detach().numpy()
+        arrays[f"gradient/{name}"] = weight.grad.numpy()
+    return arrays
+
+
+def main() -> None:
+    """Writes the four files, each from the first seed with a telling continuation."""
+    for family, config in CONFIGS.items():
+        path = Path(__file__).parent / f"hugging_face_{family}.npz"
+        for seed in itertools.count():
+            try:
+                arrays = golden(config, seed)
+            except ValueError as error:
+                print(f"{family}, seed {seed}: {error}")  # noqa: T201
+                continue
+            np.savez_compressed(path, **arrays)
+            print(f"{path.name}, seed {seed}: {path.stat().st_size / 1000:.0f} kB")  # noqa: T201
+            break
+
+
+if __name__ == "__main__":
+    main()

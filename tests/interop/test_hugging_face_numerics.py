@@ -1,0 +1,86 @@
+"""Logits, loss and gradients are those of Hugging Face transformers.
+
+Compared tensor by tensor as transformers keeps them: GPT-2's key bias alone has a gradient of exactly
+zero (softmax does not see it), so only rounding would be left to compare.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stack.interop.hugging_face import config_from_hf, params_from_hf, params_to_hf
+from stack.kernels.attention import Mask
+from stack.layers.head import logits
+from stack.models.decoder import Decoder
+from stack.objectives.causal import Head, cross_entropy
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def config(golden):
+    return config_from_hf(golden.config).model_copy(update={"dtype": "float32"})
+
+
+@pytest.fixture
+def params(golden, config):
+    return params_from_hf(golden.weights, config)
+
+
+def decoder(params, config):
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def hidden_states(model, tokens, lengths):
+    """The second row is padded on the right, as a segment of its own."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
+    return model(tokens, Mask(positions, positions, segments, segments))[0]
+
+
+def next_tokens(tokens, lengths):
+    labels = np.roll(tokens, -1, axis=1)
+    return np.where(np.arange(tokens.shape[1]) < lengths[:, None] - 1, labels, -1)
+
+
+def assert_close(ours, theirs, name):
+    worst = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+    assert worst <= TOLERANCE, f"{name} is off by {worst:.1e} of its largest value"
+
+
+def test_logits(golden, config, params):
+    tokens, lengths = golden.results["tokens"], golden.results["lengths"]
+
+    @jax.jit
+    def run(params):
+        model = decoder(params, config)
+        hidden = hidden_states(model, tokens, lengths)
+        return logits(hidden, model.output_table(), vocab_size=config.vocab_size)
+
+    ours = np.asarray(run(params))[..., : config.vocab_size]
+    real = np.arange(tokens.shape[1]) < lengths[:, None]
+    assert_close(ours[real], golden.results["logits"][real], "logits")
+
+
+def test_loss_and_gradients(golden, config, params):
+    tokens, lengths = golden.results["tokens"], golden.results["lengths"]
+    labels = next_tokens(tokens, lengths)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_and_gradients(params):
+        model = decoder(params, config)
+        hidden = hidden_states(model, tokens, lengths)
+        sums = cross_entropy(hidden, model.output_table(), labels, Head(config.vocab_size))
+        return sums.loss / (labels >= 0).sum()
+
+    loss, gradients = loss_and_gradients(params)
+    assert_close(loss, golden.results["loss"], "loss")
+    ours = params_to_hf(gradients, config)
+    assert ours.keys() == golden.gradients.keys()
+    for name, theirs in golden.gradients.items():
+        assert_close(ours[name], theirs, name)
