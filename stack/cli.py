@@ -167,9 +167,10 @@ def _train(arguments: argparse.Namespace) -> None:
 
     config = load(arguments.config, arguments.rest)  # what is wrong is told before anything heavy is loaded
 
+    from stack.train.progress import Progress
     from stack.train.trainer import Trainer
 
-    Trainer(config).fit()
+    Trainer(config, listeners=[Progress()]).fit()
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -69,11 +69,14 @@ def test_the_version_names_jax(capsys):
         (["zzz"], "'zzz' is not a command; it is one of train, eval, sample, config, data, doctor"),
         (["eval"], "the following arguments are required: RUN; see `stack eval --help`"),
         (["config"], "the following arguments are required: COMMAND; see `stack config --help`"),
-        (["train", "a.yaml", "--train.steps=3"], "unknown option --train.steps=3; an override is written train.steps=3; see `stack train --help`"),
+        (
+            ["train", "a.yaml", "--seed=3"],
+            "unknown option --seed=3; an override is written seed=3; see `stack train --help`",
+        ),
         (["sample", "run", "--lenght", "3"], "unknown option --lenght; see `stack sample --help`"),
         (["doctor", "now"], "'now' is one argument too many; see `stack doctor --help`"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_command_line_is_told_in_one_line_with_status_2(capsys, argv, told):
     assert status_and_error(capsys, *argv) == (2, told)
 

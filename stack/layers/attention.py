@@ -63,9 +63,9 @@ class Attention(nnx.Module):
           slot: where in the cache x goes.
         """
         config = self.config
-        q_spec = layout.spec("batch", "length", "heads", "head_dim")
-        kv_spec = layout.spec("batch", "length", "kv_heads", "head_dim")
-        query, key, value = self.query(x, q_spec), self.key(x, kv_spec), self.value(x, kv_spec)
+        query = self.query(x, layout, ("batch", "length", "heads", "head_dim"))
+        key = self.key(x, layout, ("batch", "length", "kv_heads", "head_dim"))
+        value = self.value(x, layout, ("batch", "length", "kv_heads", "head_dim"))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if config.position == "rotary":
@@ -95,5 +95,4 @@ class Attention(nnx.Module):
                 names=("batch", "kv_heads", None, None, None),
             ),
         )
-        y = self.out(y, layout.spec("batch", "length", "embed"))
-        return layout.shard(y, "batch", "residual_length", "embed"), cache
+        return self.out(y, layout, ("batch", "residual_length", "embed")), cache

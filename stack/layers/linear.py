@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
+
+from stack.parallel.rules import Layout
 
 Axes = tuple[tuple[str, int], ...]
 """Names and sizes, e.g. (("heads", 12), ("head_dim", 64))."""
@@ -17,16 +18,19 @@ class Linear(nnx.Module):
         names = tuple(name for name, _ in inputs + outputs)
         shape = tuple(size for _, size in inputs + outputs)
         split = len(inputs)
-        self.contracted = split
+        self.inputs = names[:split]
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=names)
         self.bias = nnx.Param(jnp.zeros(shape[split:], jnp.float32), axes=names[split:]) if bias else None
 
-    def __call__(self, x: jax.Array, out_sharding: P | None) -> jax.Array:
-        """`x` ends in the input axes; the result ends in the output axes and has the dtype of `x`."""
+    def __call__(self, x: jax.Array, layout: Layout, names: tuple[str, ...]) -> jax.Array:
+        """`x` ends in the input axes; the result has its dtype and the logical axes `names`."""
         kernel = self.kernel[...].astype(x.dtype)
-        lhs = tuple(range(x.ndim - self.contracted, x.ndim))
-        rhs = tuple(range(self.contracted))
-        y = jax.lax.dot_general(x, kernel, ((lhs, rhs), ((), ())), out_sharding=out_sharding)
+        contracted = len(self.inputs)
+        lhs = tuple(range(x.ndim - contracted, x.ndim))
+        rhs = tuple(range(contracted))
+        partial = layout.product_spec(names, contracted=self.inputs)
+        y = jax.lax.dot_general(x, kernel, ((lhs, rhs), ((), ())), out_sharding=partial)
+        y = layout.shard(y, *names)
         return y if self.bias is None else add_bias(y, self.bias[...])
 
 

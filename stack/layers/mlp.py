@@ -32,14 +32,13 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
         """[batch, length, embed] -> [batch, residual_length, embed]."""
-        inside = layout.spec("batch", "length", "mlp")
-        y = self.up(x, inside)
+        inside = ("batch", "length", "mlp")
+        y = self.up(x, layout, inside)
         if self.gate is None:
             y = ACTIVATIONS[self.kind](y)
         else:
-            y = ACTIVATIONS[self.kind](self.gate(x, inside)) * y
-        y = self.down(y, layout.spec("batch", "length", "embed"))
-        return layout.shard(y, "batch", "residual_length", "embed")
+            y = ACTIVATIONS[self.kind](self.gate(x, layout, inside)) * y
+        return self.down(y, layout, ("batch", "residual_length", "embed"))
 
 
 def residual_std(config: ModelConfig) -> float:

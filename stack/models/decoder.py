@@ -37,6 +37,17 @@ class Context(NamedTuple):
     slot: jax.Array | int = 0
 
 
+class Output(NamedTuple):
+    """What a decoder gives; `stack.layers.head.logits` makes scores of it."""
+
+    hidden: jax.Array
+    """[batch, length, embed] in the compute dtype."""
+    table: jax.Array
+    """[vocab, embed] in the compute dtype: the rows that hidden states are compared with."""
+    cache: Cache | None
+    """Keys and values of all layers, [layers, batch, slots, kv_heads, head_dim] each."""
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -91,8 +102,8 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         cache: Cache | None = None,
         slot: jax.Array | int = 0,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states after the final norm.
+    ) -> Output:
+        """Hidden states after the final norm, and the table of the head.
 
         Args:
           tokens: [batch, length] int32.
@@ -105,10 +116,14 @@ class Decoder(nnx.Module):
           slot: where in the cache the tokens go.
 
         Returns:
-          [batch, length, embed] in the compute dtype, and the cache with the tokens in it.
+          Hidden states, the table they are compared with, and the cache with the tokens in it.
         """
         context = Context(mask, kernel, layout, slot)
-        x = self._embed(tokens, mask.query_positions, layout)
+        dtype = jnp.dtype(self.config.dtype)
+        embed = gather_at_use(self.embed, layout)
+        x = embed(tokens, layout, dtype)
+        if self.position is not None:
+            x = x + gather_at_use(self.position, layout)(mask.query_positions, layout, dtype)
         if keys is not None:
             x = dropout(
                 x,
@@ -128,20 +143,9 @@ class Decoder(nnx.Module):
             layer = jax.checkpoint(layer, policy=SAVED[remat], prevent_cse=False)
         stack = (self.layers, jnp.arange(self.config.num_layers), cache)
         x, cache = jax.lax.scan(layer, x, stack, unroll=self.config.scan_unroll)
-        x = gather_at_use(self.final_norm, layout)(x)
-        return layout.shard(x, "batch", "length", "embed"), cache
-
-    def _embed(self, tokens: jax.Array, positions: jax.Array, layout: Layout) -> jax.Array:
-        dtype = jnp.dtype(self.config.dtype)
-        x = gather_at_use(self.embed, layout)(tokens, layout, dtype)
-        if self.position is None:
-            return x
-        return x + gather_at_use(self.position, layout)(positions, layout, dtype)
-
-    def output_table(self, layout: Layout = ONE_DEVICE) -> jax.Array:
-        """[vocab, embed]: the rows that hidden states are compared with, in the compute dtype."""
-        table = self.embed if self.head is None else self.head
-        return gather_at_use(table, layout).table[...].astype(self.config.dtype)
+        x = layout.shard(gather_at_use(self.final_norm, layout)(x), "batch", "length", "embed")
+        head = embed if self.head is None else gather_at_use(self.head, layout)
+        return Output(x, head.table[...].astype(dtype), cache)
 
 
 def _positions(config: ModelConfig, rngs: nnx.Rngs) -> Embedding:

@@ -81,6 +81,19 @@ class Layout:
             return None
         return P(*(_entry(self.mesh_axes(name)) if name else None for name in names))
 
+    def product_spec(self, names: tuple[str, ...], *, contracted: tuple[str, ...]) -> P | None:
+        """Partition of a matmul's result before its partial sums are added.
+
+        Where the contracted axes are split, each device holds a partial sum: `unreduced`. Laying that
+        out with `shard` is then a reduce-scatter where the result is split over the same devices and
+        an all-reduce where it is not.
+        """
+        if self.trivial:
+            return None
+        summed = {axis for name in contracted for axis in self.mesh_axes(name)}
+        entries = (tuple(axis for axis in self.mesh_axes(name) if axis not in summed) for name in names)
+        return P(*map(_entry, entries), unreduced=summed)
+
     def shard(self, x: jax.Array, *names: str | None) -> jax.Array:
         """`x`, laid out as its logical axes say."""
         spec = self.spec(*names)

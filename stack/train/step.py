@@ -75,7 +75,7 @@ def loss_sums(program: Program, weights: Decoder, batch: Batch, *, keys: jax.Arr
     """The model's loss on a batch, with weights ready for use."""
     model, train, layout = program.config.model, program.config.train, program.layout
     segments = batch["segments"] if program.config.data.packed else None
-    hidden, _ = weights(
+    output = weights(
         batch["tokens"],
         Mask(batch["positions"], batch["positions"], segments, segments),
         layout=layout,
@@ -90,7 +90,7 @@ def loss_sums(program: Program, weights: Decoder, batch: Batch, *, keys: jax.Arr
         chunk=train.loss_chunk,
         layout=layout,
     )
-    return cross_entropy(hidden, weights.output_table(layout), batch["labels"], head)
+    return cross_entropy(output.hidden, output.table, batch["labels"], head)
 
 
 def _drops(program: Program) -> bool:

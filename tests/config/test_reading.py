@@ -193,9 +193,8 @@ def test_an_incompatible_pair_is_told_at_the_one_set_last():
     text = "model:\n  embed_dim: 100\n  num_layers: 2\n  num_heads: 12\n"
     problem = "model: embed_dim=100 is not a multiple of num_heads=12; set head_dim"
     assert error(text) == f"run.yaml:2: {problem}"
-    assert (
-        error("model:\n  embed_dim: 96\n", "model.embed_dim=100")
-        == f"override 'model.embed_dim=100': {problem}"
+    assert error("model:\n  embed_dim: 100\n", "model.num_heads=12") == (
+        f"override 'model.num_heads=12': {problem}"
     )
 
 

@@ -18,7 +18,7 @@ def test_every_field_is_documented():
         field = annotation_at(Config, path[:-1]).model_fields[path[-1]]
         section = isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel)
         text = field.annotation.__doc__ if section else field.description
-        assert text and text.rstrip().endswith("."), f"{path} has no docstring"
+        assert (text or "").rstrip().endswith("."), f"{path} has no docstring"
 
 
 def test_every_field_has_a_default():

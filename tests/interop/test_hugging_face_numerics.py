@@ -30,9 +30,8 @@ def params(golden, config):
 
 
 def decoder(params, config):
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, params)
 
 
 def hidden_states(model, tokens, lengths):
