@@ -1,0 +1,291 @@
+"""The trainer: the same object on the command line, in a notebook and in tests.
+
+It only turns the crank: asks for the batch, calls the step, hands metrics late to whoever listens,
+asks for checkpoints. Features are in the step, in the data or in a listener.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from stack.config import Config, StackError, dump, load
+from stack.data.baseline import trigram_nats_per_byte
+from stack.data.dataset import Data, check_fingerprint, open_data
+from stack.data.loader import Loader, eval_batches
+from stack.inference.generate import generate
+from stack.plan.report import Speedometer
+from stack.train import program as programs
+from stack.train import state as states
+from stack.train.checkpoint import Checkpoints
+from stack.train.late import LateReader
+from stack.train.listeners import Listener
+from stack.train.metrics import History, MetricsLog
+from stack.train.step import compiler_options, eval_step, train_step
+
+
+class Trainer:
+    """A run: its config, its folder, and the state it has reached."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        listeners: Sequence[Listener] = (),
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        """Checks that the config fits the devices; allocates nothing yet.
+
+        Args:
+          config: what to run.
+          listeners: told of metrics, evaluations and checkpoints, beside the run's own log.
+          devices: by default all.
+
+        Raises:
+          ConfigError: the config does not fit the devices.
+        """
+        self.config = config
+        self.folder = Path(config.output_dir) / config.name
+        self.program = programs.build(config, devices)
+        self.state: states.State | None = None
+        self._listeners = (MetricsLog(self.folder, tensorboard=config.train.tensorboard), *listeners)
+
+    @classmethod
+    def from_run(cls, folder: str | os.PathLike[str], overrides: Sequence[str] = (), **options: Any) -> Self:
+        """The trainer of a run folder, with the parameters of its newest checkpoint.
+
+        Raises:
+          StackError: the folder holds no run, or no checkpoint.
+        """
+        trainer = cls(load(folder, overrides), **options)
+        with Checkpoints(trainer.folder / "checkpoints") as checkpoints:
+            step = checkpoints.latest()
+            if step is None:
+                raise StackError(f"{trainer.folder} holds no checkpoint yet; train it first: stack train {folder}")
+            parts = {name: states.abstract(trainer.program)[name] for name in ("params", "step")}
+            trainer.state = checkpoints.restore(step, parts)
+        return trainer
+
+    @cached_property
+    def data(self) -> Data:
+        """Tokenized and packed text; prepared on first use."""
+        return open_data(self.config, show_progress=jax.process_index() == 0)
+
+    @property
+    def history(self) -> History:
+        """What the run has logged so far."""
+        return History.read(self.folder)
+
+    def fit(self) -> History:
+        """Trains to `train.steps`, from the newest checkpoint in the run folder if there is one.
+
+        Raises:
+          StackError: the run folder cannot be written, holds a run over other data, or holds one
+            although `checkpoint.resume` is false.
+        """
+        with (
+            jax.set_mesh(self.program.layout.mesh),
+            Checkpoints(self.folder / "checkpoints", self.config.checkpoint) as checkpoints,
+            self._told() as summary,
+        ):
+            first = self._begin(checkpoints)
+            self._tell("on_start", self._introduction(first))
+            self._train(first, checkpoints)
+            summary.update(self._finish(checkpoints))
+        return self.history
+
+    def evaluate(self) -> dict[str, float]:
+        """The whole held-out set, each token once.
+
+        Returns:
+          loss (nats per token), perplexity, accuracy, nats_per_byte, tokens.
+        """
+        state, heldout, layout = self._trained(), self.data.heldout, self.program.layout
+        size = self.config.eval.batch_size or self.config.train.batch_size
+        with jax.set_mesh(layout.mesh):
+            parts = [
+                self._eval_step(state["params"], batch)
+                for batch in eval_batches(heldout, size, layout.sharding("batch"))
+            ]
+            sums = {name: math.fsum(float(part[name]) for part in jax.device_get(parts)) for name in parts[0]}
+        loss = sums["nll"] / sums["tokens"]
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "accuracy": sums["correct"] / sums["tokens"],
+            "nats_per_byte": sums["nll"] / heldout.num_bytes,
+            "tokens": sums["tokens"],
+        }
+
+    def generate(self, prompts: str | Sequence[str], *, seed: int | None = None) -> list[str]:
+        """Continues each prompt as `config.sample` says.
+
+        Args:
+          prompts: texts; an empty one starts a document.
+          seed: another seed gives another text; None: the run's.
+
+        Returns:
+          The continuations, without the prompts.
+
+        Raises:
+          StackError: a prompt longer than the context.
+        """
+        state, tokenizer, sample = self._trained(), self.data.tokenizer, self.config.sample
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokens = generate(
+            self.program,
+            state["params"],
+            [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)],
+            length=sample.length,
+            temperature=sample.temperature,
+            top_k=sample.top_k,
+            top_p=sample.top_p,
+            seed=self.config.seed if seed is None else seed,
+            eos=tokenizer.eos,
+        )
+        return [tokenizer.decode(ids) for ids in tokens]
+
+    @cached_property
+    def train_step(self) -> Any:
+        """The jitted step (state, batch) -> (state, metrics); the state's buffers are donated."""
+        platform = self.program.layout.mesh.devices.flat[0].platform
+        step = partial(train_step, self.program)
+        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(platform))
+
+    @cached_property
+    def _eval_step(self) -> Any:
+        return jax.jit(partial(eval_step, self.program))
+
+    def _begin(self, checkpoints: Checkpoints) -> int:
+        """Brings the state to where the run stands; returns the number of steps taken."""
+        step = checkpoints.latest()
+        if step is None:
+            self._record_data()
+            self.state = states.init(self.program)
+            return 0
+        if not self.config.checkpoint.resume:
+            raise StackError(
+                f"{self.folder} holds a run at step {step} and checkpoint.resume is false; "
+                "give this run another name, or delete the folder"
+            )
+        check_fingerprint(checkpoints.extra(step)["data"], self.data.fingerprint, str(self.folder))
+        self._record_data()
+        self.state = checkpoints.restore(step, states.abstract(self.program))
+        return step
+
+    def _record_data(self) -> None:
+        fingerprint = self.data.fingerprint
+        if jax.process_index() == 0:
+            (self.folder / "config.yaml").write_text(dump(self.config))
+            (self.folder / "data.json").write_text(json.dumps(fingerprint, indent=2) + "\n")
+
+    def _train(self, first: int, checkpoints: Checkpoints) -> None:
+        config, program = self.config, self.program
+        speed = Speedometer(program)
+        late = LateReader(lambda step, metrics: self._tell("on_metrics", step, metrics | speed.read(metrics)))
+        with Loader(
+            self.data.train,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            sharding=program.layout.sharding("batch"),
+        ) as loader:
+            for step in range(first, config.train.steps):
+                with self._profiled(step):
+                    self.state, metrics = self.train_step(self.state, loader.batch(step))
+                late.push(step + 1, metrics)
+                if _due(step + 1, config.eval.every) and step + 1 < config.train.steps:
+                    late.flush()
+                    self._tell("on_eval", step + 1, self.evaluate())
+                    speed.restart()
+                if _due(step + 1, config.checkpoint.every):
+                    self._save(step + 1, checkpoints)
+            late.flush()
+
+    def _save(self, step: int, checkpoints: Checkpoints) -> None:
+        extra = {
+            "config": self.config.model_dump(mode="json"),
+            "data": self.data.fingerprint,
+            "versions": {name: version(name) for name in ("stack", "jax", "flax", "optax", "orbax-checkpoint")},
+        }
+        checkpoints.save(step, self.state, extra)
+        self._tell("on_checkpoint", step)
+
+    def _finish(self, checkpoints: Checkpoints) -> dict[str, Any]:
+        """The last checkpoint, the last evaluation, a sample."""
+        config = self.config
+        self._save(int(np.asarray(self._trained()["step"])), checkpoints)
+        summary: dict[str, Any] = {"folder": str(self.folder)}
+        if self.data.heldout.num_rows:
+            metrics = self.evaluate()
+            self._tell("on_eval", config.train.steps, metrics)
+            summary |= metrics
+            if config.eval.trigram:
+                texts = (self.data.train.texts(), self.data.heldout.texts())
+                summary["trigram_nats_per_byte"] = trigram_nats_per_byte(*texts)
+        prompt = config.sample.prompt
+        return summary | {"prompt": prompt, "sample": self.generate(prompt)[0]}
+
+    def _introduction(self, first: int) -> dict[str, Any]:
+        layout, data = self.program.layout, self.data
+        device = layout.mesh.devices.flat[0]
+        sizes = {axis: size for axis, size in layout.mesh.shape.items() if size > 1}
+        return {
+            "name": self.config.name,
+            "folder": str(self.folder),
+            "step": first,
+            "steps": self.config.train.steps,
+            "parameters": self.program.num_parameters(),
+            "devices": f"{layout.mesh.size} x {device.device_kind}",
+            "mesh": " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device",
+            "zero": layout.zero,
+            "attention": str(self.program.attention),
+            "train_tokens": data.train.num_tokens,
+            "heldout_tokens": data.heldout.num_tokens,
+        }
+
+    def _trained(self) -> states.State:
+        if self.state is None:
+            raise StackError("this trainer has no parameters yet; call fit(), or open a run with from_run()")
+        return self.state
+
+    @contextmanager
+    def _told(self) -> Iterator[dict[str, Any]]:
+        """A summary that listeners hear at the end, whatever the end."""
+        summary: dict[str, Any] = {}
+        try:
+            yield summary
+        except BaseException as error:
+            summary["error"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._tell("on_end", summary)
+
+    @contextmanager
+    def _profiled(self, step: int) -> Iterator[None]:
+        """Starts and stops the trace at the steps that `train.profile_steps` names."""
+        begin, end = self.config.train.profile_steps or (-1, -1)
+        if step == begin:
+            jax.block_until_ready(self.state)
+            jax.profiler.start_trace(self.folder / "profile")
+        yield
+        if step + 1 == end:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for listener in self._listeners:
+            getattr(listener, event)(*arguments)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
