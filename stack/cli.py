@@ -205,7 +205,7 @@ def _show(arguments: argparse.Namespace) -> None:
         return
     import jax
 
-    from stack.parallel.describe import sharding_table
+    from stack.train.describe import sharding_table
 
     devices = jax.device_count() if arguments.devices is None else arguments.devices
     print(sharding_table(config, devices))

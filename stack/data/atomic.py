@@ -7,6 +7,7 @@ import socket
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from stack.config.errors import StackError
 
@@ -36,11 +37,12 @@ def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
     prefix = f".{folder.name}.{socket.gethostname()}."
     try:
         with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            alone = _lock(lock)
             if folder.is_dir():
                 return
-            for left_over in folder.parent.glob(f"{prefix}*"):  # of a process killed on this host
-                shutil.rmtree(left_over, ignore_errors=True)
+            if alone:  # then what lies here is of a process that was killed
+                for left_over in folder.parent.glob(f"{prefix}*"):
+                    shutil.rmtree(left_over, ignore_errors=True)
             temporary = folder.with_name(f"{prefix}{uuid.uuid4().hex}")
             temporary.mkdir()
             try:
@@ -68,6 +70,15 @@ def unwritable(folder: Path, error: OSError) -> StackError:
         f"data.cache_dir: cannot write to {folder}: {error.strerror};"
         " set data.cache_dir to a folder with space and permission"
     )
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether the file system has locks; waits for the lock if it does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _rename(temporary: Path, folder: Path) -> None:

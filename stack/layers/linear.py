@@ -35,5 +35,5 @@ class Linear(nnx.Module):
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """y + bias, in the dtype of y; added in float32, so that the bias's gradient is summed in float32."""
+    """Y + bias, in the dtype of y; added in float32, so that the bias's gradient is summed in float32."""
     return (y.astype(jnp.float32) + bias).astype(y.dtype)

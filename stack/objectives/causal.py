@@ -85,7 +85,7 @@ def _backward(head: Head, gradients: tuple, cotangent: Sums) -> tuple:
 
 
 def _scale(gradient: jax.Array, scale: jax.Array) -> jax.Array:
-    """gradient x scale; a partial sum may only be multiplied by what is `reduced` over the same axes."""
+    """Gradient x scale; a partial sum may only be multiplied by what is `reduced` over the same axes."""
     unreduced = jax.typeof(gradient).sharding.spec.unreduced
     if unreduced:
         scale = jax.reshard(scale, P(reduced=unreduced))

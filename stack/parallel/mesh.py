@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from stack.config import AXES, ConfigError, MeshConfig, ModelConfig
+from stack.config import AXES, Config, ConfigError, MeshConfig
 
 
 def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -29,7 +31,8 @@ def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
         return sizes | {free[0]: num_devices // fixed}
     if fixed != num_devices:
         raise ConfigError(
-            f"mesh: {text} = {fixed} devices, but there are {num_devices}; set one axis to -1 to take what is left"
+            f"mesh: {text} = {fixed} devices, but there are {num_devices}; "
+            "set one axis to -1 to take what is left"
         )
     return sizes
 
@@ -47,33 +50,53 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     )
 
 
-def check_divides(model: ModelConfig, sizes: dict[str, int], batch_size: int, accumulation: int) -> None:
+def use(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
+    """Makes a mesh the one that traced code is typed for; only a mesh of real devices can run it."""
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
+
+
+def abstract(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The same mesh of devices that are not here."""
+    sizes = resolve(config, num_devices)
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def check_divides(config: Config, sizes: dict[str, int]) -> None:
     """Refuses what the mesh cannot split evenly.
 
     Raises:
-      ConfigError: `tensor` does not divide heads, MLP or vocabulary, naming the largest that does, or
-        the micro-batch does not divide over data x fsdp.
+      ConfigError: `tensor` does not divide heads, MLP or vocabulary, naming the largest that does;
+        sequence parallelism does not divide the sequence; or a micro-batch or an evaluation batch
+        does not divide over data x fsdp.
     """
-    tensor = sizes["tensor"]
+    model, train, tensor = config.model, config.train, sizes["tensor"]
     parts = {
-        "num_heads": model.num_heads,
-        "num_kv_heads": model.kv_heads,
-        "mlp_dim": model.mlp_width,
-        "padded vocabulary": model.padded_vocab_size,
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.kv_heads,
+        "model.mlp_dim": model.mlp_width,
+        "the padded vocabulary": model.padded_vocab_size,
     }
     for name, size in parts.items():
         if size % tensor:
             common = math.gcd(*parts.values())
             best = max(d for d in range(1, tensor + 1) if common % d == 0)
             raise ConfigError(
-                f"mesh.tensor={tensor} does not divide model.{name}={size}; the largest that divides "
+                f"mesh.tensor={tensor} does not divide {name}={size}; the largest up to it that divides "
                 f"heads, MLP and vocabulary is {best}"
             )
-    ways = sizes["data"] * sizes["fsdp"]
-    if batch_size % (ways * accumulation):
-        micro = batch_size // accumulation
+    if config.mesh.sequence_parallel and config.data.sequence_length % tensor:
         raise ConfigError(
-            f"train.batch_size={batch_size} in {accumulation} micro-batches is {micro} sequences each, "
-            f"which do not divide over data {sizes['data']} x fsdp {sizes['fsdp']} = {ways} ways; "
-            f"use a multiple of {ways * accumulation}"
+            f"mesh.sequence_parallel splits data.sequence_length={config.data.sequence_length} over "
+            f"tensor={tensor} ways, which do not divide it; change one, or set sequence_parallel=false"
         )
+    ways = sizes["data"] * sizes["fsdp"]
+    batches = {
+        "train.batch_size": (train.batch_size, train.accumulation),
+        "eval.batch_size": (config.eval.batch_size or train.batch_size, 1),
+    }
+    for name, (size, pieces) in batches.items():
+        if size % (ways * pieces):
+            raise ConfigError(
+                f"{name}={size} in {pieces} micro-batch{'es' * (pieces > 1)} does not divide over data "
+                f"{sizes['data']} x fsdp {sizes['fsdp']} = {ways} ways; use a multiple of {ways * pieces}"
+            )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stack.config import MeshConfig
@@ -37,7 +37,7 @@ they stay float32, whole over `fsdp`, and never decay."""
 class Layout:
     """How arrays lie on a mesh; without one, every question has a trivial answer."""
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     zero: int = 0
     sequence_parallel: bool = False
     dtype: Any = None
@@ -48,7 +48,7 @@ class Layout:
     """False: the batch is whole everywhere (generation, where rows are few)."""
 
     @staticmethod
-    def of(mesh: Mesh, config: MeshConfig, **changes: Any) -> "Layout":
+    def of(mesh: Mesh | AbstractMesh, config: MeshConfig, **changes: Any) -> "Layout":
         """The layout a config asks for on a mesh."""
         return Layout(mesh=mesh, zero=config.zero, sequence_parallel=config.sequence_parallel, **changes)
 

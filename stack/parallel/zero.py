@@ -66,7 +66,7 @@ def scatter_gradient(cotangent: jax.Array, layout: Layout, names: tuple[str, ...
     return jax.reshard(cotangent, split).astype(jnp.float32)
 
 
-def gather_module(module: nnx.Module, layout: Layout) -> nnx.Module:
+def gather_module[M: nnx.Module](module: M, layout: Layout) -> M:
     """A module (or its state) whose parameters are gathered for use."""
 
     def gather(path: tuple, variable: nnx.Variable) -> nnx.Variable:
@@ -77,7 +77,7 @@ def gather_module(module: nnx.Module, layout: Layout) -> nnx.Module:
     return jax.tree_util.tree_map_with_path(gather, module, is_leaf=is_variable)
 
 
-def gather_at_use(module: nnx.Module, layout: Layout) -> nnx.Module:
+def gather_at_use[M: nnx.Module](module: M, layout: Layout) -> M:
     """What a model applies to the weights of one layer, or of one end, just before their use.
 
     Stage 3 gathers here, layer by layer; below it the step has gathered everything already.
@@ -102,14 +102,14 @@ def axis_names(variable: nnx.Variable) -> tuple[str, ...]:
     return ("layers", *names) if len(variable.shape) == len(names) + 1 else names
 
 
-def gradients(
-    loss: Callable[[nnx.Module, Any], tuple[jax.Array, Any]],
-    model: nnx.Module,
+def gradients[M: nnx.Module](
+    loss: Callable[[M, Any], tuple[jax.Array, Any]],
+    model: M,
     batch: Any,
     layout: Layout,
     *,
     accumulation: int,
-) -> tuple[nnx.Module, Any]:
+) -> tuple[M, Any]:
     """The gradient of a loss summed over micro-batches, split as the parameters are.
 
     Stage 0 and 1 gather once, sum partial gradients over the micro-batches and scatter once; stage 2
@@ -147,7 +147,7 @@ def gradients(
     return (scatter_module(gradient, layout) if layout.zero < 2 else gradient), sums
 
 
-def scatter_module(cotangent: nnx.Module, layout: Layout) -> nnx.Module:
+def scatter_module[M: nnx.Module](cotangent: M, layout: Layout) -> M:
     """Partial gradients of a gathered module, summed over replicas and split as the parameters are."""
 
     def scatter(path: tuple, variable: nnx.Variable) -> nnx.Variable:

@@ -79,10 +79,7 @@ def per_layer(rule: optax.GradientTransformation, axes: Axes) -> optax.GradientT
     def label(names: tuple[str, ...]) -> str:
         return "stacked" if names[0] == "layers" else "single"
 
-    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-        return jax.vmap(rule.update)(updates, state, params)
-
-    stacked = optax.GradientTransformation(jax.vmap(rule.init), update)
+    stacked = optax.GradientTransformation(jax.vmap(rule.init), jax.vmap(rule.update))
     labels = jax.tree.map(label, axes, is_leaf=is_names)
     return optax.partition({"stacked": stacked, "single": rule}, labels)
 

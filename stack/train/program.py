@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from stack.config import Config
 from stack.kernels.attention import Choice, choose
@@ -23,14 +24,17 @@ class Program:
     """A config on a mesh: the model's definition, how it lies, its kernels and its optimizer."""
 
     config: Config
+    mesh: Mesh | AbstractMesh
     layout: Layout
     attention: Choice
-    model: Decoder
-    """Abstract: shapes, dtypes and axes, no arrays."""
-    optimizer: optax.GradientTransformation
 
     @cached_property
-    def axes(self) -> dict:
+    def model(self) -> Decoder:
+        """Abstract: shapes, dtypes and axes, no arrays."""
+        return nnx.eval_shape(lambda: Decoder(self.config.model, rngs=nnx.Rngs(self.config.seed)))
+
+    @cached_property
+    def axes(self) -> dict[str, Any]:
         """A tree like the parameters with the logical axes of each."""
         names = jax.tree.map(lambda v: v.replace(axis_names(v)), self.model, is_leaf=is_variable)
         return nnx.to_pure_dict(nnx.state(names))
@@ -41,22 +45,26 @@ class Program:
 
         def abstract(path: tuple, names: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             spec = self.layout.parameter_spec(names, leaf.shape, matrix=path[-1].key in MATRICES)
-            return jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=jax.NamedSharding(self.layout.mesh, spec)
-            )
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
 
         shapes = nnx.to_pure_dict(nnx.state(self.model))
         return jax.tree_util.tree_map_with_path(abstract, self.axes, shapes, is_leaf=optimizers.is_names)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Clipping, rule, decay and schedule."""
+        return optimizers.build(self.config.optimizer, steps=self.config.train.steps, axes=self.axes)
 
     @cached_property
     def graph(self) -> nnx.GraphDef:
         """The model without its parameters."""
         return nnx.graphdef(self.model)
 
-    def merge(self, params: dict) -> Decoder:
+    def merge(self, params: dict[str, Any]) -> Decoder:
         """The model with these parameters."""
         return nnx.merge(self.graph, params)
 
+    @property
     def num_parameters(self) -> int:
         """Parameters, the padding of the vocabulary left out."""
         model = self.config.model
@@ -72,24 +80,21 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Progra
       ConfigError: the config does not fit the devices, or a kernel that was asked for cannot run.
     """
     mesh = meshes.build(config.mesh, devices)
-    train = config.train
-    meshes.check_divides(config.model, dict(mesh.shape), train.batch_size, train.accumulation)
-    layout = Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype)
     device = mesh.devices.flat[0]
     capability = getattr(device, "compute_capability", None)
-    model = nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(config.seed)))
-    program = Program(
-        config=config,
-        layout=layout,
-        attention=choose(
-            config.model,
-            platform="gpu" if device.platform == "cuda" else device.platform,
-            compute_capability=float(capability) if capability else None,
-        ),
-        model=model,
-        optimizer=optax.identity(),
-    )
-    optimizer = optimizers.build(config.optimizer, steps=train.steps, axes=program.axes)
+    platform = "gpu" if device.platform == "cuda" else device.platform
+    return on_mesh(config, mesh, platform, float(capability) if capability else None)
+
+
+def on_mesh(
+    config: Config, mesh: Mesh | AbstractMesh, platform: str, compute_capability: float | None = None
+) -> Program:
+    """The same on a mesh, which may be abstract: shapes and shardings of devices that are not here."""
+    train = config.train
+    meshes.check_divides(config, dict(mesh.shape))
     return Program(
-        config=config, layout=layout, attention=program.attention, model=model, optimizer=optimizer
+        config=config,
+        mesh=mesh,
+        layout=Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype),
+        attention=choose(config.model, platform=platform, compute_capability=compute_capability),
     )

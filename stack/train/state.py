@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stack.models.decoder import Decoder
+from stack.parallel import mesh as meshes
 from stack.train.program import Program
 
 State = dict[str, Any]
@@ -21,7 +22,7 @@ State = dict[str, Any]
 
 def init(program: Program) -> State:
     """The state at step 0, every shard made on its own device; the same bits on every layout."""
-    mesh = program.layout.mesh
+    mesh = concrete(program)
     with jax.set_mesh(mesh):
         params = init_params(program)
         opt_state = jax.jit(program.optimizer.init)(params)
@@ -38,7 +39,7 @@ def init_params(program: Program) -> dict:
     The one place under automatic sharding: with explicit axes each random array would be typed whole
     before it is split, here the compiler makes only the shard that is asked for.
     """
-    config, mesh = program.config, program.layout.mesh
+    config, mesh = program.config, concrete(program)
     auto = Mesh(mesh.devices, mesh.axis_names)
     shardings = jax.tree.map(lambda leaf: NamedSharding(auto, leaf.sharding.spec), program.parameters)
 
@@ -52,8 +53,8 @@ def init_params(program: Program) -> dict:
 
 def abstract(program: Program) -> State:
     """Shapes, dtypes and shardings of the state, for restoring and for compiling."""
-    mesh = program.layout.mesh
-    with jax.set_mesh(mesh):
+    mesh = program.mesh
+    with meshes.use(mesh):
         opt_state = jax.eval_shape(program.optimizer.init, program.parameters)
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -65,6 +66,12 @@ def abstract(program: Program) -> State:
         "opt_state": jax.tree.map(place, opt_state),
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P())),
     }
+
+
+def concrete(program: Program) -> Mesh:
+    """The program's mesh, which must be of devices that are here."""
+    assert isinstance(program.mesh, Mesh), "an abstract mesh holds no arrays"
+    return program.mesh
 
 
 def _retype(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:

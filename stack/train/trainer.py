@@ -7,9 +7,8 @@ asks for checkpoints. Features are in the step, in the data or in a listener.
 import json
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,15 +20,15 @@ import numpy as np
 from stack.config import Config, StackError, dump, load
 from stack.data.baseline import trigram_nats_per_byte
 from stack.data.dataset import Data, check_fingerprint, open_data
-from stack.data.loader import Loader, eval_batches
+from stack.data.loader import heldout_batches, prefetch, training_batches
 from stack.inference.generate import generate
-from stack.plan.report import Speedometer
 from stack.train import program as programs
 from stack.train import state as states
 from stack.train.checkpoint import Checkpoints
 from stack.train.late import LateReader
 from stack.train.listeners import Listener
 from stack.train.metrics import History, MetricsLog
+from stack.train.speed import Speedometer
 from stack.train.step import compiler_options, eval_step, train_step
 
 
@@ -56,6 +55,7 @@ class Trainer:
         self.config = config
         self.folder = Path(config.output_dir) / config.name
         self.program = programs.build(config, devices)
+        self.mesh = states.concrete(self.program)
         self.state: states.State | None = None
         self._listeners = (MetricsLog(self.folder, tensorboard=config.train.tensorboard), *listeners)
 
@@ -66,11 +66,13 @@ class Trainer:
         Raises:
           StackError: the folder holds no run, or no checkpoint.
         """
-        trainer = cls(load(folder, overrides), **options)
+        trainer = cls(load(os.fspath(folder), overrides), **options)
         with Checkpoints(trainer.folder / "checkpoints") as checkpoints:
             step = checkpoints.latest()
             if step is None:
-                raise StackError(f"{trainer.folder} holds no checkpoint yet; train it first: stack train {folder}")
+                raise StackError(
+                    f"{trainer.folder} holds no checkpoint yet; train it first: stack train {folder}"
+                )
             parts = {name: states.abstract(trainer.program)[name] for name in ("params", "step")}
             trainer.state = checkpoints.restore(step, parts)
         return trainer
@@ -93,7 +95,7 @@ class Trainer:
             although `checkpoint.resume` is false.
         """
         with (
-            jax.set_mesh(self.program.layout.mesh),
+            jax.set_mesh(self.mesh),
             Checkpoints(self.folder / "checkpoints", self.config.checkpoint) as checkpoints,
             self._told() as summary,
         ):
@@ -111,11 +113,12 @@ class Trainer:
         """
         state, heldout, layout = self._trained(), self.data.heldout, self.program.layout
         size = self.config.eval.batch_size or self.config.train.batch_size
-        with jax.set_mesh(layout.mesh):
-            parts = [
-                self._eval_step(state["params"], batch)
-                for batch in eval_batches(heldout, size, layout.sharding("batch"))
-            ]
+        with jax.set_mesh(self.mesh):
+            make, number = heldout_batches(
+                heldout, batch_size=size, sharding=layout.sharding("batch", "length")
+            )
+            batches = prefetch(make, range(number))
+            parts = [self._eval_step(state["params"], batch) for batch in batches]
             sums = {name: math.fsum(float(part[name]) for part in jax.device_get(parts)) for name in parts[0]}
         loss = sums["nll"] / sums["tokens"]
         return {
@@ -157,7 +160,7 @@ class Trainer:
     @cached_property
     def train_step(self) -> Any:
         """The jitted step (state, batch) -> (state, metrics); the state's buffers are donated."""
-        platform = self.program.layout.mesh.devices.flat[0].platform
+        platform = self.mesh.devices.flat[0].platform
         step = partial(train_step, self.program)
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(platform))
 
@@ -190,18 +193,20 @@ class Trainer:
 
     def _train(self, first: int, checkpoints: Checkpoints) -> None:
         config, program = self.config, self.program
-        speed = Speedometer(program)
+        speed = Speedometer(config, self.mesh)
         late = LateReader(lambda step, metrics: self._tell("on_metrics", step, metrics | speed.read(metrics)))
-        with Loader(
+        make = training_batches(
             self.data.train,
             batch_size=config.train.batch_size,
             seed=config.seed,
             shuffle=config.data.shuffle,
-            sharding=program.layout.sharding("batch"),
-        ) as loader:
-            for step in range(first, config.train.steps):
+            sharding=program.layout.sharding("batch", "length"),
+        )
+        steps = range(first, config.train.steps)
+        with closing(prefetch(make, steps)) as batches:
+            for step, batch in zip(steps, batches, strict=True):
                 with self._profiled(step):
-                    self.state, metrics = self.train_step(self.state, loader.batch(step))
+                    self.state, metrics = self.train_step(self.state, batch)
                 late.push(step + 1, metrics)
                 if _due(step + 1, config.eval.every) and step + 1 < config.train.steps:
                     late.flush()
@@ -209,13 +214,15 @@ class Trainer:
                     speed.restart()
                 if _due(step + 1, config.checkpoint.every):
                     self._save(step + 1, checkpoints)
-            late.flush()
+        late.flush()
 
     def _save(self, step: int, checkpoints: Checkpoints) -> None:
         extra = {
             "config": self.config.model_dump(mode="json"),
             "data": self.data.fingerprint,
-            "versions": {name: version(name) for name in ("stack", "jax", "flax", "optax", "orbax-checkpoint")},
+            "versions": {
+                name: version(name) for name in ("stack", "jax", "flax", "optax", "orbax-checkpoint")
+            },
         }
         checkpoints.save(step, self.state, extra)
         self._tell("on_checkpoint", step)
@@ -237,15 +244,15 @@ class Trainer:
 
     def _introduction(self, first: int) -> dict[str, Any]:
         layout, data = self.program.layout, self.data
-        device = layout.mesh.devices.flat[0]
-        sizes = {axis: size for axis, size in layout.mesh.shape.items() if size > 1}
+        device = self.mesh.devices.flat[0]
+        sizes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
         return {
             "name": self.config.name,
             "folder": str(self.folder),
             "step": first,
             "steps": self.config.train.steps,
-            "parameters": self.program.num_parameters(),
-            "devices": f"{layout.mesh.size} x {device.device_kind}",
+            "parameters": self.program.num_parameters,
+            "devices": f"{self.mesh.size} x {device.device_kind}",
             "mesh": " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device",
             "zero": layout.zero,
             "attention": str(self.program.attention),

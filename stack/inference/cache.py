@@ -1,0 +1,44 @@
+"""The key-value cache of a batch of prompts that end at the same slot.
+
+Prompts of different lengths are padded on the left, so that every row writes its next token to the
+same slot: one `dynamic_update_slice` for the whole batch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from stack.config import ModelConfig
+from stack.kernels.attention import Mask
+from stack.layers.attention import Cache
+from stack.parallel.rules import Layout
+
+
+def empty(config: ModelConfig, layout: Layout, *, batch: int, slots: int) -> Cache:
+    """Zeros in the compute dtype, [layers, batch, slots, kv_heads, head_dim] each."""
+    shape = (config.num_layers, batch, slots, config.kv_heads, config.head_width)
+    spec = layout.spec("layers", "batch", None, "kv_heads", "head_dim")
+    key, value = (jnp.zeros(shape, config.dtype, out_sharding=spec) for _ in Cache._fields)
+    return Cache(key, value)
+
+
+def mask(padding: jax.Array, *, first: jax.Array | int, queries: int, slots: int) -> Mask:
+    """Who sees whom when the tokens of slots `first` to `first + queries - 1` are computed.
+
+    Padding is a segment of its own. Slots not written yet stand at later positions than any query, so
+    causality hides them.
+
+    Args:
+      padding: [batch] int32, empty slots before each prompt.
+      first: slot of the first query.
+      queries: number of queries.
+      slots: number of slots of the cache.
+    """
+    query, query_segments = _place(first + jnp.arange(queries, dtype=jnp.int32), padding)
+    key, key_segments = _place(jnp.arange(slots, dtype=jnp.int32), padding)
+    return Mask(query, key, query_segments, key_segments)
+
+
+def _place(slot: jax.Array, padding: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Position and segment of slots, [batch, slots] int32 each; both 0 for padding."""
+    position = slot - padding[:, None]
+    return jnp.maximum(position, 0), (position >= 0).astype(jnp.int32)

@@ -1,0 +1,204 @@
+"""Documents come out whole, in order, and what can not be read is said with its place."""
+
+import json
+import sysconfig
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from stack.config import SourceConfig
+from stack.config.errors import StackError
+from stack.data import sources
+from stack.data.sources import read_documents, source_files
+
+
+def read(kind: str, path: Path | None = None, **settings: object) -> list[str]:
+    name = None if path is None else str(path)
+    return list(read_documents(SourceConfig.model_validate({"kind": kind, "path": name, **settings})))
+
+
+def test_python_source_holds_the_help_topics_and_the_standard_library() -> None:
+    documents = read("python")
+    assert documents[0].startswith("The \"assert\" statement")
+    assert Path(sysconfig.get_path("stdlib"), "argparse.py").read_text("utf-8") in documents
+    assert sum(map(len, documents)) > 4_000_000
+    assert documents == read("python")
+
+
+def test_python_source_leaves_out_test_suites_and_installed_packages() -> None:
+    folders = {part for file in source_files(SourceConfig()) for part in file.parts[:-1]}
+    assert folders.isdisjoint({"test", "tests", "idlelib", "site-packages"})
+
+
+def test_each_text_file_of_a_folder_is_a_document_in_the_order_of_the_paths(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"second\r\nline")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "z.md").write_text("first")
+    (tmp_path / "c.txt").write_text("")
+    (tmp_path / ".hidden").write_text("no")
+    assert read("text", tmp_path) == ["first", "second\r\nline"]
+
+
+def test_a_pattern_chooses_files_in_folders_below(tmp_path: Path) -> None:
+    for name in ("x/1.txt", "x/y/2.txt", "x/3.log"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read("text", tmp_path / "**/*.txt") == ["x/1.txt", "x/y/2.txt"]
+
+
+def test_a_huge_text_file_is_read_in_parts_that_end_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "TEXT_DOCUMENT_CHARACTERS", 10)
+    (tmp_path / "big.txt").write_text("ä long\nfirst line\nand another\n")
+    parts = read("text", tmp_path / "big.txt")
+    assert parts == ["ä long\nfirst line\n", "and another\n"]
+
+
+def test_another_encoding_is_read_when_named(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_bytes("café".encode("latin-1"))
+    assert read("text", tmp_path / "old.txt", encoding="latin-1") == ["café"]
+
+
+def test_jsonl_gives_the_field_of_every_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"body": text}) for text in ("one", "", "two\u2028three")) + "\n\n")
+    assert read("jsonl", path, field="body") == ["one", "two\u2028three"]
+
+
+def test_parquet_gives_the_column_of_every_row(tmp_path: Path) -> None:
+    texts = [f"row {i}" for i in range(3000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": [*texts, None]}), tmp_path / "a.parquet")
+    assert read("parquet", tmp_path) == texts
+
+
+def test_max_bytes_ends_with_the_document_that_reaches_it(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("ää")
+    assert len(read("text", tmp_path, max_bytes=8)) == 2
+    assert len(read("text", tmp_path, max_bytes=9)) == 3
+
+
+def test_synthetic_documents_follow_the_seed_and_have_uneven_lengths() -> None:
+    def first(seed: int) -> list[str]:
+        return list(islice(read_documents(SourceConfig(kind="synthetic"), seed=seed), 200))
+
+    documents = first(1)
+    assert documents == first(1)
+    assert documents != first(2)
+    assert min(map(len, documents)) < 100 < 2000 < max(map(len, documents))
+
+
+def test_reading_streams_documents() -> None:
+    assert next(read_documents(SourceConfig(kind="synthetic", max_bytes=10**15)))
+
+
+def write_truncated_parquet(path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1000]}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def write_truncated_pages(path: Path) -> None:
+    """A sound footer after pages that are not there."""
+    pyarrow.parquet.write_table(pyarrow.table({"text": [str(i) * 50 for i in range(1000)]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :])
+
+
+BAD_INPUT: dict[str, tuple[str, str, Callable[[Path], object], dict[str, str], str]] = {
+    "missing path": ("text", "no.txt", lambda path: None, {}, r"no\.txt does not exist; check path"),
+    "empty pattern": ("text", "*.txt", lambda path: None, {}, r"no file matches .*\*\.txt; check path"),
+    "empty folder": ("jsonl", "folder", lambda path: path.mkdir(), {}, r"folder .* holds no file \*\.jsonl"),
+    "undecodable text": (
+        "text",
+        "bad.txt",
+        lambda path: path.write_bytes("ä".encode() * 40_000 + b"\xff"),
+        {},
+        r"bad\.txt: the byte at offset 80000 is not utf-8; set encoding",
+    ),
+    "cut character": (
+        "text",
+        "bad.txt",
+        lambda path: path.write_bytes(b"abc" + "ä".encode()[:1]),
+        {},
+        r"offset 3 is not utf-8",
+    ),
+    "undecodable jsonl": (
+        "jsonl",
+        "bad.jsonl",
+        lambda path: path.write_bytes(b'{"text": "ok"}\n{"text": "\xe4"}\n'),
+        {},
+        r"offset 25 is not utf-8",
+    ),
+    "unknown encoding": (
+        "text",
+        "a.txt",
+        lambda path: path.write_text("a"),
+        {"encoding": "utf-9"},
+        r"no encoding 'utf-9'; set encoding",
+    ),
+    "bad line": (
+        "jsonl",
+        "bad.jsonl",
+        lambda path: path.write_text('{"text": "ok"}\n{"text": \n'),
+        {},
+        r"bad\.jsonl:2: not JSON at column",
+    ),
+    "not a record": ("jsonl", "a.jsonl", lambda path: path.write_text("[1]"), {}, r":1: a JSON list, not an object"),
+    "missing field": (
+        "jsonl",
+        "a.jsonl",
+        lambda path: path.write_text('{"body": "x", "id": 1}'),
+        {},
+        r":1: no field 'text'; fields present: body, id",
+    ),
+    "field without text": (
+        "jsonl",
+        "a.jsonl",
+        lambda path: path.write_text('{"text": 3}'),
+        {},
+        r":1: field 'text' holds a int, not text",
+    ),
+    "half a surrogate pair": (
+        "jsonl",
+        "a.jsonl",
+        lambda path: path.write_text('{"text": "x\\ud800"}'),
+        {},
+        r":1: .*surrogate pair at character 1",
+    ),
+    "truncated parquet": (
+        "parquet",
+        "a.parquet",
+        write_truncated_parquet,
+        {},
+        r"a\.parquet: not a whole Parquet file .*; write or copy it again",
+    ),
+    "broken parquet pages": ("parquet", "a.parquet", write_truncated_pages, {}, r"not a whole Parquet file"),
+    "missing column": (
+        "parquet",
+        "a.parquet",
+        lambda path: pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), path),
+        {},
+        r"no column 'text'; columns present: body",
+    ),
+    "column without text": (
+        "parquet",
+        "a.parquet",
+        lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), path),
+        {},
+        r"column 'text' holds int64, not strings",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_that_names_the_place(name: str, tmp_path: Path) -> None:
+    kind, file, write, settings, message = BAD_INPUT[name]
+    write(tmp_path / file)
+    with pytest.raises(StackError, match=message) as error:
+        read(kind, tmp_path / file, **settings)
+    assert "\n" not in str(error.value)
