@@ -1,7 +1,10 @@
 """Eight virtual CPU devices and a persistent compile cache, set before anything imports jax."""
 
+import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,3 +21,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--refresh` writes the files that tests compare with anew: config snapshots and the schema."""
     parser.addoption("--refresh", action="store_true", help="write golden snapshots anew")
+
+
+@pytest.fixture(scope="session")
+def run_processes() -> Callable[..., list[Any]]:
+    """`processes.run`: a function called in several JAX processes at once."""
+    spec = importlib.util.spec_from_file_location("processes", Path(__file__).with_name("processes.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.run

@@ -68,7 +68,7 @@ def main(kind: str) -> None:
                 state, metrics = step(state, jax.device_put(next(data), sharding))
             return float(metrics["loss"])
 
-        child.serve(steps, parameters=program.num_parameters(), versions=f"jax {jax.__version__}")
+        child.serve(steps, parameters=program.num_parameters, versions=f"jax {jax.__version__}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -251,7 +252,7 @@ def _load(folder: Path, key: str) -> Corpus:
     )
 
 
-def _progress(source: SourceConfig, show: bool) -> tuple[Progress, int]:
+def _progress(source: SourceConfig, show: bool) -> tuple[Progress, TaskID]:
     """A bar over bytes of text; without an end where the amount is not known beforehand."""
     console = Console(stderr=True)
     progress = Progress(

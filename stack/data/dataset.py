@@ -157,8 +157,9 @@ def _check_size(config: Config, train: Dataset, heldout: Dataset) -> None:
     batch_size = config.train.batch_size
     if train.num_rows < batch_size:
         raise ConfigError(
-            f"the training text fills {train.num_rows} rows of data.sequence_length={config.data.sequence_length},"
-            f" less than one batch of train.batch_size={batch_size};"
+            f"the training text fills {train.num_rows} rows of"
+            f" data.sequence_length={config.data.sequence_length}, less than one batch of"
+            f" train.batch_size={batch_size};"
             " add text, or lower train.batch_size or data.sequence_length"
         )
     for part, source in zip(train.parts, (s for s in config.data.sources if s.weight > 0), strict=True):

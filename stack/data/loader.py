@@ -80,13 +80,14 @@ def _assemble(
     shape = (batch_size, dataset.sequence_length)
     indices = sharding.addressable_devices_indices_map(shape).values()
     everywhere = np.arange(batch_size)
-    places = np.unique(np.concatenate([everywhere[index[0]] for index in indices if index is not None]))
+    places = np.unique(np.concatenate([everywhere[index[0]] for index in indices if index]))
     local = dataset.read(rows(places)) | {"example": places.astype(np.int32)}
     by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
 
     def spread(values: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            return values[np.searchsorted(places, everywhere[index[0]])][:, *index[1:]]
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            which, *columns = index or (slice(None),)
+            return values[np.searchsorted(places, everywhere[which])][:, *columns]
 
         target = sharding if values.ndim == 2 else by_row
         return jax.make_array_from_callback((batch_size, *values.shape[1:]), target, shard)

@@ -178,7 +178,8 @@ def _json_text(line: str, field: str, place: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise StackError(
-            f"{place}: field {field!r} holds half of a surrogate pair at character {error.start}; mend the line"
+            f"{place}: field {field!r} holds half of a surrogate pair at character {error.start};"
+            " mend the line"
         ) from error
     return text
 

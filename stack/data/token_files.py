@@ -85,8 +85,8 @@ def _documents(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
         wrong = np.flatnonzero((block < 0) | (block >= tokenizer.vocab_size))
         if len(wrong):
             raise StackError(
-                f"{path}: token {offset + wrong[0]} is {block[wrong[0]]}, the tokenizer has {tokenizer.vocab_size}"
-                " words; set data.tokenizer to the one the file was made with"
+                f"{path}: token {offset + wrong[0]} is {block[wrong[0]]}, the tokenizer has"
+                f" {tokenizer.vocab_size} words; set data.tokenizer to the one the file was made with"
             )
         for end in (offset + np.flatnonzero(block == tokenizer.eos)).tolist():
             yield from _content(tokens[start:end], tokenizer.bos)

@@ -19,6 +19,7 @@ from stack.models.decoder import Decoder
 from stack.parallel.rules import Layout
 from stack.parallel.zero import gather_module
 from stack.train.program import Program
+from stack.train.state import concrete
 
 SHORTEST_BUCKET = 16
 """Prompts are padded to a power of two from here on, so that few lengths are compiled."""
@@ -75,7 +76,7 @@ def generate(
         top_p=top_p,
     )
     tokens, padding = pad(prompts, config.max_length)
-    with jax.set_mesh(program.layout.mesh):
+    with jax.set_mesh(concrete(program)):
         texts = jax.device_put(_Texts(tokens, padding), program.layout.sharding())
         new, lengths = _generate(settings, params, texts, jax.random.key(seed), -1 if eos is None else eos)
     new, lengths = np.asarray(new), np.asarray(lengths)

@@ -37,10 +37,7 @@ def lookup(table: jax.Array, ids: jax.Array, layout: Layout) -> jax.Array:
     spec = jax.typeof(table).sharding.spec
     rows_split = spec.partitions[0]
     batch = layout.spec("batch", "length") or P()
-    if rows_split is None:
-        read = _read
-    else:
-        read = partial(_read_split, axis=rows_split)
+    read = _read if rows_split is None else partial(_read_split, axis=rows_split)
     return jax.shard_map(read, in_specs=(spec, batch), out_specs=P(*batch))(table, ids)
 
 

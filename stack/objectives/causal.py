@@ -80,7 +80,7 @@ def _forward(hidden: jax.Array, table: jax.Array, labels: jax.Array, head: Head)
     return sums, (hidden_gradient, table_gradient.astype(table.dtype))
 
 
-def _backward(head: Head, gradients: tuple, cotangent: Sums) -> tuple:
+def _backward(_: Head, gradients: tuple, cotangent: Sums) -> tuple:
     return *(_scale(gradient, cotangent.loss) for gradient in gradients), None
 
 
@@ -106,7 +106,8 @@ def _chunk_sums(
     exponentials = jnp.exp(scores - highest[..., None])
     total = exponentials.sum(-1)
     normaliser = highest + jnp.log(total)
-    is_label = word_numbers(table.shape[0], layout) == labels[..., None]
+    words = word_numbers(table.shape[0], layout)
+    is_label = words == labels[..., None]
     label_score = jnp.where(is_label, scores, 0.0).sum(-1)
     nll = jnp.where(counts, normaliser - label_score, 0.0)
     penalty = jnp.where(counts, head.z_loss * jnp.square(normaliser), 0.0)
@@ -119,7 +120,9 @@ def _chunk_sums(
     pull = jnp.where(counts, (1.0 + 2.0 * head.z_loss * normaliser) / total, 0.0)
     d_scores = exponentials * pull[..., None] - jnp.where(is_label & counts[..., None], 1.0, 0.0)
     if head.softcap is not None:
-        d_scores = d_scores * (1.0 - jnp.square(scores / head.softcap))
+        # The scores of padded words are the least float, whose square is infinite.
+        slope = 1.0 - jnp.square(scores / head.softcap)
+        d_scores = d_scores * jnp.where(words < head.vocab_size, slope, 0.0)
     return sums, d_scores.astype(hidden.dtype)
 
 

@@ -4,22 +4,23 @@ import os
 
 import jax
 
-_INITIALIZATION_TIMEOUT_SECONDS = 300
-_HEARTBEAT_TIMEOUT_SECONDS = 60
 
-
-def join() -> None:
+def join(*, initialization_timeout_seconds: int = 300, heartbeat_timeout_seconds: int = 60) -> None:
     """Joins this process to the others of its run, if it was started as one of several.
 
     It was if `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set, as
-    `launch/local.sh` and the Kubernetes files do, or if Slurm started more than one task. Call it
-    before anything touches a device; calling it again does nothing.
+    `launch/local.sh` does, or if Slurm started more than one task. Call it before anything touches a
+    device; calling it again does nothing.
+
+    Args:
+        initialization_timeout_seconds: how long to wait for processes that have not started yet.
+        heartbeat_timeout_seconds: how long after one process went silent the others are ended.
     """
     if jax.distributed.is_initialized():
         return
     timeouts = {
-        "initialization_timeout": _INITIALIZATION_TIMEOUT_SECONDS,
-        "heartbeat_timeout_seconds": _HEARTBEAT_TIMEOUT_SECONDS,
+        "initialization_timeout": initialization_timeout_seconds,
+        "heartbeat_timeout_seconds": heartbeat_timeout_seconds,
     }
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize(

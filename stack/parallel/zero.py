@@ -134,6 +134,7 @@ def gradients[M: nnx.Module](
             return scatter_module(cotangent, layout), sums
         return jax.tree.map(lambda leaf: leaf.astype(layout.reduce_dtype), cotangent), sums
 
+    total: Any
     if accumulation == 1:
         total = one(batch)
     else:
@@ -144,7 +145,9 @@ def gradients[M: nnx.Module](
             lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), total, micros
         )
     gradient, sums = total
-    return (scatter_module(gradient, layout) if layout.zero < 2 else gradient), sums
+    if layout.zero < 2:
+        gradient = scatter_module(gradient, layout)
+    return gradient, sums
 
 
 def scatter_module[M: nnx.Module](cotangent: M, layout: Layout) -> M:

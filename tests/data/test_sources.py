@@ -12,8 +12,7 @@ import pytest
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
-from stack.data import sources
-from stack.data.sources import read_documents, source_files
+from stack.data.sources import TEXT_DOCUMENT_CHARACTERS, read_documents, source_files
 
 
 def read(kind: str, path: Path | None = None, **settings: object) -> list[str]:
@@ -23,7 +22,7 @@ def read(kind: str, path: Path | None = None, **settings: object) -> list[str]:
 
 def test_python_source_holds_the_help_topics_and_the_standard_library() -> None:
     documents = read("python")
-    assert documents[0].startswith("The \"assert\" statement")
+    assert documents[0].startswith('The "assert" statement')
     assert Path(sysconfig.get_path("stdlib"), "argparse.py").read_text("utf-8") in documents
     assert sum(map(len, documents)) > 4_000_000
     assert documents == read("python")
@@ -50,13 +49,13 @@ def test_a_pattern_chooses_files_in_folders_below(tmp_path: Path) -> None:
     assert read("text", tmp_path / "**/*.txt") == ["x/1.txt", "x/y/2.txt"]
 
 
-def test_a_huge_text_file_is_read_in_parts_that_end_with_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sources, "TEXT_DOCUMENT_CHARACTERS", 10)
-    (tmp_path / "big.txt").write_text("ä long\nfirst line\nand another\n")
+def test_a_huge_text_file_is_read_in_parts_that_end_with_a_line(tmp_path: Path) -> None:
+    text = "a line of some length, ä\n" * (TEXT_DOCUMENT_CHARACTERS // 25 + 10)
+    (tmp_path / "big.txt").write_text(text)
     parts = read("text", tmp_path / "big.txt")
-    assert parts == ["ä long\nfirst line\n", "and another\n"]
+    assert len(parts) == 2
+    assert parts[0].endswith("ä\n")
+    assert "".join(parts) == text
 
 
 def test_another_encoding_is_read_when_named(tmp_path: Path) -> None:
@@ -97,6 +96,11 @@ def test_reading_streams_documents() -> None:
     assert next(read_documents(SourceConfig(kind="synthetic", max_bytes=10**15)))
 
 
+def write_nothing(path: Path) -> None:
+    """The file is missing."""
+    del path
+
+
 def write_truncated_parquet(path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1000]}), path)
     path.write_bytes(path.read_bytes()[:-20])
@@ -110,8 +114,8 @@ def write_truncated_pages(path: Path) -> None:
 
 
 BAD_INPUT: dict[str, tuple[str, str, Callable[[Path], object], dict[str, str], str]] = {
-    "missing path": ("text", "no.txt", lambda path: None, {}, r"no\.txt does not exist; check path"),
-    "empty pattern": ("text", "*.txt", lambda path: None, {}, r"no file matches .*\*\.txt; check path"),
+    "missing path": ("text", "no.txt", write_nothing, {}, r"no\.txt does not exist; check path"),
+    "empty pattern": ("text", "*.txt", write_nothing, {}, r"no file matches .*\*\.txt; check path"),
     "empty folder": ("jsonl", "folder", lambda path: path.mkdir(), {}, r"folder .* holds no file \*\.jsonl"),
     "undecodable text": (
         "text",
@@ -148,7 +152,13 @@ BAD_INPUT: dict[str, tuple[str, str, Callable[[Path], object], dict[str, str], s
         {},
         r"bad\.jsonl:2: not JSON at column",
     ),
-    "not a record": ("jsonl", "a.jsonl", lambda path: path.write_text("[1]"), {}, r":1: a JSON list, not an object"),
+    "not a record": (
+        "jsonl",
+        "a.jsonl",
+        lambda path: path.write_text("[1]"),
+        {},
+        r":1: a JSON list, not an object",
+    ),
     "missing field": (
         "jsonl",
         "a.jsonl",

@@ -9,7 +9,6 @@ import pytest
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
-from stack.data import token_files
 from stack.data.token_files import read_token_documents
 from stack.data.tokenizer import ByteTokenizer
 
@@ -43,9 +42,14 @@ def test_npy_file_gives_its_documents_with_or_without_a_last_end(tmp_path: Path)
     assert read(tmp_path / "a.npy") == DOCUMENTS
 
 
-def test_documents_may_cross_what_is_read_at_one_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_files, "_BLOCK", 3)
-    assert read(write_bin(tmp_path / "a.bin", closed(begin=True))) == DOCUMENTS
+def test_long_documents_come_out_whole(tmp_path: Path) -> None:
+    ids = np.arange(1 << 23, dtype=np.uint16) % END
+    ids[[5_000_000, -1]] = END
+    ids.tofile(tmp_path / "a.bin")
+    (tmp_path / "a.json").write_text('{"dtype": "uint16"}')
+    first, second = read(tmp_path / "a.bin")
+    assert first == ids[:5_000_000].astype(np.uint8).tobytes()
+    assert second == ids[5_000_001:-1].astype(np.uint8).tobytes()
 
 
 def test_max_bytes_counts_the_text(tmp_path: Path) -> None:
@@ -74,7 +78,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda path: (np.save(path, np.arange(100)), path.write_bytes(path.read_bytes()[:300])),
         r"a\.npy: not a whole \.npy file",
     ),
-    "not a row": ("a.npy", lambda path: np.save(path, np.zeros((2, 2), int)), r"holds int64 of shape \(2, 2\)"),
+    "not a row": ("a.npy", lambda path: np.save(path, np.zeros((2, 2), int)), r"int64 of shape \(2, 2\)"),
     "not integers": ("a.npy", lambda path: np.save(path, np.zeros(2)), r"holds float64"),
 }
 

@@ -77,7 +77,8 @@ def test_loaded_tokenizer_equals_the_trained_one(tmp_path: Path) -> None:
     other = train_bpe(data, 310, tmp_path / "b.json")
     again = load_tokenizer(str(tmp_path / "a.json"))
     assert again.fingerprint == trained.fingerprint != other.fingerprint
-    np.testing.assert_array_equal(again.encode_batch(["some text"])[0], trained.encode_batch(["some text"])[0])
+    texts = ["some text"]
+    np.testing.assert_array_equal(again.encode_batch(texts)[0], trained.encode_batch(texts)[0])
 
 
 def test_marks_are_taken_from_the_special_tokens(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def attend(
 
     Args:
       query: [batch, queries, heads, head_dim], any float dtype.
-      key: and `value`, [batch, keys, kv_heads, head_dim]; heads / kv_heads queries share each.
+      key: [batch, keys, kv_heads, head_dim]; heads / kv_heads queries share each.
+      value: as `key`.
       mask: who sees whom.
       layout: how the arrays lie on the mesh.
       kernel: `xla` or `cudnn`; nothing falls back.

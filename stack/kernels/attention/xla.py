@@ -15,7 +15,7 @@ def attend(
     softcap: float | None,
     drop: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Scores and softmax in float32; see `stack.kernels.attention.attend`. `allowed`: [batch, queries, keys]."""
+    """See `stack.kernels.attention.attend`; `allowed` is [batch, queries, keys]. Scores are in float32."""
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)

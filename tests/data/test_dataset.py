@@ -1,0 +1,116 @@
+"""A config becomes rows with sizes, a fingerprint, and refusals that say what to do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stack.config import Config
+from stack.config.errors import ConfigError, StackError
+from stack.data import Data, check_fingerprint, open_data
+from stack.data.split import is_heldout
+
+
+def open_with(tmp_path: Path, *sources: dict[str, object], batch_size: int = 2, **data: object) -> Data:
+    tree = {
+        "data": {
+            "sources": sources or [{"kind": "synthetic", "max_bytes": 50_000}],
+            "sequence_length": 64,
+            "heldout_fraction": 0.1,
+            "cache_dir": str(tmp_path / "cache"),
+            **data,
+        },
+        "train": {"batch_size": batch_size},
+    }
+    return open_data(Config.model_validate(tree), show_progress=False)
+
+
+def text_source(folder: Path, texts: list[str]) -> dict[str, object]:
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number:04}.txt").write_text(text)
+    return {"kind": "text", "path": str(folder)}
+
+
+def test_sizes_add_up_to_the_text(tmp_path: Path) -> None:
+    texts = [f"document {i} " * (i % 7 + 1) for i in range(100)]
+    data = open_with(tmp_path, text_source(tmp_path / "text", texts))
+    sides = (data.train, data.heldout)
+    assert sum(side.num_documents for side in sides) == 100
+    assert sum(side.num_bytes for side in sides) == sum(map(len, texts))
+    assert sum(side.num_tokens for side in sides) == sum(map(len, texts)) + 100  # and each one's end
+    assert sorted(text.decode() for side in sides for text in side.texts()) == sorted(texts)
+    real = sum((side.read(np.arange(side.num_rows))["labels"] >= 0).sum() for side in sides)
+    assert real == sum(side.num_tokens for side in sides)
+    assert data.train.fill == pytest.approx(data.train.num_tokens / (data.train.num_rows * 64))
+
+
+def test_rows_of_several_sources_are_numbered_one_after_another(tmp_path: Path) -> None:
+    first = text_source(tmp_path / "a", ["a" * 200] * 3 + [f"a{i}" for i in range(50)])
+    second = text_source(tmp_path / "b", [f"b{i}" for i in range(50)])
+    train = open_with(tmp_path, first, second).train
+    split = train.parts[0].num_rows
+    batch = train.read(np.array([split, 0, -1, train.num_rows - 1]))
+    assert ord("b") in batch["tokens"][0]
+    assert ord("a") not in batch["tokens"][0]
+    assert ord("a") in batch["tokens"][1]
+    assert ord("b") in batch["tokens"][3]
+    assert (batch["labels"][2] == -1).all()
+    assert (batch["segments"][2] == 0).all()
+
+
+def test_equal_texts_of_two_sources_are_on_the_same_side(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(300)]
+    data = open_with(tmp_path, text_source(tmp_path / "a", texts), text_source(tmp_path / "b", texts[::-1]))
+    assert set(data.train.texts()).isdisjoint(data.heldout.texts())
+
+
+def test_a_source_of_weight_zero_is_not_read(tmp_path: Path) -> None:
+    data = open_with(
+        tmp_path,
+        {"kind": "synthetic", "max_bytes": 50_000},
+        {"kind": "text", "path": str(tmp_path / "nowhere"), "weight": 0.0},
+    )
+    assert len(data.train.parts) == 1
+
+
+def test_fingerprint_tells_what_changed(tmp_path: Path) -> None:
+    texts = [f"text {i}" * 20 for i in range(100)]
+    source = text_source(tmp_path / "text", texts)
+    first = open_with(tmp_path, source)
+    check_fingerprint(first.fingerprint, open_with(tmp_path, source).fingerprint, "run")
+    moved = open_with(tmp_path, text_source(tmp_path / "moved", texts))
+    check_fingerprint(first.fingerprint, moved.fingerprint, "run")
+    longer = open_with(tmp_path, source, sequence_length=32)
+    with pytest.raises(StackError, match=r"runs/x: the run began with other data: data\.sequence_length"):
+        check_fingerprint(first.fingerprint, longer.fingerprint, "runs/x")
+    (tmp_path / "text" / "0000.txt").write_text("new")
+    with pytest.raises(StackError, match=r"the text of data\.sources changed; restore it"):
+        check_fingerprint(first.fingerprint, open_with(tmp_path, source).fingerprint, "runs/x")
+
+
+def test_less_text_than_a_batch_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    source = text_source(tmp_path / "text", [f"text {i} " * 10 for i in range(20)])
+    rows = open_with(tmp_path, source).train.num_rows
+    open_with(tmp_path, source, batch_size=rows)
+    with pytest.raises(ConfigError, match=rf"fills {rows} rows .* train\.batch_size={rows + 1};"):
+        open_with(tmp_path, source, batch_size=rows + 1)
+
+
+def test_an_empty_held_out_set_is_refused_unless_none_is_asked_for(tmp_path: Path) -> None:
+    source = text_source(tmp_path / "text", ["one text " * 100])
+    with pytest.raises(ConfigError, match=r"no document is held out of 1 at .*=0\.001; raise it"):
+        open_with(tmp_path, source, heldout_fraction=0.001)
+    assert open_with(tmp_path, source, heldout_fraction=0.0).heldout.num_rows == 0
+
+
+def test_a_source_held_out_whole_is_named(tmp_path: Path) -> None:
+    one = next(text for i in range(1000) if is_heldout((text := f"text {i}").encode(), 0.1))
+    with pytest.raises(ConfigError, match=r"every document of .*one is held out; lower"):
+        open_with(tmp_path, {"kind": "synthetic"}, text_source(tmp_path / "one", [one]))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    config = Config.model_validate({"model": {"vocab_size": 200}, "data": {"cache_dir": str(tmp_path)}})
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=200"):
+        open_data(config)

@@ -1,0 +1,93 @@
+"""Every layout and every pair of layouts gives the numbers of one device."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from stack.doctor.numerics import (
+    BFLOAT16_RATIO,
+    LIMIT,
+    ONE_DEVICE,
+    Cell,
+    Family,
+    Numbers,
+    cells,
+    compute,
+    distance,
+    errors,
+)
+
+EVERYDAY = {
+    "data",
+    "fsdp zero 1",
+    "fsdp zero 2",
+    "fsdp zero 3",
+    "tensor sequence parallel",
+    "data + fsdp zero 3",
+    "fsdp zero 1 + accumulation",
+    "fsdp zero 3 + tensor",
+}
+FAMILIES: tuple[Family, ...] = ("gpt", "llama")
+
+
+def matrix():
+    """Every cell for every family; what is not for every day is for the full tier."""
+    return [
+        pytest.param(
+            cell,
+            family,
+            id=f"{family}: {cell.name}",
+            marks=[] if everyday(cell, family) else [pytest.mark.full],
+        )
+        for cell in cells()
+        for family in FAMILIES
+    ]
+
+
+def everyday(cell: Cell, family: Family) -> bool:
+    return cell.name in EVERYDAY and (family == "gpt" or len(cell.parts) == 2)
+
+
+@cache
+def reference(family: Family, dtype: str = "float32") -> Numbers:
+    return compute(ONE_DEVICE, family, dtype)
+
+
+@pytest.mark.parametrize(("cell", "family"), matrix())
+def test_float32_loss_and_gradients_equal_one_device(cell, family):
+    numbers, expected = compute(cell, family), reference(family)
+    for name, params in expected.params.items():
+        np.testing.assert_array_equal(numbers.params[name], params, err_msg=name)
+    wrong = {name: error for name, error in errors(numbers, expected).items() if not error <= LIMIT}
+    assert not wrong
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cell", cells(), ids=lambda cell: cell.name)
+def test_bfloat16_gradients_are_as_good_as_on_one_device(cell, family):
+    expected = reference(family)
+    one_device = distance(reference(family, "bfloat16"), expected)
+    assert distance(compute(cell, family, "bfloat16"), expected) <= BFLOAT16_RATIO * one_device
+
+
+def test_every_cell_is_in_a_tier(pytestconfig):
+    from _pytest.mark.expression import Expression
+
+    tiers = [Expression.compile(text) for text in ("not full", "full")]
+    run = {
+        param.id
+        for param in matrix()
+        for tier in tiers
+        if tier.evaluate(lambda name, param=param: any(mark.name == name for mark in param.marks))
+    }
+    assert run == {f"{family}: {cell.name}" for family in FAMILIES for cell in cells()}
+    assert EVERYDAY <= {cell.name for cell in cells()}
+    assert pytestconfig.getini("markers")
+
+
+def test_the_matrix_holds_every_pair():
+    names = {cell.name for cell in cells()}
+    assert {"fsdp zero 2 + tensor sequence parallel", "data + accumulation", "tensor + accumulation"} <= names
+    assert len(names) == 29
