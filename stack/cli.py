@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
+        _prepare_jax()
         arguments.run(arguments)
         sys.stdout.flush()
     except ConfigError as error:
@@ -48,6 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever reads our output has enough; nothing more may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _prepare_jax() -> None:
+    """Sets what JAX reads from the environment when it is imported; what is set already stays."""
+    from importlib.util import find_spec
+
+    # Even the compiler alone, which the extra `plan` installs, makes JAX look for a GPU and print a
+    # traceback when there is no driver: Linux has the first two, WSL the third.
+    driver = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
+    plugin = any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
+    if plugin and not any(map(os.path.exists, driver)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # A second start of the same run compiles nothing.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/stack/jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -167,20 +183,26 @@ def _train(arguments: argparse.Namespace) -> None:
 
     config = load(arguments.config, arguments.rest)  # what is wrong is told before anything heavy is loaded
 
+    from stack.parallel.processes import together
     from stack.train.progress import Progress
     from stack.train.trainer import Trainer
 
-    Trainer(config, listeners=[Progress()]).fit()
+    with together():
+        Trainer(config, listeners=[Progress()]).fit()
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
 
-    for name, value in Trainer.from_run(arguments.config, arguments.rest).evaluate().items():
-        print(f"{name} {value:.6g}")
+    with together():
+        metrics = Trainer.from_run(arguments.config, arguments.rest).evaluate()
+        if first():
+            print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
 
     fields = {
@@ -190,10 +212,12 @@ def _sample(arguments: argparse.Namespace) -> None:
         "sample.top_p": arguments.top_p,
     }
     overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
-    trainer = Trainer.from_run(arguments.config, overrides)
-    prompts = arguments.rest or [trainer.config.sample.prompt]
-    for prompt, text in zip(prompts, trainer.generate(prompts, seed=arguments.seed), strict=True):
-        print(prompt + text)
+    with together():
+        trainer = Trainer.from_run(arguments.config, overrides)
+        prompts = arguments.rest or [trainer.config.sample.prompt]
+        texts = trainer.generate(prompts, seed=arguments.seed)
+        if first():
+            print("\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
 
 
 def _show(arguments: argparse.Namespace) -> None:

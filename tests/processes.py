@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,9 +82,9 @@ def _wait(started: Sequence[subprocess.Popen[bytes]], folder: Path, deadline: fl
             [number for number, status in enumerate(statuses) if status is None] if late else []
         )
         if failed:
+            logs = {number: (folder / f"log{number}").read_text()[-4000:] for number in failed}
             ends = "\n".join(
-                f"process {number} (status {statuses[number]}):\n{(folder / f'log{number}').read_text()[-4000:]}"
-                for number in failed
+                f"process {number} (status {statuses[number]}):\n{log}" for number, log in logs.items()
             )
             raise AssertionError(f"{'timed out' if late else 'failed'}: {ends}")
         time.sleep(0.02)
@@ -95,11 +94,11 @@ def main(folder: Path) -> None:
     """One process: joins the others, calls the function, leaves its result in the folder."""
     import jax
 
-    from stack.parallel.processes import join
+    from stack.parallel.processes import join, together
 
     source, name, arguments = pickle.loads((folder / "call").read_bytes())
-    try:
-        join(initialization_timeout_seconds=60, heartbeat_timeout_seconds=10)
+    join(initialization_timeout_seconds=60, heartbeat_timeout_seconds=10)
+    with together():
         spec = importlib.util.spec_from_file_location(Path(source).stem, source)
         assert spec is not None
         assert spec.loader is not None
@@ -107,10 +106,6 @@ def main(folder: Path) -> None:
         spec.loader.exec_module(module)
         result = getattr(module, name)(*arguments)
         (folder / f"result{jax.process_index()}").write_bytes(pickle.dumps(result))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # The others wait for this one: leaving in good order would wait for them.
 
 
 if __name__ == "__main__":

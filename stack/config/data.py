@@ -53,7 +53,7 @@ class DataConfig(Section):
     cache_dir: str = "~/.cache/stack/data"
     """Where tokenized and packed corpora are kept, keyed by content and tokenizer."""
     workers: PositiveInt | None = None
-    """Processes that tokenize; null: one per CPU core."""
+    """Threads that tokenize; null: one per CPU core."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,7 +1,5 @@
 """Which row comes when: a function of the seed and the place in the training sequence."""
 
-import sys
-
 import grain
 import numpy as np
 
@@ -12,14 +10,15 @@ def training_order(dataset: Dataset, *, seed: int, shuffle: bool) -> grain.MapDa
     """Row numbers of `dataset` by place, without end: order[i] is the row trained on at place i.
 
     Grain's random-access datasets: each source is permuted as a whole, anew in every epoch of its own,
-    and the sources are interleaved by weight. No state: any place can be asked for at once.
+    and the sources are interleaved evenly by weight, which Grain rounds down to hundredths of the
+    smallest. No state: any place can be asked for at once.
     """
     parts, weights, start = [], [], 0
     for number, (part, weight) in enumerate(zip(dataset.parts, dataset.weights, strict=True)):
         rows = grain.MapDataset.range(start, start + part.num_rows)
         if shuffle:
             rows = rows.seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0])).shuffle()
-        parts.append(rows.repeat(sys.maxsize // part.num_rows if len(dataset.parts) > 1 else None))
+        parts.append(rows.repeat())
         weights.append(weight)
         start += part.num_rows
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)

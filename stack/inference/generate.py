@@ -148,8 +148,6 @@ def _generate(
     def append(progress: _Progress, tokens: jax.Array, first: jax.Array | int) -> _Progress:
         """Puts `tokens`, [batch, queries], into the cache from slot `first` on and chooses the next."""
         mask = caches.mask(texts.padding, first=first, queries=tokens.shape[1], slots=slots)
-        # Rows that have ended run along with the others, beyond the table of positions too.
-        mask = mask._replace(query_positions=jnp.minimum(mask.query_positions, config.max_length - 1))
         output = model(tokens, mask, layout=layout, cache=progress.cache, slot=first)
         scores = logits(
             output.hidden[:, -1:],

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from stack.train.announce import conclusion, introduction
 from stack.train.listeners import Listener
 
 _PLAIN_LINES = 20  # Lines of a whole run in a log.
@@ -37,12 +38,14 @@ class Progress(Listener):
         self._printed: tuple[int, float] | None = None  # Step and time of the last line of a log.
 
     def on_start(self, info: dict[str, Any]) -> None:
-        """Starts the display; reads `step` and `steps` of `info`."""
+        """Introduces the run, if `info` does, and starts the display; reads `step` and `steps`."""
         import jax
 
         self._step, self._steps = int(info["step"]), int(info["steps"])
         self._metrics, self._first, self._printed = {}, None, None
         self._shows = jax.process_index() == 0
+        if "name" in info:
+            self._safely(lambda: self._console.print(introduction(info)))
         self._safely(self._start)
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -62,11 +65,13 @@ class Progress(Listener):
         self._safely(lambda: self._console.print(f"step {step:,}  checkpoint", style="dim"))
 
     def on_end(self, summary: dict[str, Any]) -> None:
-        """Leaves the bar as it last was."""
+        """Leaves the bar as it last was, and concludes the run if it came to its end."""
         if self._live is not None:
             with contextlib.suppress(OSError, ValueError):  # Gives standard output back, come what may.
                 self._live.stop()
         self._live = self._notebook = None
+        if "sample" in summary:
+            self._safely(lambda: self._console.print(conclusion(summary, steps=self._steps)))
 
     def line(self) -> str:
         """Step, loss, tokens per second and the time left, as far as they are known."""

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 
 from stack.config import Config, StackError, dump, load
 from stack.data.baseline import trigram_nats_per_byte
 from stack.data.dataset import Data, check_fingerprint, open_data
 from stack.data.loader import heldout_batches, prefetch, training_batches
 from stack.inference.generate import generate
+from stack.plan.hardware import mfu
 from stack.train import program as programs
 from stack.train import state as states
 from stack.train.checkpoint import Checkpoints
@@ -102,7 +103,9 @@ class Trainer:
             first = self._begin(checkpoints)
             self._tell("on_start", self._introduction(first))
             self._train(first, checkpoints)
-            summary.update(self._finish(checkpoints))
+            summary.update(self._finish())
+        if jax.process_count() > 1:  # The first may still be writing the history that all read.
+            multihost_utils.sync_global_devices("the end of the run")
         return self.history
 
     def evaluate(self) -> dict[str, float]:
@@ -212,7 +215,7 @@ class Trainer:
                     late.flush()
                     self._tell("on_eval", step + 1, self.evaluate())
                     speed.restart()
-                if _due(step + 1, config.checkpoint.every):
+                if _due(step + 1, config.checkpoint.every) or step + 1 == config.train.steps:
                     self._save(step + 1, checkpoints)
         late.flush()
 
@@ -227,10 +230,9 @@ class Trainer:
         checkpoints.save(step, self.state, extra)
         self._tell("on_checkpoint", step)
 
-    def _finish(self, checkpoints: Checkpoints) -> dict[str, Any]:
-        """The last checkpoint, the last evaluation, a sample."""
+    def _finish(self) -> dict[str, Any]:
+        """The last evaluation and a sample."""
         config = self.config
-        self._save(int(np.asarray(self._trained()["step"])), checkpoints)
         summary: dict[str, Any] = {"folder": str(self.folder)}
         if self.data.heldout.num_rows:
             metrics = self.evaluate()
@@ -243,14 +245,14 @@ class Trainer:
         return summary | {"prompt": prompt, "sample": self.generate(prompt)[0]}
 
     def _introduction(self, first: int) -> dict[str, Any]:
-        layout, data = self.program.layout, self.data
+        config, layout, data = self.config, self.program.layout, self.data
         device = self.mesh.devices.flat[0]
         sizes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
         return {
-            "name": self.config.name,
+            "name": config.name,
             "folder": str(self.folder),
             "step": first,
-            "steps": self.config.train.steps,
+            "steps": config.train.steps,
             "parameters": self.program.num_parameters,
             "devices": f"{self.mesh.size} x {device.device_kind}",
             "mesh": " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device",
@@ -258,6 +260,10 @@ class Trainer:
             "attention": str(self.program.attention),
             "train_tokens": data.train.num_tokens,
             "heldout_tokens": data.heldout.num_tokens,
+            "batch_tokens": config.train.batch_size * config.data.sequence_length,
+            "peak": mfu(
+                config.model, length=1, tokens_per_second_per_device=0.0, device_kind=device.device_kind
+            ).peak,
         }
 
     def _trained(self) -> states.State:

@@ -82,7 +82,10 @@ def test_the_same_text_elsewhere_is_found_and_changed_text_is_not(tmp_path: Path
     moved = write_texts(tmp_path / "there", {"x": "one", "y": "two"})
     first = open_corpus(source, ByteTokenizer(), tmp_path / "cache")
     assert open_corpus(moved, ByteTokenizer(), tmp_path / "cache").key == first.key
-    (tmp_path / "here" / "b").write_text("owt")  # the same size, within the clock's resolution
+    file = tmp_path / "here" / "b"
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.write_text("owt")
+    os.utime(file, ns=times)  # the same inode and size, and within the clock's resolution the same time
     changed = open_corpus(source, ByteTokenizer(), tmp_path / "cache")
     assert changed.key != first.key
     assert changed.fingerprint != first.fingerprint

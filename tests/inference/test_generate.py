@@ -229,6 +229,12 @@ def test_a_seed_gives_one_text_and_another_seed_another():
     assert draw(seed=1) != draw(seed=2)
 
 
+def test_every_token_is_drawn_anew():
+    """Where all words are as good as equal, one draw used again would be one word again and again."""
+    for text in generate(*one_device("gpt"), PROMPTS, length=12, temperature=1000.0):
+        assert len(set(text)) > 6
+
+
 def test_a_drawn_text_does_not_depend_on_the_other_prompts():
     draw = functools.partial(generate, *one_device("gpt"), length=12, temperature=1.0)
     first, second, third = PROMPTS[0], PROMPTS[1], [11, 12]

@@ -34,11 +34,11 @@ def decoder(params, config):
     return nnx.merge(graph, params)
 
 
-def hidden_states(model, tokens, lengths):
+def run(model, tokens, lengths):
     """The second row is padded on the right, as a segment of its own."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    return model(tokens, Mask(positions, positions, segments, segments))[0]
+    return model(tokens, Mask(positions, positions, segments, segments))
 
 
 def next_tokens(tokens, lengths):
@@ -55,12 +55,11 @@ def test_logits(golden, config, params):
     tokens, lengths = golden.results["tokens"], golden.results["lengths"]
 
     @jax.jit
-    def run(params):
-        model = decoder(params, config)
-        hidden = hidden_states(model, tokens, lengths)
-        return logits(hidden, model.output_table(), vocab_size=config.vocab_size)
+    def scores(params):
+        output = run(decoder(params, config), tokens, lengths)
+        return logits(output.hidden, output.table, vocab_size=config.vocab_size)
 
-    ours = np.asarray(run(params))[..., : config.vocab_size]
+    ours = np.asarray(scores(params))[..., : config.vocab_size]
     real = np.arange(tokens.shape[1]) < lengths[:, None]
     assert_close(ours[real], golden.results["logits"][real], "logits")
 
@@ -72,9 +71,8 @@ def test_loss_and_gradients(golden, config, params):
     @jax.jit
     @jax.value_and_grad
     def loss_and_gradients(params):
-        model = decoder(params, config)
-        hidden = hidden_states(model, tokens, lengths)
-        sums = cross_entropy(hidden, model.output_table(), labels, Head(config.vocab_size))
+        output = run(decoder(params, config), tokens, lengths)
+        sums = cross_entropy(output.hidden, output.table, labels, Head(config.vocab_size))
         return sums.loss / (labels >= 0).sum()
 
     loss, gradients = loss_and_gradients(params)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 from stack.config.errors import StackError
 from stack.train.metrics import History, MetricsLog, read_history
@@ -168,6 +169,7 @@ def test_the_plot_has_both_curves_and_labelled_axes(tmp_path: Path) -> None:
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["training, smoothed (2.000 at the end)", "held-out (3.000 at the end)"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert pyplot.get_fignums() == [], "a notebook would show it twice"
 
 
 def test_smoothing_follows_a_slope_without_lag() -> None:

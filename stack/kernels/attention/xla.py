@@ -23,7 +23,7 @@ def attend(
     scores = scores * head_dim**-0.5
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = scores + jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
     mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, value)
     return mixed.reshape(query.shape)

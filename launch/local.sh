@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Trains in several processes on this machine, as a cluster would.
+#
+#   launch/local.sh -n N [-d D] CONFIG [overrides]
+#
+#   -n N   processes
+#   -d D   run on CPU, with D virtual devices in each process
+#
+# Without -d the GPUs of the machine are dealt out evenly, in order: -n 8 on eight GPUs gives each process
+# one; -n 1 gives one process all. Without GPUs each process has one CPU device.
+#
+# Process 0 has the screen; what the others write is shown when the run fails. If one process fails, the
+# others are ended and its exit status is this script's. Ctrl-C ends all.
+set -euo pipefail
+
+usage() {
+    sed -n '4,7p' "$0" | cut -c3-
+    exit 2
+} >&2
+
+processes='' devices=''
+while getopts n:d: option; do
+    case $option in
+        n) processes=$OPTARG ;;
+        d) devices=$OPTARG ;;
+        *) usage ;;
+    esac
+done
+shift $((OPTIND - 1))
+[[ $processes =~ ^[1-9][0-9]*$ && $devices =~ ^([1-9][0-9]*)?$ && $# -gt 0 ]] || usage
+
+stop() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+python3 -c 'import stack' 2>/dev/null || stop "this Python has no stack; run: uv run $0 ..."
+
+gpus=()
+if [[ -n $devices ]]; then
+    export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
+elif [[ -n ${CUDA_VISIBLE_DEVICES-} ]]; then
+    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+elif command -v nvidia-smi >/dev/null; then
+    while read -r gpu; do gpus+=("$gpu"); done < <(nvidia-smi -L 2>/dev/null | grep '^GPU ')
+fi
+share=$((${#gpus[@]} / processes))
+((share * processes == ${#gpus[@]})) || stop "${#gpus[@]} GPUs cannot be dealt out to $processes processes"
+
+# Below 32768: above, the system itself hands ports to connections.
+JAX_COORDINATOR_ADDRESS=127.0.0.1:$(
+    python3 - <<'PYTHON'
+import random, socket
+
+while True:
+    with socket.socket() as candidate:
+        try:
+            candidate.bind(("", random.randrange(20_000, 32_768)))
+        except OSError:
+            continue
+        print(candidate.getsockname()[1])
+        break
+PYTHON
+)
+export JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES=$processes
+
+logs=$(mktemp -d "${TMPDIR:-/tmp}/stack-logs.XXXXXX")
+pids=()
+
+# Sends a signal to all, waits up to ten seconds for them to go, then ends them.
+end() {
+    kill -"$1" "${pids[@]}" 2>/dev/null || true
+    for _ in {1..100}; do
+        kill -0 "${pids[@]}" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+    wait
+}
+
+interrupted() {
+    trap '' INT TERM
+    end INT
+    rm -rf "$logs"
+    exit 130
+}
+
+failed() { # process, status
+    end TERM
+    if (($1 > 0)); then
+        tail -n 30 "$logs/$1" | sed "s/^/[process $1] /" >&2
+    fi
+    echo "error: process $1 of $processes failed with status $2; what the others wrote is in $logs" >&2
+    exit "$2"
+}
+
+# Job control gives each process its own group: the terminal's Ctrl-C then comes here alone, and is not
+# ignored there.
+set -m
+trap interrupted INT TERM
+for ((process = 0; process < processes; process++)); do
+    export JAX_PROCESS_ID=$process
+    if ((share)); then
+        JAX_LOCAL_DEVICE_IDS=$(seq -s, $((process * share)) $((process * share + share - 1)))
+        export JAX_LOCAL_DEVICE_IDS
+    fi
+    if ((process)); then
+        python3 -m stack train "$@" </dev/null >"$logs/$process" 2>&1 &
+    else
+        python3 -m stack train "$@" </dev/null &
+    fi
+    pids+=($!)
+done
+
+running=$processes
+while ((running)); do
+    sleep 0.2
+    running=0
+    for process in "${!pids[@]}"; do
+        if kill -0 "${pids[process]}" 2>/dev/null; then
+            running=$((running + 1))
+        else
+            status=0
+            wait "${pids[process]}" || status=$?
+            ((status == 0)) || failed "$process" "$status"
+        fi
+    done
+done
+rm -rf "$logs"

@@ -1,0 +1,158 @@
+"""The collectives of a compiled program: what moves, between whom, and how often."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+_BITS = {
+    "pred": 8,
+    "s8": 8,
+    "u8": 8,
+    "bf16": 16,
+    "f16": 16,
+    "f32": 32,
+    "s32": 32,
+    "u32": 32,
+    "f64": 64,
+    "s64": 64,
+}
+_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+_INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?(\S+) = (.+?) ({_KINDS})(-start)?\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|body|condition|to_apply|called_computations)=\{?%([^\s,}]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One collective operation of the program of one device."""
+
+    kind: str
+    """`all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `collective-permute`."""
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    """Dtype and shape of each result."""
+    axes: tuple[str, ...]
+    """The mesh axes it goes over; empty where the members are not told."""
+    group_size: int
+    """Devices that take part together."""
+    times: int
+    """Runs per step: trip counts of the loops around it, multiplied."""
+    name: str
+    """Of the operation in the traced program."""
+
+    @property
+    def elements(self) -> int:
+        """Elements of the larger side: what is gathered to, reduced, or scattered from."""
+        results = sum(math.prod(shape) for _, shape in self.arrays)
+        return results * (self.group_size if self.kind == "reduce-scatter" else 1)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the larger side, once."""
+        results = sum(math.prod(shape) * _BITS.get(dtype, 32) // 8 for dtype, shape in self.arrays)
+        return results * (self.group_size if self.kind == "reduce-scatter" else 1)
+
+
+def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """Every collective in the scheduled HLO text of one device.
+
+    Args:
+      hlo: `compiled.as_text()`.
+      mesh: the mesh axes and their sizes, in order; device n is at place n of it.
+    """
+    times = _times(hlo)
+    found, computation = [], ""
+    for line in hlo.splitlines():
+        if heading := _COMPUTATION.match(line):
+            computation = heading[2]
+        elif (match := _INSTRUCTION.match(line)) and times[computation]:
+            _, result, kind, start, rest = match.groups()
+            group = _first_group(rest)
+            name = re.search(r'op_name="([^"]*)"', rest)
+            found.append(
+                Collective(
+                    kind=kind,
+                    arrays=_arrays(_results(result) if start else result),
+                    axes=_axes(group, mesh),
+                    group_size=len(group),
+                    times=times[computation],
+                    name=name[1] if name else "",
+                )
+            )
+    return found
+
+
+def _times(hlo: str) -> dict[str, int]:
+    """How often each computation runs in one step; loops of unknown length count once."""
+    callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    entry, computation = "", ""
+    for line in hlo.splitlines():
+        if heading := _COMPUTATION.match(line):
+            computation = heading[2]
+            entry = computation if heading[1] else entry
+        elif computation:
+            trips = _TRIPS.search(line) if " while(" in line else None
+            for called in _CALLED.findall(line):
+                callers[called].append((computation, int(trips[1]) if trips else 1))
+    memory: dict[str, int] = {entry: 1}
+
+    def count(name: str) -> int:
+        if name not in memory:
+            memory[name] = sum(count(caller) * trips for caller, trips in callers[name])
+        return memory[name]
+
+    return defaultdict(int, {name: count(name) for name in [*callers, entry]})
+
+
+def _results(type_text: str) -> str:
+    """The results in the type of an asynchronous start, ((operands), results, ...)."""
+    depth = 0
+    for i, character in enumerate(type_text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == "," and depth == 1:
+            return type_text[i:]
+    return type_text
+
+
+def _arrays(type_text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple(
+        (dtype, tuple(int(size) for size in sizes.split(",") if size))
+        for dtype, sizes in _ARRAY.findall(type_text)
+        if dtype in _BITS
+    )
+
+
+def _first_group(text: str) -> list[int]:
+    """The device numbers of the group that device 0 is in, from any of HLO's three notations."""
+    if listed := re.search(r"replica_groups=\{\{([0-9,]+)\}", text):
+        return [int(number) for number in listed[1].split(",")]
+    if tiled := re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", text):
+        groups, sizes, order = (_numbers(part) for part in tiled.groups())
+        devices = np.arange(math.prod(sizes)).reshape(sizes)
+        return devices.transpose(order or range(len(sizes))).reshape(groups)[0].tolist()
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        over = set(re.findall(r"'([^']+)'", named[2]))
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        index = tuple(slice(None) if axis in over else 0 for axis in sizes)
+        return devices[index].reshape(-1).tolist()
+    if pairs := re.search(r"source_target_pairs=\{\{([0-9]+),([0-9]+)\}", text):
+        return [int(pairs[1]), int(pairs[2])]
+    return []
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",")) if text else ()
+
+
+def _axes(group: list[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ."""
+    if not group:
+        return ()
+    places = np.unravel_index(np.array(group), tuple(mesh.values()))
+    return tuple(axis for axis, place in zip(mesh, places, strict=True) if len(set(place.tolist())) > 1)

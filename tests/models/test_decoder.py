@@ -1,0 +1,187 @@
+"""The decoder as a whole: documents apart, depth for free, sizes as published."""
+
+import functools
+import math
+from pathlib import Path
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stack.config import Config, ModelConfig, load
+from stack.kernels.attention import Mask
+from stack.layers.dropout import example_keys
+from stack.models.decoder import SAVED, Decoder
+from stack.parallel import mesh as meshes
+from stack.train import program as programs
+from stack.train import state as states
+from stack.train.step import train_step
+
+SHARED = {
+    "vocab_size": 61,
+    "vocab_multiple": 16,
+    "max_length": 24,
+    "num_layers": 3,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "init_std": 0.3,
+    "position_init_std": 0.3,
+    "dtype": "float32",
+}
+FAMILIES = {
+    "gpt": ModelConfig(**SHARED),
+    "llama": ModelConfig(
+        **SHARED,
+        norm="rmsnorm",
+        mlp="swiglu",
+        position="rotary",
+        num_kv_heads=2,
+        qk_norm=True,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        tied_embeddings=False,
+        sliding_window=4,
+    ),
+}
+RECIPES = Path(__file__).parents[2] / "configs"
+LENGTHS = (5, 9, 3, 4)
+"""Of the documents in a row; three places of padding follow."""
+SEGMENTS = np.repeat([1, 2, 3, 4, 0], (*LENGTHS, 3)).astype(np.int32)[None]
+POSITIONS = np.concatenate([np.arange(n) for n in (*LENGTHS, 3)]).astype(np.int32)[None]
+TOKENS = np.random.default_rng(0).integers(0, 61, SEGMENTS.shape).astype(np.int32)
+
+
+@pytest.fixture(params=FAMILIES)
+def config(request):
+    return FAMILIES[request.param]
+
+
+@functools.cache
+def hidden_states(config):
+    """(tokens, positions, segments) -> [batch, length, embed]."""
+    model = Decoder(config, rngs=nnx.Rngs(0))
+
+    @jax.jit
+    def run(tokens, positions, segments):
+        return model(tokens, Mask(positions, positions, segments, segments)).hidden
+
+    return lambda *arrays: np.asarray(run(*arrays))
+
+
+@pytest.mark.parametrize("document", [1, 2, 3, 4, 0])
+def test_a_document_is_not_seen_by_the_others(config, document):
+    here = document == SEGMENTS
+    before = hidden_states(config)(TOKENS, POSITIONS, SEGMENTS)
+    changed = hidden_states(config)(np.where(here, (TOKENS + 17) % 61, TOKENS), POSITIONS, SEGMENTS)
+    np.testing.assert_array_equal(changed[~here], before[~here])
+    assert (changed[here] != before[here]).any(-1).all()
+
+
+def test_a_document_in_a_packed_row_is_the_document_alone(config):
+    packed = hidden_states(config)(TOKENS, POSITIONS, SEGMENTS)
+    whole = np.arange(24, dtype=np.int32)[None]
+    for document in range(1, 5):
+        here = document == SEGMENTS
+        tokens = np.resize(TOKENS[here], TOKENS.shape)
+        alone = hidden_states(config)(tokens, whole, np.ones_like(whole))[:, : here.sum()]
+        np.testing.assert_allclose(packed[here], alone[0], atol=2e-5)
+
+
+def test_a_token_does_not_see_the_ones_after_it(config):
+    whole = np.arange(24, dtype=np.int32)[None]
+    ones = np.ones_like(whole)
+    before = hidden_states(config)(TOKENS, whole, ones)
+    after = hidden_states(config)(np.where(whole < 10, TOKENS, 3), whole, ones)
+    np.testing.assert_array_equal(after[:, :10], before[:, :10])
+    assert (after[:, 10:] != before[:, 10:]).any()
+
+
+@pytest.mark.parametrize("policy", SAVED)
+def test_remat_changes_no_gradient_and_draws_the_same_dropout(policy):
+    rates = {"embedding_dropout": 0.2, "attention_dropout": 0.2, "residual_dropout": 0.2}
+    # The gradient of a key's bias is zero, as softmax does not see it: only rounding to compare.
+    config = FAMILIES["gpt"].model_copy(update=rates | {"qkv_bias": False})
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    keys = example_keys(0, jnp.int32(3), jnp.arange(1))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(model, remat):
+        output = model(TOKENS, Mask(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS), keys=keys, remat=remat)
+        return jnp.square(output.hidden[..., 0]).sum()
+
+    expected, actual = (jax.tree.leaves(gradient(model, remat)) for remat in ("none", policy))
+    for one, other in zip(expected, actual, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * float(jnp.abs(one).max()))
+
+
+def test_depth_costs_no_compile_time():
+    """The step traces to as many equations, of the same program text, at 2 layers as at 12."""
+    sizes = [step_size(num_layers) for num_layers in (2, 12)]
+    assert sizes[0] == sizes[1]
+
+
+def step_size(num_layers):
+    model = FAMILIES["llama"].model_copy(update={"num_layers": num_layers})
+    config = Config.model_validate(
+        {"model": model, "data": {"sequence_length": 16}, "train": {"batch_size": 2, "remat": "full"}}
+    )
+    program = programs.build(config, jax.devices()[:1])
+    batch = {name: jnp.zeros((2, 16), jnp.int32) for name in ("tokens", "labels", "segments", "positions")}
+    batch["example"] = jnp.arange(2)
+    with jax.set_mesh(program.mesh):
+        traced = jax.jit(functools.partial(train_step, program)).trace(states.abstract(program), batch)
+        return count_equations(traced.jaxpr.jaxpr), traced.lower().as_text().count("\n")
+
+
+def count_equations(jaxpr):
+    inner = jax.extend.core.jaxprs_in_params
+    return sum(1 + sum(map(count_equations, inner(equation.params))) for equation in jaxpr.eqns)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "devices", "parameters"),
+    [
+        ("turing_nlg_17b", 32, 17_177_045_760),
+        ("gpt2_124m", 8, 124_439_808),
+        ("gpt2_355m", 8, 354_823_168),
+        ("gpt2_774m", 8, 774_030_080),
+        ("gpt2_1_5b", 8, 1_557_611_200),
+        ("llama3_8b", 8, 8_030_261_248),
+        ("llama3_70b", 64, 70_553_706_496),
+    ],
+)
+def test_published_parameter_counts_without_allocating_one(recipe, devices, parameters):
+    config = load(RECIPES / f"{recipe}.yaml")
+    program = programs.on_mesh(config, meshes.abstract(config.mesh, devices), "gpu", 9.0)
+    assert program.num_parameters == parameters
+    leaves = jax.tree.leaves(program.parameters)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) and leaf.dtype == jnp.float32 for leaf in leaves)
+
+
+def test_initial_weights_have_the_published_deviations():
+    config = ModelConfig(vocab_size=1000, num_layers=4, embed_dim=128, num_heads=4, max_length=512)
+    params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0))))
+    layers = params["layers"]
+    written = (layers["attention"]["out"], layers["mlp"]["down"])
+    read = (*(layers["attention"][name] for name in ("query", "key", "value")), layers["mlp"]["up"])
+    assert np.std(params["embed"]["table"][:1000]) == pytest.approx(0.02, rel=0.02)
+    assert not np.asarray(params["embed"]["table"][1000:]).any()
+    assert np.std(params["position"]["table"]) == pytest.approx(0.01, rel=0.02)
+    for matrix in read:
+        assert np.std(matrix["kernel"]) == pytest.approx(0.02, rel=0.02)
+    for matrix in written:
+        assert np.std(matrix["kernel"]) == pytest.approx(0.02 / math.sqrt(8), rel=0.02)
+    assert not any(np.asarray(matrix["bias"]).any() for matrix in (*read, *written))
+    for norm in (layers["attention_norm"], layers["mlp_norm"], params["final_norm"]):
+        assert (np.asarray(norm["scale"]) == 1).all()
+        assert not np.asarray(norm["bias"]).any()
+
+
+def test_every_layer_starts_differently():
+    kernel = Decoder(FAMILIES["gpt"], rngs=nnx.Rngs(0)).layers.mlp.up.kernel[...]
+    assert len(np.unique(kernel[:, 0, 0])) == 3

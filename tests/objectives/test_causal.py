@@ -1,0 +1,130 @@
+"""The chunked loss and its gradients are those of plain softmax cross-entropy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stack.config import MeshConfig
+from stack.objectives.causal import Head, cross_entropy
+from stack.parallel import mesh as meshes
+from stack.parallel.rules import Layout
+from stack.parallel.zero import gather_weight
+
+BATCH, LENGTH, WIDTH, WORDS, ROWS = 4, 12, 16, 37, 48
+random = np.random.default_rng(0)
+HIDDEN = random.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
+TABLE = np.where(np.arange(ROWS)[:, None] < WORDS, random.normal(size=(ROWS, WIDTH)), 0).astype(np.float32)
+LABELS = random.integers(0, WORDS, (BATCH, LENGTH)).astype(np.int32)
+LABELS[0, 5:] = -1
+LABELS[2] = -1
+LABELS[3, ::3] = -1
+
+
+def reference(*, softcap=None, z_loss=0.0):
+    """Loss, nll, correct and the gradients of the loss, by hand in float64."""
+    hidden, table = np.float64(HIDDEN), np.float64(TABLE[:WORDS])
+    raw = hidden @ table.T
+    scores = raw if softcap is None else softcap * np.tanh(raw / softcap)
+    normaliser = np.log(np.exp(scores).sum(-1))
+    counts = LABELS >= 0
+    is_label = np.arange(WORDS) == LABELS[..., None]
+    nll = (normaliser - (scores * is_label).sum(-1))[counts].sum()
+    loss = nll + z_loss * np.square(normaliser)[counts].sum()
+    correct = (scores.argmax(-1) == LABELS)[counts].sum()
+    softmax = np.exp(scores - normaliser[..., None])
+    slope = softmax * (1 + 2 * z_loss * normaliser[..., None]) - is_label
+    if softcap is not None:
+        slope *= 1 - np.tanh(raw / softcap) ** 2
+    slope *= counts[..., None]
+    table_gradient = np.zeros((ROWS, WIDTH))
+    table_gradient[:WORDS] = np.einsum("blv,ble->ve", slope, hidden)
+    return (loss, nll, correct), (slope @ table, table_gradient)
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * max(np.abs(expected).max(), 1e-30))
+
+
+def loss_and_gradients(head, hidden, table, labels):
+    def loss(hidden, table):
+        sums = cross_entropy(hidden, table, labels, head)
+        return sums.loss, sums
+
+    (_, sums), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
+    return sums, gradients
+
+
+@pytest.mark.parametrize("chunk", [1, 9, 16, 1024])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"z_loss": 0.01}, {"softcap": 3.0, "z_loss": 0.1}])
+def test_loss_and_gradients_are_those_of_the_formula(options, chunk):
+    head = Head(WORDS, chunk=chunk, **options)
+    sums, gradients = jax.jit(loss_and_gradients, static_argnums=0)(head, HIDDEN, TABLE, LABELS)
+    expected_sums, expected_gradients = reference(**options)
+    for actual, expected in zip((*sums, *gradients), (*expected_sums, *expected_gradients), strict=True):
+        close(actual, expected)
+    without = cross_entropy(jnp.asarray(HIDDEN), jnp.asarray(TABLE), jnp.asarray(LABELS), head)
+    for actual, expected in zip(without, sums, strict=True):
+        close(actual, expected)
+
+
+def test_padded_words_and_ignored_labels_get_no_gradient():
+    _, (hidden, table) = loss_and_gradients(Head(WORDS, z_loss=0.1), HIDDEN, TABLE, LABELS)
+    assert not np.asarray(table)[WORDS:].any()
+    assert not np.asarray(hidden)[LABELS < 0].any()
+    assert np.asarray(hidden)[LABELS >= 0].any(-1).all()
+
+
+def test_a_batch_without_labels_is_zero():
+    sums, gradients = loss_and_gradients(Head(WORDS), HIDDEN, TABLE, np.full_like(LABELS, -1))
+    assert not any(np.asarray(array).any() for array in (*sums, *gradients))
+
+
+def test_large_scores_do_not_overflow():
+    sums, gradients = loss_and_gradients(Head(WORDS), HIDDEN * 1e4, TABLE, LABELS)
+    assert all(np.isfinite(array).all() for array in (*sums, *gradients))
+
+
+def test_the_gradient_scales_with_what_the_loss_is_divided_by():
+    def mean(hidden):
+        return cross_entropy(hidden, jnp.asarray(TABLE), jnp.asarray(LABELS), Head(WORDS)).loss / 7.0
+
+    close(jax.grad(mean)(jnp.asarray(HIDDEN)), reference()[1][0] / 7.0)
+
+
+def test_logits_of_one_chunk_are_all_there_is():
+    """No array of the compiled loss and its gradients holds the scores of the whole batch."""
+    head = Head(WORDS, chunk=2 * BATCH)
+    text = jax.jit(loss_and_gradients, static_argnums=0).lower(head, HIDDEN, TABLE, LABELS).as_text()
+    assert f"tensor<{BATCH}x2x{ROWS}xf32>" in text
+    assert f"x{LENGTH}x{ROWS}xf32>" not in text
+    assert f"tensor<{LENGTH // 2}x{BATCH}x2x{ROWS}xf32>" not in text
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 1, "tensor": 8}, {"fsdp": 4, "data": 1, "tensor": 2}],
+)
+def test_a_mesh_changes_nothing(mesh):
+    config = MeshConfig.model_validate(mesh)
+    layout = Layout.of(meshes.build(config), config)
+    head = Head(WORDS, softcap=3.0, z_loss=0.1, chunk=8, layout=layout)
+    names = ("vocab", "embed")
+
+    def run(hidden, table, labels):
+        def loss(hidden, table):
+            gathered = gather_weight(table, layout, names, matrix=True)
+            sums = cross_entropy(hidden, gathered, labels, head)
+            return sums.loss, sums
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
+
+    with jax.set_mesh(layout.mesh):
+        hidden = jax.device_put(HIDDEN, layout.sharding("batch", "length", "embed"))
+        spec = layout.parameter_spec(names, TABLE.shape, matrix=True)
+        table = jax.device_put(TABLE, jax.NamedSharding(layout.mesh, spec))
+        labels = jax.device_put(LABELS, layout.sharding("batch", "length"))
+        (_, sums), gradients = jax.jit(run)(hidden, table, labels)
+    expected_sums, expected_gradients = reference(softcap=3.0, z_loss=0.1)
+    for actual, expected in zip((*sums, *gradients), (*expected_sums, *expected_gradients), strict=True):
+        close(actual, expected)

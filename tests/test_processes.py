@@ -1,0 +1,192 @@
+"""Several processes of one run: they equal one, and none waits for one that failed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from stack import Config, Trainer
+
+LOCAL = Path(__file__).parents[1] / "launch" / "local.sh"
+FIELDS = {
+    "name": "run",
+    "model": {
+        "num_layers": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "max_length": 32,
+        "dtype": "float32",
+    },
+    "data": {
+        "sources": [{"kind": "synthetic", "max_bytes": 40_000}],
+        "sequence_length": 32,
+        "heldout_fraction": 0.1,
+    },
+    "mesh": {"data": 2, "fsdp": 2},
+    "optimizer": {"learning_rate": 3e-3, "schedule": {"kind": "constant", "warmup_steps": 2}},
+    "train": {"steps": 8, "batch_size": 8},
+    "eval": {"every": 4},
+    "sample": {"prompt": "a", "length": 8, "temperature": 0},
+}
+
+
+def config(folder: Path, *overrides: str) -> Config:
+    changes = (f"output_dir={folder}/runs", f"data.cache_dir={folder}/cache", *overrides)
+    return Config.model_validate(FIELDS).replace(*changes)
+
+
+def train(config: Config, devices: int | None = None) -> dict[str, Any]:
+    """What a run says of itself."""
+    trainer = Trainer(config, devices=jax.devices()[:devices])
+    history = trainer.fit()
+    return {
+        "loss": history.curve("loss")[1],
+        "heldout": history.curve("loss", "heldout")[1],
+        "evaluation": trainer.evaluate(),
+        "text": trainer.generate(config.sample.prompt),
+        "processes": [{device.process_index for device in row.flat} for row in trainer.mesh.devices],
+    }
+
+
+def fail_in_one() -> None:
+    from jax.experimental import multihost_utils
+
+    if jax.process_index() == 1:
+        raise ValueError("this one fails")
+    multihost_utils.sync_global_devices("never")
+
+
+def assert_equal(run: dict[str, Any], other: dict[str, Any]) -> None:
+    np.testing.assert_allclose(run["loss"], other["loss"], rtol=1e-6)
+    np.testing.assert_allclose(run["heldout"], other["heldout"], rtol=1e-6)
+    assert run["evaluation"] == pytest.approx(other["evaluation"], rel=1e-6)
+    assert run["text"] == other["text"]
+
+
+def test_two_processes_train_evaluate_and_save_and_one_goes_on_as_if_it_had_been_one(
+    tmp_path, run_processes
+) -> None:
+    one = train(config(tmp_path, "name=one"), devices=4)
+    assert one["loss"][-1] < one["loss"][0] - 0.3
+
+    halves = run_processes(train, config(tmp_path, "name=two", "train.steps=4"), processes=2, devices=2)
+    for half in halves:
+        assert half["processes"] == [{0}, {1}], "`data` crosses the processes, `fsdp` does not"
+        np.testing.assert_allclose(half["loss"], one["loss"][:4], rtol=1e-6)
+        np.testing.assert_allclose(half["heldout"], one["heldout"][:1], rtol=1e-6)
+        assert half["evaluation"]["loss"] == half["heldout"][-1]
+    assert halves[0]["text"] == halves[1]["text"]
+
+    assert_equal(train(config(tmp_path, "name=two"), devices=4), one)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"),
+    [
+        (2, 4, ["mesh.data=2", "mesh.tensor=2", "mesh.fsdp=2", "mesh.zero=2", "train.accumulation=2"]),
+        (4, 1, ["mesh.data=1", "mesh.fsdp=-1"]),
+    ],
+)
+def test_processes_go_on_with_what_one_began(tmp_path, run_processes, processes, devices, mesh) -> None:
+    """On another mesh, too."""
+    one = train(config(tmp_path, "name=one"), devices=4)
+    train(config(tmp_path, "name=more", "train.steps=4"), devices=4)
+    more = config(tmp_path, "name=more", *mesh)
+    for process in run_processes(train, more, processes=processes, devices=devices):
+        assert_equal(process, one)
+
+
+def test_a_process_that_fails_ends_at_once_with_its_error(run_processes) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)^failed: process 1 \(status 1\).*this one fails"):
+        run_processes(fail_in_one, devices=1, timeout_seconds=60)
+
+
+def launch(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """launch/local.sh of this Python's stack."""
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(config(folder).model_dump(mode="json")))
+    bin_folder = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "TMPDIR": str(folder)}
+    command = [str(LOCAL), "-n", "2", "-d", "2", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=folder, **pipes, **options)
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The processes it started, in order."""
+    shown = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
+    return [int(line.split()[0]) for line in shown.stdout.splitlines() if "-m stack train" in line]
+
+
+def wait_for(text: str, process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    while line := process.stdout.readline():
+        if re.match(text, line):
+            return
+    raise AssertionError(f"ended without {text}: {process.communicate()[1]}")
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_local_sh_passes_on_an_error_and_its_status(tmp_path) -> None:
+    process = launch(tmp_path, "run.yaml", "train.step=1")
+    told, error = process.communicate()
+    assert (process.returncode, told) == (2, "")
+    assert "error: override 'train.step=1': train.step is not a field; did you mean train.steps?" in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["-n", "0", "run.yaml"], ["-d", "x", "run.yaml"]])
+def test_local_sh_shows_how_it_is_called(tmp_path, arguments) -> None:
+    process = launch(tmp_path, *arguments)
+    told, error = process.communicate()
+    assert (process.returncode, told) == (2, "")
+    assert error.startswith("  launch/local.sh -n N [-d D] CONFIG [overrides]\n")
+
+
+@pytest.mark.full
+def test_local_sh_trains_with_one_process_on_the_screen(tmp_path) -> None:
+    process = launch(tmp_path, "run.yaml")
+    told, error = process.communicate()
+    assert process.returncode == 0, error
+    assert told.count("\nstep 8/8  loss ") == 1
+    assert "devices   4 x cpu; mesh data 2 x fsdp 2; zero 3" in told
+    assert len(Trainer(config(tmp_path)).history.curve("loss")[0]) == 8
+    assert not list(tmp_path.glob("stack-logs*"))
+
+
+@pytest.mark.full
+def test_local_sh_ends_all_when_one_is_killed(tmp_path) -> None:
+    process = launch(tmp_path, "run.yaml", "train.steps=100000")
+    wait_for("step 1/", process)
+    pids = children(process)
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    _, error = process.communicate()
+    assert process.returncode == 137
+    assert "error: process 1 of 2 failed with status 137; what the others wrote is in" in error
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.full
+def test_local_sh_is_ended_by_an_interrupt(tmp_path) -> None:
+    process = launch(tmp_path, "run.yaml", "train.steps=100000", start_new_session=True)
+    wait_for("step 1/", process)
+    pids = children(process)
+    os.killpg(process.pid, signal.SIGINT)  # What Ctrl-C does.
+    process.communicate()
+    assert process.returncode == 130
+    assert not any(map(alive, pids))
+    assert not list(tmp_path.glob("stack-logs*"))
