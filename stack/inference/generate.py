@@ -75,10 +75,10 @@ def generate(
         top_k=top_k,
         top_p=top_p,
     )
-    tokens, padding = pad(prompts, config.max_length)
     with jax.set_mesh(concrete(program)):
-        texts = jax.device_put(_Texts(tokens, padding), program.layout.sharding())
-        new, lengths = _generate(settings, params, texts, jax.random.key(seed), -1 if eos is None else eos)
+        tokens, padding = jax.device_put(pad(prompts, config.max_length), program.layout.sharding())
+        end = -1 if eos is None else eos
+        new, lengths = _generate(settings, params, tokens, padding, jax.random.key(seed), end)
     new, lengths = np.asarray(new), np.asarray(lengths)
     return [row[:end].tolist() for row, end in zip(new, lengths, strict=True)]
 
@@ -109,15 +109,6 @@ class _Settings:
     top_p: float
 
 
-class _Texts(NamedTuple):
-    """Prompts on their devices."""
-
-    tokens: jax.Array
-    """[batch, bucket] int32."""
-    padding: jax.Array
-    """[batch] int32."""
-
-
 class _Progress(NamedTuple):
     """What one new token changes."""
 
@@ -134,21 +125,22 @@ class _Progress(NamedTuple):
 
 @partial(jax.jit, static_argnames="settings")
 def _generate(
-    settings: _Settings, params: dict, texts: _Texts, key: jax.Array, eos: jax.Array
+    settings: _Settings, params: dict, prompts: jax.Array, padding: jax.Array, key: jax.Array, eos: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """New tokens [batch, length] and how many of them are text, [batch]."""
     config, layout = settings.config, settings.layout
-    batch, bucket = texts.tokens.shape
+    batch, bucket = prompts.shape
     slots = bucket + settings.length
-    room = config.max_length - (bucket - texts.padding)
+    room = config.max_length - (bucket - padding)
     model: Decoder = nnx.merge(settings.graph, params)
     if layout.zero < 3:
         model = gather_module(model, layout)
 
     def append(progress: _Progress, tokens: jax.Array, first: jax.Array | int) -> _Progress:
         """Puts `tokens`, [batch, queries], into the cache from slot `first` on and chooses the next."""
-        mask = caches.mask(texts.padding, first=first, queries=tokens.shape[1], slots=slots)
+        mask = caches.mask(padding, first=first, queries=tokens.shape[1], slots=slots)
         output = model(tokens, mask, layout=layout, cache=progress.cache, slot=first)
+        assert output.cache is not None, "a cache goes in, so one comes out"
         scores = logits(
             output.hidden[:, -1:],
             output.table,
@@ -189,7 +181,7 @@ def _generate(
         ended=jnp.zeros(batch, bool),
         cache=caches.empty(config, layout, batch=batch, slots=slots),
     )
-    end = jax.lax.while_loop(unfinished, one_more, append(start, texts.tokens, 0))
+    end = jax.lax.while_loop(unfinished, one_more, append(start, prompts, 0))
     return end.tokens, end.lengths
 
 

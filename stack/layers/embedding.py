@@ -49,4 +49,8 @@ def _read_split(table: jax.Array, ids: jax.Array, *, axis: str) -> jax.Array:
     here = ids - jax.lax.axis_index(axis) * table.shape[0]
     mine = (here >= 0) & (here < table.shape[0])
     rows = table[jnp.where(mine, here, 0)]
-    return jax.lax.psum(jnp.where(mine[..., None], rows, jnp.zeros((), table.dtype)), axis)
+    return _sum_over(jnp.where(mine[..., None], rows, jnp.zeros((), table.dtype)), axis)
+
+
+def _sum_over(rows: jax.Array, axis: str) -> jax.Array:
+    return jax.lax.psum(rows, axis)

@@ -79,9 +79,13 @@ def per_layer(rule: optax.GradientTransformation, axes: Axes) -> optax.GradientT
     def label(names: tuple[str, ...]) -> str:
         return "stacked" if names[0] == "layers" else "single"
 
-    stacked = optax.GradientTransformation(jax.vmap(rule.init), jax.vmap(rule.update))
+    rules = {
+        "stacked": optax.GradientTransformation(jax.vmap(rule.init), jax.vmap(rule.update)),
+        "single": rule,
+    }
     labels = jax.tree.map(label, axes, is_leaf=is_names)
-    return optax.partition({"stacked": stacked, "single": rule}, labels)
+    used = set(jax.tree.leaves(labels))
+    return optax.partition({name: rules[name] for name in used}, labels)
 
 
 def is_names(node: Any) -> bool:

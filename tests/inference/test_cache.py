@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -5,14 +6,14 @@ from stack.config import ModelConfig
 from stack.inference import cache as caches
 from stack.parallel.rules import ONE_DEVICE
 
-PADDING = np.array([4, 0, 7], np.int32)
+PADDING = jnp.array([4, 0, 7], jnp.int32)
 SLOTS = 12
 
 
 @pytest.mark.parametrize(("first", "queries"), [(0, 8), (8, 1), (11, 1)])
 def test_a_token_sees_its_own_prompt_up_to_itself(first, queries):
     allowed = caches.mask(PADDING, first=first, queries=queries, slots=SLOTS).allowed(None)
-    for row, padding in enumerate(PADDING):
+    for row, padding in enumerate(PADDING.tolist()):
         for query in range(max(first, padding), first + queries):
             seen = np.flatnonzero(allowed[row, query - first])
             assert seen.tolist() == list(range(padding, query + 1))

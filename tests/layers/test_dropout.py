@@ -56,7 +56,7 @@ def test_bits_follow_the_example_not_its_place_in_the_batch():
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    "sizes",
     [
         {"data": 2, "fsdp": 2, "tensor": 2},
         {"fsdp": 2, "tensor": 4, "sequence_parallel": True},
@@ -64,15 +64,16 @@ def test_bits_follow_the_example_not_its_place_in_the_batch():
     ],
     ids=str,
 )
-def test_bits_are_the_same_on_every_layout(mesh):
-    config = MeshConfig.model_validate(mesh)
-    layout = Layout.of(meshes.build(config), config)
-    with jax.set_mesh(layout.mesh):
-        on_mesh = jax.jit(lambda: jnp.asarray(jit_kept(layout)))()
-    np.testing.assert_array_equal(np.asarray(on_mesh) > 0, kept())
+def test_bits_are_the_same_on_every_layout(sizes):
+    config = MeshConfig.model_validate(sizes)
+    mesh = meshes.build(config)
+    layout = Layout.of(mesh, config)
+    with meshes.use(mesh):
+        survivors = jax.jit(lambda: dropped_ones(layout))()
+    np.testing.assert_array_equal(np.asarray(survivors) > 0, kept())
 
 
-def jit_kept(layout):
+def dropped_ones(layout):
     keys = layer_keys(example_keys(0, jnp.int32(7), layout.shard(jnp.asarray(EXAMPLES), "batch")), 2)
     ones = layout.shard(jnp.ones(SHAPE), *NAMES)
     return dropout(ones, rate=0.3, keys=keys, place=MLP_OUT, layout=layout, names=NAMES)

@@ -20,7 +20,7 @@ WEIGHT = np.random.default_rng(2).normal(size=(8, 12, WIDTH)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    "sizes",
     [
         {"fsdp": 1, "data": 2, "tensor": 4},
         {"fsdp": 2, "data": 2, "tensor": 2},
@@ -29,9 +29,10 @@ WEIGHT = np.random.default_rng(2).normal(size=(8, 12, WIDTH)).astype(np.float32)
     ],
     ids=str,
 )
-def test_a_split_table_reads_as_a_whole_one(mesh):
-    config = MeshConfig.model_validate(mesh)
-    layout = Layout.of(meshes.build(config), config)
+def test_a_split_table_reads_as_a_whole_one(sizes):
+    config = MeshConfig.model_validate(sizes)
+    mesh = meshes.build(config)
+    layout = Layout.of(mesh, config)
 
     @jax.jit
     @jax.value_and_grad
@@ -39,9 +40,9 @@ def test_a_split_table_reads_as_a_whole_one(mesh):
         rows = lookup(gather_weight(table, layout, NAMES, matrix=True), ids, layout)
         return (rows * weight).sum()
 
-    with jax.set_mesh(layout.mesh):
+    with meshes.use(mesh):
         spec = layout.parameter_spec(NAMES, TABLE.shape, matrix=True)
-        table = jax.device_put(TABLE, jax.NamedSharding(layout.mesh, spec))
+        table = jax.device_put(TABLE, jax.NamedSharding(mesh, spec))
         ids = jax.device_put(IDS, layout.sharding("batch", "length"))
         weight = jax.device_put(WEIGHT, layout.sharding("batch", "length", "embed"))
         rows = jax.jit(lambda t, i: lookup(gather_weight(t, layout, NAMES, matrix=True), i, layout))

@@ -34,8 +34,7 @@ def inputs(layout, *, packed):
     query = array("bfloat16", "batch", None, "heads", shape=(BATCH, LENGTH, HEADS, HEAD_DIM))
     key = array("bfloat16", "batch", None, "kv_heads", shape=(BATCH, LENGTH, KV_HEADS, HEAD_DIM))
     place = array("int32", "batch", shape=(BATCH, LENGTH))
-    segments = place if packed else None
-    return (query, key, key), Mask(place, place, segments, segments)
+    return (query, key, key), (place, place, place, place) if packed else (place, place)
 
 
 @pytest.mark.parametrize("window", [None, 16])
@@ -43,15 +42,15 @@ def inputs(layout, *, packed):
 def test_output_and_gradients_are_split_as_the_inputs(layout, packed, window):
     arrays, mask = inputs(layout, packed=packed)
 
-    def run(mask, *arrays):
-        return attend(*arrays, mask, layout, kernel="cudnn", window=window)
+    def run(query, key, value, mask):
+        return attend(query, key, value, Mask(*mask), layout, kernel="cudnn", window=window)
 
-    def gradients(mask, *arrays):
-        return jax.grad(lambda *a: run(mask, *a).astype(jnp.float32).sum(), argnums=(0, 1, 2))(*arrays)
+    def total(*inputs):
+        return run(*inputs).astype(jnp.float32).sum()
 
-    with jax.set_mesh(layout.mesh):
-        output = jax.eval_shape(run, mask, *arrays)
-        cotangents = jax.eval_shape(gradients, mask, *arrays)
+    with meshes.use(layout.mesh):
+        output = jax.eval_shape(run, *arrays, mask)
+        cotangents = jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), *arrays, mask)
     expected = layout.spec("batch", None, "heads", None)
     assert "data" in str(expected)
     for array, like in zip((output, *cotangents), (arrays[0], *arrays), strict=True):
@@ -62,8 +61,12 @@ def test_output_and_gradients_are_split_as_the_inputs(layout, packed, window):
 
 def test_each_device_computes_its_own_rows_and_heads(layout):
     arrays, mask = inputs(layout, packed=False)
-    with jax.set_mesh(layout.mesh):
-        jaxpr = jax.make_jaxpr(lambda mask, *a: attend(*a, mask, layout, kernel="cudnn"))(mask, *arrays)
+
+    def run(query, key, value, mask):
+        return attend(query, key, value, Mask(*mask), layout, kernel="cudnn")
+
+    with meshes.use(layout.mesh):
+        jaxpr = jax.make_jaxpr(run)(*arrays, mask)
     (island,) = [equation for equation in jaxpr.eqns if equation.primitive.name == "shard_map"]
     query, key = (variable.aval.shape for variable in island.params["jaxpr"].invars[:2])
     rows = BATCH // (layout.size("data") * layout.size("fsdp"))

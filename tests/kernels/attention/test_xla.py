@@ -12,13 +12,13 @@ from stack.kernels.attention import Mask, attend
 from stack.parallel.rules import ONE_DEVICE
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 11, 6, 2, 8
-POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1]], np.int32)
-SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]], np.int32)
+POSITIONS = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1]], jnp.int32)
+SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]], jnp.int32)
 
 
 def draw(seed, heads, length=LENGTH):
     shape = (BATCH, length, heads, HEAD_DIM)
-    return np.random.default_rng(seed).normal(0, 1.5, shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(0, 1.5, shape), jnp.float32)
 
 
 QUERY, KEY, VALUE = draw(0, HEADS), draw(1, KV_HEADS), draw(2, KV_HEADS)
@@ -29,6 +29,8 @@ def sees(query, key, *, window, same_segment):
 
 
 def reference(query, key, value, mask, *, window=None, softcap=None):
+    query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
+    mask = jax.tree.map(np.asarray, mask)
     result = np.zeros(query.shape)
     for row, place, head in itertools.product(*map(range, query.shape[:3])):
         kv_head = head // (HEADS // KV_HEADS)
@@ -43,7 +45,7 @@ def reference(query, key, value, mask, *, window=None, softcap=None):
                 or mask.query_segments[row, place] == mask.key_segments[row, other],
             )
         ]
-        scores = np.float64(key[row, seen, kv_head]) @ query[row, place, head] / np.sqrt(HEAD_DIM)
+        scores = key[row, seen, kv_head] @ query[row, place, head] / np.sqrt(HEAD_DIM)
         if softcap is not None:
             scores = softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max())
@@ -52,7 +54,7 @@ def reference(query, key, value, mask, *, window=None, softcap=None):
 
 
 xla = partial(attend, layout=ONE_DEVICE, kernel="xla")
-ROW = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH))
+ROW = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
 WHOLE, PACKED = Mask(ROW, ROW), Mask(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS)
 
 
@@ -66,26 +68,26 @@ def test_attention_is_its_definition(mask, window, softcap):
 
 
 def test_a_query_reads_the_written_slots_of_a_cache():
-    slots = np.array([[0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]], np.int32)
-    written = np.array([[0, 0, 1, 1, 1, 1, 1, 1, -1, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1]], np.int32)
-    mask = Mask(np.array([[5], [7]], np.int32), slots, np.ones((BATCH, 1), np.int32), written)
+    slots = jnp.array([[0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
+    written = jnp.array([[0, 0, 1, 1, 1, 1, 1, 1, -1, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1]])
+    mask = Mask(jnp.array([[5], [7]]), slots, jnp.ones((BATCH, 1), jnp.int32), written)
     query = draw(3, HEADS, length=1)
     actual = np.asarray(xla(query, KEY, VALUE, mask))
     np.testing.assert_allclose(actual, reference(query, KEY, VALUE, mask), atol=2e-6)
-    garbage = VALUE + np.where(written[..., None, None] == -1, 1e6, 0).astype(np.float32)
+    garbage = jnp.where(written[..., None, None] == -1, 1e6, VALUE)
     np.testing.assert_array_equal(actual, xla(query, KEY, garbage, mask))
 
 
 def test_window_one_is_the_value_itself():
     alone = xla(QUERY, KEY, VALUE, WHOLE, window=1)
-    np.testing.assert_allclose(alone, np.repeat(VALUE, HEADS // KV_HEADS, axis=2), rtol=1e-6)
+    np.testing.assert_allclose(alone, jnp.repeat(VALUE, HEADS // KV_HEADS, axis=2), rtol=1e-6)
 
 
 def test_bfloat16_scores_are_summed_in_float32():
-    low = [jnp.asarray(array, jnp.bfloat16) for array in (QUERY, KEY, VALUE)]
-    actual = xla(*low, WHOLE)
+    query, key, value = (array.astype(jnp.bfloat16) for array in (QUERY, KEY, VALUE))
+    actual = xla(query, key, value, WHOLE)
     assert actual.dtype == jnp.bfloat16
-    exact = reference(*(np.float32(array) for array in low), WHOLE)
+    exact = reference(query, key, value, WHOLE)
     np.testing.assert_allclose(np.float32(actual), exact, atol=0.03, err_msg="weights are rounded to 8 bits")
 
 
