@@ -36,8 +36,9 @@ def test_mlp_is_the_published_formula(kind, activation):
         return x @ np.float64(layer.kernel[...]) + np.float64(layer.bias[...])
 
     for number, layer in enumerate(filter(None, (mlp.gate, mlp.up, mlp.down))):
-        bias = np.random.default_rng(number).normal(size=layer.bias.shape)
-        layer.bias = nnx.Param(jnp.asarray(bias, jnp.float32), axes=tuple(layer.bias.axes))
+        width = layer.kernel.shape[-1:]
+        bias = np.random.default_rng(number).normal(size=width)
+        layer.bias = nnx.Param(jnp.asarray(bias, jnp.float32), axes=layer.kernel.axes[-1:])
     inside = linear(x, mlp.up)
     inside = activation(inside) if mlp.gate is None else activation(linear(x, mlp.gate)) * inside
     actual = mlp(jnp.asarray(x, jnp.float32), ONE_DEVICE)

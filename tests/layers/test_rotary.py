@@ -78,7 +78,7 @@ def test_linear_scaling_divides_positions():
 
 
 def test_llama_3_keeps_short_wavelengths_and_stretches_long_ones():
-    plain, scaled = np.float64(frequencies(PLAIN, 128)), np.float64(frequencies(LLAMA_3_1, 128))
+    plain, scaled = (np.asarray(frequencies(rope, 128)) for rope in (PLAIN, LLAMA_3_1))
     wavelength = 2 * math.pi / plain
     short, long = wavelength < 8192 / 4, wavelength > 8192 / 1
     assert short.sum() == 29, "of the 64 pairs of Llama 3.1"

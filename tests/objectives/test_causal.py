@@ -23,7 +23,7 @@ LABELS[3, ::3] = -1
 
 def reference(*, softcap=None, z_loss=0.0):
     """Loss, nll, correct and the gradients of the loss, by hand in float64."""
-    hidden, table = np.float64(HIDDEN), np.float64(TABLE[:WORDS])
+    hidden, table = HIDDEN.astype(np.float64), TABLE[:WORDS].astype(np.float64)
     raw = hidden @ table.T
     scores = raw if softcap is None else softcap * np.tanh(raw / softcap)
     normaliser = np.log(np.exp(scores).sum(-1))
@@ -102,12 +102,13 @@ def test_logits_of_one_chunk_are_all_there_is():
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    "sizes",
     [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 1, "tensor": 8}, {"fsdp": 4, "data": 1, "tensor": 2}],
 )
-def test_a_mesh_changes_nothing(mesh):
-    config = MeshConfig.model_validate(mesh)
-    layout = Layout.of(meshes.build(config), config)
+def test_a_mesh_changes_nothing(sizes):
+    config = MeshConfig.model_validate(sizes)
+    mesh = meshes.build(config)
+    layout = Layout.of(mesh, config)
     head = Head(WORDS, softcap=3.0, z_loss=0.1, chunk=8, layout=layout)
     names = ("vocab", "embed")
 
@@ -119,10 +120,10 @@ def test_a_mesh_changes_nothing(mesh):
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
 
-    with jax.set_mesh(layout.mesh):
+    with meshes.use(mesh):
         hidden = jax.device_put(HIDDEN, layout.sharding("batch", "length", "embed"))
         spec = layout.parameter_spec(names, TABLE.shape, matrix=True)
-        table = jax.device_put(TABLE, jax.NamedSharding(layout.mesh, spec))
+        table = jax.device_put(TABLE, jax.NamedSharding(mesh, spec))
         labels = jax.device_put(LABELS, layout.sharding("batch", "length"))
         (_, sums), gradients = jax.jit(run)(hidden, table, labels)
     expected_sums, expected_gradients = reference(softcap=3.0, z_loss=0.1)

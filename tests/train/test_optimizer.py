@@ -42,7 +42,7 @@ def tree(seed: int) -> dict:
 
 def unstack(stacked: dict, axes: bool = False) -> dict:
     """The layers as separate parameters, each under a number."""
-    take = (lambda i: lambda leaf: leaf[1:]) if axes else (lambda i: lambda leaf: leaf[i])
+    take = (lambda _: lambda leaf: leaf[1:]) if axes else (lambda i: lambda leaf: leaf[i])
     is_leaf = (lambda node: isinstance(node, tuple)) if axes else None
     layers = {str(i): jax.tree.map(take(i), stacked["layers"], is_leaf=is_leaf) for i in range(LAYERS)}
     return {"embed": stacked["embed"], "layers": layers}
