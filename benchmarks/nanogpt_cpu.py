@@ -5,7 +5,8 @@
 4 layers, 4 heads, 128 wide, 64 x 12 tokens a step, 65 words, GPT-2's biases, tied embeddings, no
 dropout, clipping, AdamW, float32, random tokens. Every contestant is a process of its own that stays
 alive; they take turns, a block of steps each, in an order that is shuffled every round, so that what
-else the machine does hits all alike. The torch interpreter needs torch and, for that contestant,
+else the machine does hits all alike; on a busy machine trust the fastest blocks (PyTorch's threads wait
+for each other in a loop and suffer most). The torch interpreter needs torch and, for that contestant,
 transformers. Without --torch-python only Stack runs.
 
 Prints tokens/s and ms per step (median over blocks), time from starting the process to the first loss,
@@ -30,8 +31,15 @@ sys.path.insert(0, str(HERE))
 
 from child import Setting  # noqa: E402 - shared with interpreters that have neither Stack nor a package
 
-TORCH_KINDS = {"torch": "plain", "torch compiled": "compiled", "transformers": "transformers"}
 STACK_KINDS = {"stack": "unrolled", "stack scanned": "scanned"}
+TORCH_KINDS = {
+    "torch": "plain",
+    "torch kept": "plain",
+    "torch compiled": "compiled",
+    "transformers": "transformers",
+}
+# What Stack asks of malloc on a CPU (stack.parallel.host_memory), as glibc reads it from the environment.
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 # The first steps after another process had the caches are not counted.
 WARMUP_STEPS = 3
 
@@ -42,11 +50,14 @@ class Contestant:
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
         self.command = command
+        environment = os.environ | (KEPT_MEMORY if name == "torch kept" else {})
         self.step_seconds: list[float] = []
         self.loss = 0.0
         self.peak_bytes = 0
         start = time.perf_counter()
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.first = self._answer()
         self.first_step_seconds = time.perf_counter() - start
 
@@ -96,21 +107,22 @@ def measure(contestants: list[Contestant], *, rounds: int, steps: int) -> None:
             contestant.step_seconds.append(contestant.run(steps))
 
 
-def results(contestants: list[Contestant]) -> dict[str, Any]:
-    """What is printed."""
+def results(contestants: list[Contestant], load: float) -> dict[str, Any]:
+    """What is printed; `load` is how many processes ran before the benchmark did."""
     setting = Setting()
     medians = {contestant.name: statistics.median(contestant.step_seconds) for contestant in contestants}
-    peers = [seconds for name, seconds in medians.items() if name in TORCH_KINDS]
+    fastest = {contestant.name: min(contestant.step_seconds) for contestant in contestants}
     rows = [
         {
             "name": contestant.name,
             "tokens_per_second": setting.tokens / medians[contestant.name],
             "step_ms": 1e3 * medians[contestant.name],
-            "fastest_block_ms": 1e3 * min(contestant.step_seconds),
+            "fastest_block_ms": 1e3 * fastest[contestant.name],
             "slowest_block_ms": 1e3 * max(contestant.step_seconds),
             "first_step_seconds": contestant.first_step_seconds,
             "peak_mb": contestant.peak_bytes / 1e6,
-            "speed_against_best_torch": min(peers) / medians[contestant.name] if peers else None,
+            "speed_against_best_torch": _against_torch(medians, contestant.name),
+            "fastest_block_against_best_torch": _against_torch(fastest, contestant.name),
             "parameters": contestant.first["parameters"],
             "first_loss": contestant.first["loss"],
             "last_loss": contestant.loss,
@@ -119,22 +131,37 @@ def results(contestants: list[Contestant]) -> dict[str, Any]:
         for contestant in contestants
     ]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
-    return {"machine": machine, "setting": dataclasses.asdict(setting), "contestants": rows}
+    return {
+        "machine": machine,
+        "load_before": load,
+        "setting": dataclasses.asdict(setting),
+        "contestants": rows,
+    }
+
+
+def _against_torch(seconds: dict[str, float], name: str) -> float | None:
+    """Speed relative to the fastest PyTorch; None where none ran."""
+    peers = [seconds[kind] for kind in TORCH_KINDS if kind in seconds]
+    return min(peers) / seconds[name] if peers else None
 
 
 def show(report: dict[str, Any]) -> None:
     """Prints a table."""
-    print(f"{report['machine']}; tokens per step: {Setting().tokens}")
+    print(
+        f"{report['machine']}, load before: {report['load_before']:.1f}; tokens per step: {Setting().tokens}"
+    )
     print(f"{'':16} tokens/s  ms/step (fastest, slowest block)  first step  peak MB  against best torch")
     for row in report["contestants"]:
         spread = f"({row['fastest_block_ms']:.1f}, {row['slowest_block_ms']:.1f})"
-        ratio = row["speed_against_best_torch"]
+        ratio, fastest = row["speed_against_best_torch"], row["fastest_block_against_best_torch"]
+        against = f"{ratio:.2f} (fastest block {fastest:.2f})" if ratio else ""
         print(
             f"{row['name']:16} {row['tokens_per_second']:8,.0f} {row['step_ms']:8.1f} {spread:25}"
-            f" {row['first_step_seconds']:9.1f} s {row['peak_mb']:8.0f} {f'{ratio:.2f}' if ratio else '':>12}"
-            f"   {row['parameters']:,} parameters, loss {row['first_loss']:.3f} -> {row['last_loss']:.3f},"
-            f" {row['versions']}"
+            f" {row['first_step_seconds']:9.1f} s {row['peak_mb']:8.0f}  {against}"
         )
+    for row in report["contestants"]:
+        losses = f"loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
+        print(f"{row['name']:16} {row['parameters']:,} parameters, {losses}, {row['versions']}")
 
 
 def main() -> None:
@@ -149,9 +176,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
 
+    load = os.getloadavg()[0]
     contestants = start(arguments)
     measure(contestants, rounds=arguments.rounds, steps=arguments.steps)
-    report = results(contestants)
+    report = results(contestants, load)
     for contestant in contestants:
         contestant.close()
     if arguments.json:

@@ -150,6 +150,7 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     doctor = _verb(verbs, "doctor", _doctor, "print what this machine has and what stack makes of it")
     doctor.add_argument("--numerics", action="store_true", help="print the numerics contract instead")
+    doctor.add_argument("--measure", action="store_true", help="measure that contract on the devices here")
     return parser, list(verbs.choices)
 
 
@@ -253,4 +254,8 @@ def _tokenizer(arguments: argparse.Namespace) -> None:
 def _doctor(arguments: argparse.Namespace) -> None:
     from stack import doctor
 
-    print(doctor.numerics() if arguments.numerics else doctor.report())
+    if arguments.measure:
+        for line in doctor.measure():
+            print(line, flush=True)
+    else:
+        print(doctor.numerics() if arguments.numerics else doctor.report())

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from stack.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from stack.parallel.host_memory import keep_freed_memory
 from stack.train import state as states
 from stack.train.program import build
 from stack.train.step import train_step
@@ -46,6 +47,7 @@ def config(setting: child.Setting, *, unrolled: bool) -> Config:
 
 def main(kind: str) -> None:
     """Serves one contestant: unrolled or scanned."""
+    keep_freed_memory()
     setting = child.Setting()
     program = build(config(setting, unrolled=kind == "unrolled"), jax.devices()[:1])
     sharding = program.layout.sharding("batch")

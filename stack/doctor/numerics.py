@@ -4,7 +4,7 @@ The list of layouts below is the only one: `stack doctor --numerics` prints the 
 tests prove each of its cells, and a test fails if a cell is left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from stack.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from stack.config import Config, DataConfig, MeshConfig, ModelConfig, StackError, TrainConfig
 from stack.train import program as programs
 from stack.train import state as states
 from stack.train.step import loss_gradient
@@ -34,7 +34,7 @@ PARTS: dict[str, frozenset[str]] = {
     "tensor sequence parallel": frozenset({"tensor"}),
     "accumulation": frozenset({"accumulation"}),
 }
-"""THE list: what a layout is made of, and what each part occupies; two parts of one kind exclude each other."""
+"""THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other."""
 
 Family = Literal["gpt", "llama"]
 
@@ -209,28 +209,62 @@ def distance(numbers: Numbers, reference: Numbers) -> float:
 
 def _on_host(program: programs.Program, tree: dict[str, Any]) -> dict[str, np.ndarray]:
     """Leaves by name, whole; gathered by every process of a run."""
-    whole = program.layout.sharding()
-    leaves = jax.tree_util.tree_flatten_with_path(
-        jax.jit(lambda x: jax.tree.map(partial(jax.reshard, out_shardings=whole.spec), x))(tree)
-    )[0]
+    whole = partial(jax.tree.map, partial(jax.reshard, out_shardings=program.layout.sharding().spec))
+    leaves = jax.tree_util.tree_flatten_with_path(jax.jit(whole)(tree))[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
 
 
 def numerics() -> str:
     """The matrix, a line per cell: its mesh and micro-batches."""
-    rows = [("layout", "mesh", "micro-batches")]
+    rows = [_row(cell) for cell in cells()]
+    return "\n".join([_PROMISE, "", *_columns([("layout", "mesh", "micro-batches"), *rows])])
+
+
+def measure() -> Iterator[str]:
+    """The matrix with the errors of each cell on the devices here, a line at a time.
+
+    Columns: the largest float32 error of any parameter's gradient, for both families of models; and
+    the bfloat16 error over that of one device, the larger of both families.
+
+    Raises:
+      StackError: there are fewer than 8 devices.
+    """
+    if jax.device_count() < NUM_DEVICES:
+        raise StackError(
+            f"the contract needs {NUM_DEVICES} devices and there are {jax.device_count()}; on a CPU set "
+            f"JAX_NUM_CPU_DEVICES={NUM_DEVICES}"
+        )
+    families: tuple[Family, ...] = ("gpt", "llama")
+    exact = {family: compute(ONE_DEVICE, family) for family in families}
+    rounded = {
+        family: distance(compute(ONE_DEVICE, family, "bfloat16"), exact[family]) for family in families
+    }
+    names = [cell.name for cell in cells()]
+    width = max(map(len, names))
+    yield f"{'layout':<{width}}  gpt float32  llama float32  bfloat16 ratio"
     for cell in cells():
-        sizes = {"data": cell.mesh.data, "fsdp": cell.mesh.fsdp, "tensor": cell.mesh.tensor}
-        mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
-        rows.append((cell.name, mesh, str(cell.accumulation)))
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    table = [f"{name:<{widths[0]}}  {mesh:<{widths[1]}}  {micro}" for name, mesh, micro in rows]
-    return "\n".join(
-        [
-            f"Every layout gives the loss and gradients of one device: for every parameter max|difference| <= {LIMIT:g}",
-            f"x max|gradient| in float32, and in bfloat16 an error at most {BFLOAT16_RATIO}x that of one device.",
-            "Proven by `pytest tests/numerics -m 'full or not full'` on 8 virtual CPU devices.",
-            "",
-            *table,
-        ]
-    )
+        worst = [max(errors(compute(cell, family), exact[family]).values()) for family in families]
+        ratio = max(
+            distance(compute(cell, family, "bfloat16"), exact[family]) / rounded[family]
+            for family in families
+        )
+        yield f"{cell.name:<{width}}  {worst[0]:11.1e}  {worst[1]:13.1e}  {ratio:14.3f}"
+
+
+_PROMISE = f"""\
+Every layout gives the loss and gradients of one device: for every parameter max|difference| <= {LIMIT:g}
+x max|gradient| in float32, and in bfloat16 an error at most {BFLOAT16_RATIO} x that of one device.
+Proven by `pytest tests/numerics -m "full or not full"` on {NUM_DEVICES} virtual CPU devices."""
+
+
+def _row(cell: Cell) -> tuple[str, ...]:
+    sizes = {"data": cell.mesh.data, "fsdp": cell.mesh.fsdp, "tensor": cell.mesh.tensor}
+    mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+    return cell.name, mesh, str(cell.accumulation)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -7,7 +7,7 @@ asks for checkpoints. Features are in the step, in the data or in a listener.
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from stack.config import Config, StackError, dump, load
 from stack.data.baseline import trigram_nats_per_byte
 from stack.data.dataset import Data, check_fingerprint, open_data
-from stack.data.loader import heldout_batches, prefetch, training_batches
+from stack.data.loader import Batch, heldout_batches, prefetch, training_batches
 from stack.inference.generate import generate
 from stack.plan.hardware import mfu
 from stack.train import program as programs
@@ -31,6 +31,7 @@ from stack.train.listeners import Listener
 from stack.train.metrics import History, MetricsLog
 from stack.train.speed import Speedometer
 from stack.train.step import compiler_options, eval_step, train_step
+from stack.train.trace import Trace
 
 
 class Trainer:
@@ -103,7 +104,7 @@ class Trainer:
             first = self._begin(checkpoints)
             self._tell("on_start", self._introduction(first))
             self._train(first, checkpoints)
-            summary.update(self._finish())
+            summary.update(self._finish(first))
         if jax.process_count() > 1:  # The first may still be writing the history that all read.
             multihost_utils.sync_global_devices("the end of the run")
         return self.history
@@ -168,6 +169,17 @@ class Trainer:
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(platform))
 
     @cached_property
+    def batch(self) -> Callable[[int], Batch]:
+        """The function from a step to its batch, laid out over the mesh."""
+        return training_batches(
+            self.data.train,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+            shuffle=self.config.data.shuffle,
+            sharding=self.program.layout.sharding("batch", "length"),
+        )
+
+    @cached_property
     def _eval_step(self) -> Any:
         return jax.jit(partial(eval_step, self.program))
 
@@ -184,8 +196,8 @@ class Trainer:
                 "give this run another name, or delete the folder"
             )
         check_fingerprint(checkpoints.extra(step)["data"], self.data.fingerprint, str(self.folder))
-        self._record_data()
         self.state = checkpoints.restore(step, states.abstract(self.program))
+        self._record_data()  # Last: what could not go on leaves the run's record as it was.
         return step
 
     def _record_data(self) -> None:
@@ -195,21 +207,17 @@ class Trainer:
             (self.folder / "data.json").write_text(json.dumps(fingerprint, indent=2) + "\n")
 
     def _train(self, first: int, checkpoints: Checkpoints) -> None:
-        config, program = self.config, self.program
+        config = self.config
         speed = Speedometer(config, self.mesh)
         late = LateReader(lambda step, metrics: self._tell("on_metrics", step, metrics | speed.read(metrics)))
-        make = training_batches(
-            self.data.train,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            sharding=program.layout.sharding("batch", "length"),
-        )
         steps = range(first, config.train.steps)
-        with closing(prefetch(make, steps)) as batches:
+        with (
+            Trace(self.folder / "profile", config.train.profile_steps) as trace,
+            closing(prefetch(self.batch, steps)) as batches,
+        ):
             for step, batch in zip(steps, batches, strict=True):
-                with self._profiled(step):
-                    self.state, metrics = self.train_step(self.state, batch)
+                trace.before(step, self.state)
+                self.state, metrics = self.train_step(self.state, batch)
                 late.push(step + 1, metrics)
                 if _due(step + 1, config.eval.every) and step + 1 < config.train.steps:
                     late.flush()
@@ -217,7 +225,8 @@ class Trainer:
                     speed.restart()
                 if _due(step + 1, config.checkpoint.every) or step + 1 == config.train.steps:
                     self._save(step + 1, checkpoints)
-        late.flush()
+            late.flush()
+            jax.block_until_ready(self.state)  # A trace may end here.
 
     def _save(self, step: int, checkpoints: Checkpoints) -> None:
         extra = {
@@ -230,13 +239,14 @@ class Trainer:
         checkpoints.save(step, self.state, extra)
         self._tell("on_checkpoint", step)
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, first: int) -> dict[str, Any]:
         """The last evaluation and a sample."""
         config = self.config
         summary: dict[str, Any] = {"folder": str(self.folder)}
         if self.data.heldout.num_rows:
             metrics = self.evaluate()
-            self._tell("on_eval", config.train.steps, metrics)
+            if first < config.train.steps:  # Else it was told when the run got here.
+                self._tell("on_eval", config.train.steps, metrics)
             summary |= metrics
             if config.eval.trigram:
                 texts = (self.data.train.texts(), self.data.heldout.texts())
@@ -282,18 +292,6 @@ class Trainer:
             raise
         finally:
             self._tell("on_end", summary)
-
-    @contextmanager
-    def _profiled(self, step: int) -> Iterator[None]:
-        """Starts and stops the trace at the steps that `train.profile_steps` names."""
-        begin, end = self.config.train.profile_steps or (-1, -1)
-        if step == begin:
-            jax.block_until_ready(self.state)
-            jax.profiler.start_trace(self.folder / "profile")
-        yield
-        if step + 1 == end:
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
 
     def _tell(self, event: str, *arguments: Any) -> None:
         for listener in self._listeners:

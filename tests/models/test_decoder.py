@@ -120,6 +120,19 @@ def test_remat_changes_no_gradient_and_draws_the_same_dropout(policy):
         np.testing.assert_allclose(other, one, atol=1e-5 * float(jnp.abs(one).max()))
 
 
+def test_every_layer_drops_other_channels():
+    """Two layers that each add dropout(1): a channel got 0, 1 or 2 of the ones, unless bits repeat."""
+    config = FAMILIES["gpt"].model_copy(update={"num_layers": 2, "residual_dropout": 0.5})
+    model = jax.tree.map(jnp.zeros_like, Decoder(config, rngs=nnx.Rngs(0)))
+    model.layers.mlp.down.bias = nnx.Param(jnp.ones((2, 32)), axes=("embed",))
+    model.final_norm.scale = nnx.Param(jnp.ones(32), axes=("embed",))
+    keys = example_keys(0, jnp.int32(0), jnp.arange(1))
+    row = jnp.arange(24)[None]
+    hidden = np.asarray(model(jnp.asarray(TOKENS), Mask(row, row), keys=keys).hidden)
+    for token in hidden[0]:
+        assert len(np.unique(token.round(4))) == 3
+
+
 def test_depth_costs_no_compile_time():
     """The step traces to as many equations, of the same program text, at 2 layers as at 12."""
     sizes = [step_size(num_layers) for num_layers in (2, 12)]
