@@ -11,8 +11,9 @@ from stack.plan.hardware import lookup
 
 _PACKAGES = ("stack", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _EXTRAS = {
-    "cuda13": "jax-cuda13-plugin",
-    "cuda12": "jax-cuda12-plugin",
+    # What only that extra brings: `plan` has the CUDA plugin too, without CUDA's libraries.
+    "cuda13": "nvidia-nccl-cu13",
+    "cuda12": "nvidia-nccl-cu12",
     "plan": "nvidia-nvvm",
     "parquet": "pyarrow",
     "hf": "safetensors",
@@ -23,28 +24,29 @@ _EXTRAS = {
 
 def report() -> str:
     """Versions, extras and devices, one per line."""
-    lines = [
-        f"python       {sys.version.split()[0]} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        *(f"{name:<12} {_version(name) or 'missing'}" for name in _PACKAGES if name != "stack"),
-        f"{'stack':<12} {_version('stack')}",
-        "",
+    rows = [
+        ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
+        ("python", sys.version.split()[0]),
+        *((name, _version(name) or "missing") for name in _PACKAGES),
+        *((f"extra {name}", _extra(name, package)) for name, package in _EXTRAS.items()),
+        ("backend", f"{jax.default_backend()}, process {jax.process_index()} of {jax.process_count()}"),
+        *((f"device {device.id}", _device(device)) for device in jax.local_devices()),
     ]
-    for extra, package in _EXTRAS.items():
-        there = _version(package)
-        lines.append(
-            f"extra {extra:<9} {'installed' if there else f'not installed: pip install stack[{extra}]'}"
-        )
-    lines += ["", f"backend      {jax.default_backend()}, {jax.process_count()} process(es)"]
-    lines += [_device(device) for device in jax.local_devices()]
-    return "\n".join(lines)
+    return "\n".join(f"{name:<17} {value}" for name, value in rows)
+
+
+def _extra(name: str, package: str) -> str:
+    return "installed" if _version(package) else f"not installed: pip install 'stack[{name}]'"
 
 
 def _device(device: jax.Device) -> str:
     memory = (device.memory_stats() or {}).get("bytes_limit")
     chip = lookup(device.device_kind)
-    known = f"{chip.peak_flops.get('bfloat16', 0) / 1e12:.0f} TFLOP/s bfloat16" if chip else "no known peak"
     size = f", {memory / 2**30:.1f} GiB usable" if memory else ""
-    return f"device {device.id:<5} {device.device_kind}{size}, {known}"
+    peak = chip.peak_flops.get("bfloat16") if chip else None
+    return f"{device.device_kind}{size}, " + (
+        f"{peak / 1e12:.0f} TFLOP/s bfloat16" if peak else "no known peak"
+    )
 
 
 def _version(package: str) -> str | None:

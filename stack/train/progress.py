@@ -45,7 +45,7 @@ class Progress(Listener):
         self._metrics, self._first, self._printed = {}, None, None
         self._shows = jax.process_index() == 0
         if "name" in info:
-            self._safely(lambda: self._console.print(introduction(info)))
+            self._safely(lambda: self._console.print(introduction(info), soft_wrap=True))
         self._safely(self._start)
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -71,7 +71,7 @@ class Progress(Listener):
                 self._live.stop()
         self._live = self._notebook = None
         if "sample" in summary:
-            self._safely(lambda: self._console.print(conclusion(summary, steps=self._steps)))
+            self._safely(lambda: self._console.print(conclusion(summary, steps=self._steps), soft_wrap=True))
 
     def line(self) -> str:
         """Step, loss, tokens per second and the time left, as far as they are known."""
