@@ -9,7 +9,8 @@ else the machine does hits all alike; on a busy machine trust the fastest blocks
 for each other in a loop and suffer most). The torch interpreter needs torch and, for that contestant,
 transformers. Without --torch-python only Stack runs.
 
-Prints tokens/s and ms per step (median over blocks), time from starting the process to the first loss,
+Prints tokens/s and ms per step (median over blocks), milliseconds of all cores together per step (least
+over blocks; the figure that other processes disturb least), time from starting the process to the first loss,
 peak memory, and speed relative to the fastest PyTorch.
 """
 
@@ -52,6 +53,7 @@ class Contestant:
         self.command = command
         environment = os.environ | (KEPT_MEMORY if name == "torch kept" else {})
         self.step_seconds: list[float] = []
+        self.step_cpu_seconds: list[float] = []
         self.loss = 0.0
         self.peak_bytes = 0
         start = time.perf_counter()
@@ -61,14 +63,21 @@ class Contestant:
         self.first = self._answer()
         self.first_step_seconds = time.perf_counter() - start
 
-    def run(self, steps: int) -> float:
-        """Runs steps and returns how long each took."""
+    def run(self, steps: int) -> dict[str, float]:
+        """Runs steps and returns what the process says of them."""
         assert self.process.stdin
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
         answer = self._answer()
         self.loss, self.peak_bytes = answer["loss"], answer["peak_bytes"]
-        return answer["seconds"] / steps
+        return answer
+
+    def measure(self, steps: int) -> None:
+        """Runs steps after a few that do not count, and keeps how long one took."""
+        self.run(WARMUP_STEPS)
+        answer = self.run(steps)
+        self.step_seconds.append(answer["seconds"] / steps)
+        self.step_cpu_seconds.append(answer["cpu_seconds"] / steps)
 
     def close(self) -> None:
         """Ends the process."""
@@ -103,8 +112,7 @@ def measure(contestants: list[Contestant], *, rounds: int, steps: int) -> None:
     for _ in range(rounds):
         shuffle.shuffle(order)
         for contestant in order:
-            contestant.run(WARMUP_STEPS)
-            contestant.step_seconds.append(contestant.run(steps))
+            contestant.measure(steps)
 
 
 def results(contestants: list[Contestant], load: float) -> dict[str, Any]:
@@ -119,6 +127,7 @@ def results(contestants: list[Contestant], load: float) -> dict[str, Any]:
             "step_ms": 1e3 * medians[contestant.name],
             "fastest_block_ms": 1e3 * fastest[contestant.name],
             "slowest_block_ms": 1e3 * max(contestant.step_seconds),
+            "least_cpu_ms": 1e3 * min(contestant.step_cpu_seconds),
             "first_step_seconds": contestant.first_step_seconds,
             "peak_mb": contestant.peak_bytes / 1e6,
             "speed_against_best_torch": _against_torch(medians, contestant.name),
@@ -150,14 +159,14 @@ def show(report: dict[str, Any]) -> None:
     print(
         f"{report['machine']}, load before: {report['load_before']:.1f}; tokens per step: {Setting().tokens}"
     )
-    print(f"{'':16} tokens/s  ms/step (fastest, slowest block)  first step  peak MB  against best torch")
+    print(f"{'':16} tokens/s  ms/step (fastest, slowest block)   CPU ms  first step  peak MB  against torch")
     for row in report["contestants"]:
         spread = f"({row['fastest_block_ms']:.1f}, {row['slowest_block_ms']:.1f})"
         ratio, fastest = row["speed_against_best_torch"], row["fastest_block_against_best_torch"]
         against = f"{ratio:.2f} (fastest block {fastest:.2f})" if ratio else ""
         print(
             f"{row['name']:16} {row['tokens_per_second']:8,.0f} {row['step_ms']:8.1f} {spread:25}"
-            f" {row['first_step_seconds']:9.1f} s {row['peak_mb']:8.0f}  {against}"
+            f" {row['least_cpu_ms']:7.1f} {row['first_step_seconds']:9.1f} s {row['peak_mb']:8.0f}  {against}"
         )
     for row in report["contestants"]:
         losses = f"loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"

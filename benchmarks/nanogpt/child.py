@@ -55,9 +55,10 @@ def serve(steps: Callable[[int], float], *, parameters: int, versions: str) -> N
     """
     _say(loss=steps(1), parameters=parameters, versions=versions)
     for line in sys.stdin:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         loss = steps(int(line))
-        _say(seconds=time.perf_counter() - start, loss=loss, peak_bytes=_peak_bytes())
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+        _say(seconds=seconds, cpu_seconds=cpu_seconds, loss=loss, peak_bytes=_peak_bytes())
 
 
 def _say(**message: float | str) -> None:

@@ -60,12 +60,13 @@ def main(kind: str) -> None:
     data = itertools.cycle(
         constant | {"tokens": rows[:, :-1], "labels": rows[:, 1:]} for rows in child.batches(setting)
     )
-    with jax.set_mesh(program.layout.mesh):
+    with jax.set_mesh(states.concrete(program)):
         state = states.init(program)
         step = jax.jit(functools.partial(train_step, program), donate_argnums=0)
 
         def steps(count: int) -> float:
             nonlocal state
+            metrics = {}
             for _ in range(count):
                 state, metrics = step(state, jax.device_put(next(data), sharding))
             return float(metrics["loss"])

@@ -123,6 +123,7 @@ def main(kind: str) -> None:
     data = itertools.cycle(torch.from_numpy(rows).long() for rows in child.batches(setting))
 
     def steps(count: int) -> float:
+        loss = torch.tensor(0.0)
         for _ in range(count):
             rows = next(data)
             loss = loss_of(rows[:, :-1], rows[:, 1:])

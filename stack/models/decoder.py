@@ -1,11 +1,12 @@
 """The decoder: GPT-2 and Turing-NLG, Llama and Qwen, by config."""
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Primitive
 
 from stack.config import ModelConfig
 from stack.kernels.attention import Mask
@@ -20,7 +21,14 @@ from stack.parallel.zero import gather_at_use
 RESIDUAL = ("batch", "residual_length", "embed")
 Remat = Literal["none", "full", "dots", "save_qkv_proj"]
 
+
+def _all_but_gathers(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """Saves everything except gathered weights: keeping those would make every weight whole at once."""
+    return primitive.name not in ("custom_vjp_call", "reshard", "convert_element_type")
+
+
 SAVED = {
+    "none": _all_but_gathers,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "save_qkv_proj": jax.checkpoint_policies.save_only_these_names("qkv_proj"),
@@ -139,7 +147,7 @@ class Decoder(nnx.Module):
             block = gather_at_use(block, layout)
             return block(x, context, keys=None if keys is None else layer_keys(keys, number), cache=cache)
 
-        if remat != "none":
+        if remat != "none" or layout.zero == 3:
             layer = jax.checkpoint(layer, policy=SAVED[remat], prevent_cse=False)
         stack = (self.layers, jnp.arange(self.config.num_layers), cache)
         x, cache = jax.lax.scan(layer, x, stack, unroll=self.config.scan_unroll)

@@ -96,7 +96,10 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
     }
     for name, (size, pieces) in batches.items():
         if size % (ways * pieces):
+            remedy = f"use a multiple of {ways * pieces}"
+            if pieces > 1 and size % ways == 0:
+                remedy += f", or a train.accumulation that divides {size // ways}"
             raise ConfigError(
                 f"{name}={size} in {pieces} micro-batch{'es' * (pieces > 1)} does not divide over data "
-                f"{sizes['data']} x fsdp {sizes['fsdp']} = {ways} ways; use a multiple of {ways * pieces}"
+                f"{sizes['data']} x fsdp {sizes['fsdp']} = {ways} ways; {remedy}"
             )

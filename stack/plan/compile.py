@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from stack.config import Config
+from stack.kernels.attention import cudnn
 from stack.train import program as programs
 from stack.train import state as states
 from stack.train.step import compiler_options, train_step
@@ -37,7 +38,7 @@ def compile_step(config: Config, target_devices: list[Any]) -> jax.stages.Compil
     """The training step of a config, exactly as the trainer runs it, compiled for devices not here."""
     program = programs.build(config, target_devices)
     state = states.abstract(program)
-    with jax.set_mesh(states.concrete(program)):
+    with jax.set_mesh(states.concrete(program)), cudnn.traced_for(target_devices[0]):
         step = jax.jit(
             lambda state, batch: train_step(program, state, batch),
             donate_argnums=0,

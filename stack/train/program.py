@@ -81,20 +81,26 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Progra
     """
     mesh = meshes.build(config.mesh, devices)
     device = mesh.devices.flat[0]
-    capability = getattr(device, "compute_capability", None)
-    platform = "gpu" if device.platform == "cuda" else device.platform
-    return on_mesh(config, mesh, platform, float(capability) if capability else None)
+    capability = getattr(device, "compute_capability", None)  # "9.0"; AMD's are like "gfx942"
+    if capability and capability.startswith("gfx"):
+        return on_mesh(config, mesh, "rocm")
+    return on_mesh(config, mesh, device.platform, float(capability) if capability else None)
 
 
 def on_mesh(
     config: Config, mesh: Mesh | AbstractMesh, platform: str, compute_capability: float | None = None
 ) -> Program:
     """The same on a mesh, which may be abstract: shapes and shardings of devices that are not here."""
-    train = config.train
+    train, data = config.train, config.data
     meshes.check_divides(config, dict(mesh.shape))
     return Program(
         config=config,
         mesh=mesh,
         layout=Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype),
-        attention=choose(config.model, platform=platform, compute_capability=compute_capability),
+        attention=choose(
+            config.model,
+            platform=platform,
+            compute_capability=compute_capability,
+            packed_length=data.sequence_length if data.packed else None,
+        ),
     )

@@ -42,19 +42,21 @@ def no_cache() -> Iterator[None]:
     jax.config.update("jax_enable_compilation_cache", True)
 
 
-def config(mesh: MeshConfig, accumulation: int) -> Config:
+def config(mesh: MeshConfig, accumulation: int, remat: str = "full") -> Config:
     return Config(
         model=MODEL,
         data=DataConfig(sequence_length=LENGTH),
         mesh=mesh,
         optimizer=OptimizerConfig(schedule=ScheduleConfig(warmup_steps=1)),
-        train=TrainConfig(batch_size=BATCH, accumulation=accumulation, remat="full", steps=10),
+        train=TrainConfig(batch_size=BATCH, accumulation=accumulation, remat=remat, steps=10),
     )
 
 
-def traffic(mesh: MeshConfig, accumulation: int) -> tuple[list[Collective], dict[str, int]]:
+def traffic(
+    mesh: MeshConfig, accumulation: int, remat: str = "full"
+) -> tuple[list[Collective], dict[str, int]]:
     """Collectives of the compiled step, and the numbers of elements they are held to."""
-    whole = config(mesh, accumulation)
+    whole = config(mesh, accumulation, remat)
     targets = devices("h200", mesh.data * mesh.fsdp * mesh.tensor)
     program = programs.build(whole, targets)
     leaves = jax.tree_util.tree_flatten_with_path(program.parameters)[0]
@@ -118,6 +120,13 @@ def test_gradients_come_back_as_the_stage_says(zero, data, accumulation):
         if collective.kind in ("all-reduce", "reduce-scatter"):
             assert {dtype for dtype, _ in collective.arrays} <= {"f32", "s32"}, collective
     assert_nothing_holds_the_global_batch(found)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("remat", ["none", "dots", "save_qkv_proj"])
+def test_stage_3_never_keeps_gathered_layers_for_the_backward_pass(remat):
+    found, sizes = traffic(MeshConfig(data=1, fsdp=16, zero=3), 1, remat)
+    assert total(found, "all-gather", "fsdp") == sizes["matrices"] + sizes["layers"]
 
 
 def test_sequence_parallel_gathers_and_scatters_activations():

@@ -140,7 +140,7 @@ def test_a_finished_run_goes_on_with_more_steps(folder) -> None:
     assert short.history.curve("loss")[0] == [1, 2, 3, 4, 5]
     assert done.stdout.startswith("run       longer, 5 steps (3 taken) of 256 tokens\n")
     for line in (
-        "attention: xla (cudnn cannot: the platform is cpu, not an NVIDIA GPU; dtype is float32, not bfloat16)",
+        f"{short.program.num_parameters:,} parameters; {short.program.attention}",
         "MFU peak  none: cpu is not in the table of chips",
         f"folder    {short.folder}",
         f"go on     stack sample {short.folder} a",

@@ -17,18 +17,25 @@ class Choice:
         return f"attention: {self.kernel} ({self.reason})"
 
 
-def choose(model: ModelConfig, *, platform: str, compute_capability: float | None = None) -> Choice:
+def choose(
+    model: ModelConfig,
+    *,
+    platform: str,
+    compute_capability: float | None = None,
+    packed_length: int | None = None,
+) -> Choice:
     """The kernel for a model on a platform.
 
     Args:
       model: the model.
-      platform: `cpu`, `gpu` or `tpu`.
+      platform: `cpu`, `gpu`, `rocm` or `tpu`.
       compute_capability: of the GPU, e.g. 9.0; None: not known, taken as new enough.
+      packed_length: tokens of a row that documents share; None: each has rows of its own.
 
     Raises:
       ConfigError: `attention: cudnn` was asked for and cannot be honoured; nothing falls back.
     """
-    obstacles = cudnn_obstacles(model, platform, compute_capability)
+    obstacles = cudnn_obstacles(model, platform, compute_capability, packed_length)
     if model.attention == "xla":
         return Choice(kernel="xla", reason="asked for")
     if model.attention == "cudnn":
@@ -42,7 +49,9 @@ def choose(model: ModelConfig, *, platform: str, compute_capability: float | Non
     return Choice(kernel="cudnn", reason="honours the whole config")
 
 
-def cudnn_obstacles(model: ModelConfig, platform: str, compute_capability: float | None) -> list[str]:
+def cudnn_obstacles(
+    model: ModelConfig, platform: str, compute_capability: float | None, packed_length: int | None
+) -> list[str]:
     """Everything that keeps cuDNN from computing this model's attention."""
     largest = 256 if compute_capability is None or compute_capability >= 9.0 else 128
     checks = (
@@ -56,5 +65,9 @@ def cudnn_obstacles(model: ModelConfig, platform: str, compute_capability: float
         (model.head_width > largest, f"head width {model.head_width} is over {largest}"),
         (model.attention_dropout > 0, "it has no attention dropout"),
         (model.attention_softcap is not None, "it has no soft cap"),
+        (
+            packed_length is not None and packed_length % 2 == 1,
+            f"packed rows of {packed_length} tokens, an odd number",
+        ),
     )
     return [text for failed, text in checks if failed]

@@ -1,23 +1,33 @@
 """cuDNN's fused attention, on NVIDIA GPUs from compute capability 8.0."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo as checks
 from jax.sharding import PartitionSpec as P
 
 from stack.kernels.attention.mask import Mask
 from stack.parallel.rules import Layout
 
+OLDEST_VERSION = 91_200
+"""cuDNN 9.12, the oldest that JAX's CUDA packages allow."""
+
 
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, layout: Layout, *, window: int | None
 ) -> jax.Array:
-    """See `stack.kernels.attention.attend`.
+    """See `stack.kernels.attention.attend`; whole rows only, as many queries as keys.
 
     Always inside `shard_map`: outside, the call's output and gradients are typed replicated, and the
     compiled step gathers the global batch without a word. One document per row needs no mask and runs
     at full speed; packed rows pass one, [batch, 1, queries, keys], which cuDNN reads from memory.
     """
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"cudnn attends whole rows, not {query.shape[1]} queries to {key.shape[1]} keys; use xla"
+        )
     heads = layout.spec("batch", None, "heads") or P()
     kv_heads = layout.spec("batch", None, "kv_heads") or P()
     rows = layout.spec("batch") or P()
@@ -37,7 +47,31 @@ def _attend_local(
         key,
         value,
         mask=mask.allowed(window)[:, None] if packed else None,
-        is_causal=not packed,
+        # The mask says so too, but told of it cuDNN leaves out the half that is masked.
+        is_causal=True,
         local_window_size=None if packed or window is None else (window - 1, 0),
         implementation="cudnn",
     )
+
+
+@contextmanager
+def traced_for(device: jax.Device) -> Iterator[None]:
+    """What is traced within is for a GPU that is not here.
+
+    JAX checks the call against this machine's cuDNN and GPU and cannot be told of others; the
+    compiler then needs neither.
+    """
+    here = checks.check_cudnn_version, checks.check_compute_capability
+
+    def has_capability(capability: str) -> bool:
+        return _version(device.compute_capability) >= _version(capability)
+
+    checks.check_cudnn_version, checks.check_compute_capability = lambda: OLDEST_VERSION, has_capability
+    try:
+        yield
+    finally:
+        checks.check_cudnn_version, checks.check_compute_capability = here
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))

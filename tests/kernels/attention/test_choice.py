@@ -1,5 +1,7 @@
 """The kernel that runs is a value with its reason; what was asked for runs or is refused."""
 
+from functools import partial
+
 import pytest
 
 from stack.config import ConfigError, ModelConfig
@@ -23,6 +25,7 @@ def test_auto_takes_cudnn_where_it_honours_the_whole_config(capability):
     [
         ("cpu", None, {}, "the platform is cpu, not an NVIDIA GPU"),
         ("tpu", None, {}, "the platform is tpu, not an NVIDIA GPU"),
+        ("rocm", None, {}, "the platform is rocm, not an NVIDIA GPU"),
         ("gpu", 7.5, {}, "compute capability 7.5 < 8.0"),
         ("gpu", 9.0, {"dtype": "float32"}, "dtype is float32, not bfloat16"),
         ("gpu", 9.0, {"head_dim": 20}, "head width 20 is not a multiple of 8"),
@@ -36,6 +39,12 @@ def test_auto_says_why_it_takes_xla(platform, capability, model, reason):
     choice = chosen(platform, capability, **model)
     assert choice.kernel == "xla"
     assert choice.reason == f"cudnn cannot: {reason}"
+
+
+def test_packed_rows_of_an_odd_length_are_left_to_xla():
+    packed = partial(choose, ModelConfig(**PLAIN), platform="gpu", compute_capability=9.0)
+    assert packed(packed_length=1023).reason == "cudnn cannot: packed rows of 1023 tokens, an odd number"
+    assert packed(packed_length=1024).kernel == packed(packed_length=None).kernel == "cudnn"
 
 
 def test_every_obstacle_is_named():

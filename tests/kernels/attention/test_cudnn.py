@@ -1,24 +1,26 @@
-"""cuDNN's attention keeps the batch and the heads where they lie.
+"""cuDNN's attention keeps the batch and the heads where they lie, and is asked for the right thing.
 
-jax traces the call wherever it is told a version of cuDNN; only running it needs a GPU.
+Tracing and compiling it needs neither a GPU nor cuDNN; running it does.
 """
+
+import re
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from stack.config import MeshConfig
-from stack.kernels.attention import Mask, attend
+from stack.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from stack.kernels.attention import Mask, attend, cudnn
 from stack.parallel import mesh as meshes
-from stack.parallel.rules import Layout
+from stack.parallel.rules import ONE_DEVICE, Layout
+from stack.plan.collectives import collectives
+from stack.plan.compile import compile_step, devices
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 8, 64, 4, 2, 64
-
-
-@pytest.fixture(autouse=True)
-def traceable(monkeypatch):
-    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91_300)
+HOPPER, AMPERE = (SimpleNamespace(compute_capability=capability) for capability in ("9.0", "8.0"))
 
 
 @pytest.fixture(params=[{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8, "fsdp": 1}], ids=str)
@@ -27,12 +29,13 @@ def layout(request):
     return Layout.of(meshes.build(config), config)
 
 
-def inputs(layout, *, packed):
+def inputs(layout, *, packed, head_dim=HEAD_DIM):
     def array(dtype, *names, shape):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*names))
+        sharding = None if layout.trivial else layout.sharding(*names)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    query = array("bfloat16", "batch", None, "heads", shape=(BATCH, LENGTH, HEADS, HEAD_DIM))
-    key = array("bfloat16", "batch", None, "kv_heads", shape=(BATCH, LENGTH, KV_HEADS, HEAD_DIM))
+    query = array("bfloat16", "batch", None, "heads", shape=(BATCH, LENGTH, HEADS, head_dim))
+    key = array("bfloat16", "batch", None, "kv_heads", shape=(BATCH, LENGTH, KV_HEADS, head_dim))
     place = array("int32", "batch", shape=(BATCH, LENGTH))
     return (query, key, key), (place, place, place, place) if packed else (place, place)
 
@@ -48,7 +51,7 @@ def test_output_and_gradients_are_split_as_the_inputs(layout, packed, window):
     def total(*inputs):
         return run(*inputs).astype(jnp.float32).sum()
 
-    with meshes.use(layout.mesh):
+    with meshes.use(layout.mesh), cudnn.traced_for(HOPPER):
         output = jax.eval_shape(run, *arrays, mask)
         cotangents = jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), *arrays, mask)
     expected = layout.spec("batch", None, "heads", None)
@@ -65,10 +68,92 @@ def test_each_device_computes_its_own_rows_and_heads(layout):
     def run(query, key, value, mask):
         return attend(query, key, value, Mask(*mask), layout, kernel="cudnn")
 
-    with meshes.use(layout.mesh):
+    with meshes.use(layout.mesh), cudnn.traced_for(HOPPER):
         jaxpr = jax.make_jaxpr(run)(*arrays, mask)
     (island,) = [equation for equation in jaxpr.eqns if equation.primitive.name == "shard_map"]
     query, key = (variable.aval.shape for variable in island.params["jaxpr"].invars[:2])
     rows = BATCH // (layout.size("data") * layout.size("fsdp"))
     assert query == (rows, LENGTH, HEADS // layout.size("tensor"), HEAD_DIM)
     assert key == (rows, LENGTH, KV_HEADS // layout.size("tensor"), HEAD_DIM)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_asked_of_cudnn_is_what_xla_computes(monkeypatch, packed, window):
+    """JAX answers the same call without cuDNN; only the kernel itself is left out."""
+    draw = np.random.default_rng(0).normal
+    query = jnp.asarray(draw(size=(2, 12, 4, 8)), jnp.float32)
+    key, value = (jnp.asarray(draw(size=(2, 12, 2, 8)), jnp.float32) for _ in range(2))
+    segments = jnp.array([[1] * 5 + [2] * 4 + [3] * 3, [1] * 9 + [0] * 3])
+    starts = jnp.array([[0] * 5 + [5] * 4 + [9] * 3, [0] * 9 + [9] * 3])
+    positions = jnp.arange(12) - (starts if packed else jnp.zeros_like(starts))
+    mask = Mask(positions, positions, *([segments, segments] if packed else []))
+    ask = partial(attend, query, key, value, mask, ONE_DEVICE, window=window)
+
+    answer = jax.nn.dot_product_attention
+
+    def without_cudnn(*arrays, implementation, **options):
+        assert implementation == "cudnn"
+        return answer(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", without_cudnn)
+    np.testing.assert_allclose(ask(kernel="cudnn"), ask(kernel="xla"), atol=1e-5)
+
+
+def test_a_part_of_a_row_is_refused():
+    (query, key, _), mask = inputs(ONE_DEVICE, packed=False)
+    last = jax.ShapeDtypeStruct((BATCH, 1, HEADS, HEAD_DIM), query.dtype)
+    with pytest.raises(ValueError, match="whole rows, not 1 queries to 64 keys"):
+        jax.eval_shape(lambda q, k, m: attend(q, k, k, Mask(*m), ONE_DEVICE, kernel="cudnn"), last, key, mask)
+
+
+def test_the_gpu_that_is_traced_for_limits_the_heads_and_not_the_one_here():
+    (query, key, _), mask = inputs(ONE_DEVICE, packed=False, head_dim=152)  # Turing-NLG's
+
+    def trace(device):
+        with cudnn.traced_for(device):
+            run = partial(attend, mask=Mask(*mask), layout=ONE_DEVICE, kernel="cudnn")
+            return jax.eval_shape(lambda q, k: run(q, k, k), query, key)
+
+    assert trace(HOPPER).shape == query.shape
+    with pytest.raises(NotImplementedError, match="head dim must be <= 128"):
+        trace(AMPERE)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_compiled_step_calls_cudnn_both_ways_and_gathers_no_batch(packed):
+    rows, length, tensor = 96, 160, 2
+    config = Config(
+        model=ModelConfig(
+            vocab_size=1000,
+            num_layers=3,
+            embed_dim=256,
+            num_heads=8,
+            num_kv_heads=4,
+            head_dim=152,
+            max_length=length,
+            attention="cudnn",
+        ),
+        data=DataConfig(sequence_length=length, packed=packed),
+        mesh=MeshConfig(data=2, fsdp=4, tensor=tensor, zero=3),
+        train=TrainConfig(batch_size=rows, remat="full"),
+    )
+    jax.config.update("jax_enable_compilation_cache", False)  # A hit would prove nothing.
+    try:
+        hlo = compile_step(config, devices("h200", 16)).as_text()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    assert hlo
+
+    local = {f"bf16[{rows // 8},{heads // tensor},{length},152]" for heads in (8, 4)}
+    calls = re.findall(r"= (\(.*?\)) custom-call\(.*custom_call_target=\"(__cudnn\$\w+)\"", hlo)
+    name = "__cudnn$fmhaScaleBiasSoftmax" if packed else "__cudnn$fmhaSoftmax"
+    assert {target for _, target in calls} == {name, name + "Backward"}
+    for results, _ in calls:
+        assert set(re.findall(r"bf16\[[\d,]+\]", results)) <= local, results
+
+    found = collectives(hlo, {"data": 2, "fsdp": 4, "stage": 1, "context": 1, "expert": 1, "tensor": tensor})
+    assert any(collective.kind == "reduce-scatter" for collective in found)
+    for collective in found:
+        assert not any(rows in shape for _, shape in collective.arrays), collective

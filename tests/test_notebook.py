@@ -1,0 +1,37 @@
+"""The notebook runs from top to bottom, and is kept without what it printed."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parents[1] / "launch" / "colab.ipynb"
+OVERRIDES = (
+    "data.sources.0.max_bytes=400000 data.heldout_fraction=0.2 data.sequence_length=32 "
+    "model.num_layers=1 model.scan_unroll=1 model.embed_dim=32 model.mlp_dim=64 model.num_heads=2 "
+    "train.steps=20 train.batch_size=4 optimizer.schedule.warmup_steps=5 "
+    "eval.every=10 eval.batch_size=64 eval.trigram=false sample.length=8"
+)
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.full
+def test_the_notebook_runs(tmp_path, monkeypatch) -> None:
+    places = f"output_dir={tmp_path}/runs data.cache_dir={tmp_path}/cache"
+    monkeypatch.setenv("STACK_OVERRIDES", f"{OVERRIDES} {places}")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    told = "".join(output.get("text", "") for output in outputs)
+    assert "model.num_layer is not a field; did you mean model.num_layers?" in told
+    assert "17,177,045,760 parameters" in told
+    assert "step 5: loss " in told
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output.get("name") == "stderr"]
