@@ -100,11 +100,15 @@ def test_what_is_asked_of_cudnn_is_what_xla_computes(monkeypatch, packed, window
     np.testing.assert_allclose(ask(kernel="cudnn"), ask(kernel="xla"), atol=1e-5)
 
 
+def whole(query, key, mask):
+    return attend(query, key, key, Mask(*mask), ONE_DEVICE, kernel="cudnn")
+
+
 def test_a_part_of_a_row_is_refused():
     (query, key, _), mask = inputs(ONE_DEVICE, packed=False)
     last = jax.ShapeDtypeStruct((BATCH, 1, HEADS, HEAD_DIM), query.dtype)
     with pytest.raises(ValueError, match="whole rows, not 1 queries to 64 keys"):
-        jax.eval_shape(lambda q, k, m: attend(q, k, k, Mask(*m), ONE_DEVICE, kernel="cudnn"), last, key, mask)
+        jax.eval_shape(whole, last, key, mask)
 
 
 def test_the_gpu_that_is_traced_for_limits_the_heads_and_not_the_one_here():
@@ -112,8 +116,7 @@ def test_the_gpu_that_is_traced_for_limits_the_heads_and_not_the_one_here():
 
     def trace(device):
         with cudnn.traced_for(device):
-            run = partial(attend, mask=Mask(*mask), layout=ONE_DEVICE, kernel="cudnn")
-            return jax.eval_shape(lambda q, k: run(q, k, k), query, key)
+            return jax.eval_shape(whole, query, key, mask)
 
     assert trace(HOPPER).shape == query.shape
     with pytest.raises(NotImplementedError, match="head dim must be <= 128"):
