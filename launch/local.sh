@@ -9,8 +9,8 @@
 # Without -d the GPUs of the machine are dealt out evenly, in order: -n 8 on eight GPUs gives each process
 # one; -n 1 gives one process all. Without GPUs each process has one CPU device.
 #
-# Process 0 has the screen; what the others write is shown when the run fails. If one process fails, the
-# others are ended and its exit status is this script's. Ctrl-C ends all.
+# Process 0 has the screen; what the others write is shown if they fail. If one process fails, the others
+# are ended and its exit status is this script's. Ctrl-C ends all.
 set -euo pipefail
 
 usage() {
@@ -85,13 +85,15 @@ interrupted() {
     exit 130
 }
 
-failed() { # process, status
+# Ends the run for the processes in `failed`; of their statuses the highest, a signal before an error.
+give_up() {
     end TERM
-    if (($1 > 0)); then
-        tail -n 30 "$logs/$1" | sed "s/^/[process $1] /" >&2
-    fi
-    echo "error: process $1 of $processes failed with status $2; what the others wrote is in $logs" >&2
-    exit "$2"
+    for process in "${failed[@]}"; do
+        ((process == 0)) || tail -n 30 "$logs/$process" | sed "s/^/[process $process] /"
+        echo "error: process $process of $processes failed with status ${statuses[process]}"
+    done >&2
+    echo "error: what the others than process 0 wrote is in $logs" >&2
+    exit "$highest"
 }
 
 # Job control gives each process its own group: the terminal's Ctrl-C then comes here alone, and is not
@@ -112,18 +114,22 @@ for ((process = 0; process < processes; process++)); do
     pids+=($!)
 done
 
-running=$processes
+running=$processes failed=() statuses=() highest=0
 while ((running)); do
     sleep 0.2
     running=0
     for process in "${!pids[@]}"; do
         if kill -0 "${pids[process]}" 2>/dev/null; then
             running=$((running + 1))
-        else
-            status=0
-            wait "${pids[process]}" || status=$?
-            ((status == 0)) || failed "$process" "$status"
+            continue
+        fi
+        statuses[process]=0
+        wait "${pids[process]}" || statuses[process]=$?
+        if ((statuses[process])); then
+            failed+=("$process")
+            highest=$((statuses[process] > highest ? statuses[process] : highest))
         fi
     done
+    ((!highest)) || give_up
 done
 rm -rf "$logs"

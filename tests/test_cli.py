@@ -145,6 +145,15 @@ def test_nothing_heavy_is_loaded_before_it_is_used(statement):
     assert done.stdout == "[]\n"
 
 
+def test_a_machine_without_a_gpu_is_no_error():
+    """With the extra `plan`, which looks like a GPU to JAX."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    show = ["config", "show", QUICKSTART, "--sharding"]
+    done = subprocess.run([*STACK, *show], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_unknown_public_name_is_an_attribute_error():
     import stack
 

@@ -1,6 +1,7 @@
 """The notebook runs from top to bottom, and is kept without what it printed."""
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -16,7 +17,8 @@ OVERRIDES = (
 
 
 def test_the_notebook_is_kept_without_outputs() -> None:
-    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
 
@@ -26,7 +28,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch) -> None:
     places = f"output_dir={tmp_path}/runs data.cache_dir={tmp_path}/cache"
     monkeypatch.setenv("STACK_OVERRIDES", f"{OVERRIDES} {places}")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     told = "".join(output.get("text", "") for output in outputs)

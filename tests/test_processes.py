@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,29 @@ def test_a_process_that_fails_ends_at_once_with_its_error(run_processes) -> None
         run_processes(fail_in_one, devices=1, timeout_seconds=60)
 
 
+@pytest.mark.full
+def test_tasks_of_a_slurm_step_find_each_other() -> None:
+    """By the variables that `srun` sets; the port is made from the number of the job."""
+    with socket.socket() as candidate:
+        for job in range(os.getpid() % 4000, 4096):
+            try:
+                candidate.bind(("", 61_440 + job))
+                break
+            except OSError:
+                continue
+    step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    code = "import jax; from stack.parallel.processes import join; join(); print(jax.process_count())"
+    tasks = []
+    for number in ("0", "1"):
+        task = step | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": number, "SLURM_LOCALID": number}
+        tasks.append(
+            subprocess.Popen([sys.executable, "-c", code], env=os.environ | task, stdout=subprocess.PIPE)
+        )
+    assert [task.communicate()[0].split()[-1] for task in tasks] == [b"2", b"2"]
+    alone = subprocess.run([sys.executable, "-c", code], env=os.environ | step, capture_output=True)
+    assert alone.stdout == b"1\n", "the shell of an allocation is not a step"
+
+
 def launch(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     """launch/local.sh of this Python's stack."""
     file = folder / "run.yaml"
@@ -164,7 +188,9 @@ def test_local_sh_trains_with_one_process_on_the_screen(tmp_path) -> None:
     assert process.returncode == 0, error
     assert told.count("\nstep 8/8  loss ") == 1
     assert "devices   4 x cpu; mesh data 2 x fsdp 2; zero 3" in told
-    assert len(read_history(tmp_path / "runs" / "run")) == 8 + 2
+    steps = [record["step"] for record in read_history(tmp_path / "runs" / "run")]
+    assert steps == sorted(steps)
+    assert steps.count(8) == 2, "the last step and its evaluation, written once"
     assert not list(tmp_path.glob("stack-logs*"))
 
 
@@ -177,7 +203,7 @@ def test_local_sh_ends_all_when_one_is_killed(tmp_path) -> None:
     os.kill(pids[1], signal.SIGKILL)
     _, error = process.communicate()
     assert process.returncode == 137
-    assert "error: process 1 of 2 failed with status 137; what the others wrote is in" in error
+    assert "error: process 1 of 2 failed with status 137\n" in error
     assert not any(map(alive, pids))
 
 

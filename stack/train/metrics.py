@@ -32,13 +32,20 @@ class MetricsLog(Listener):
     the records of later steps first: the history is one line of steps.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, tensorboard: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, every: int = 1, tensorboard: bool = False) -> None:
         """Touches nothing until the run starts.
+
+        Args:
+            folder: of the run.
+            every: steps between records of training; the first and the last step are always there.
+            tensorboard: write events beside them.
 
         Raises:
             StackError: TensorBoard is asked for and not installed.
         """
         self.path = Path(folder) / FILE
+        self._every = every
+        self._steps = 0
         self._tensorboard = tensorboard
         self._file: FileIO | None = None
         self._events: SummaryWriter | None = None
@@ -55,7 +62,7 @@ class MetricsLog(Listener):
 
         if jax.process_index() != 0:
             return
-        step = int(info["step"])
+        step, self._steps = int(info["step"]), int(info["steps"])
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(self.path, step)
@@ -68,12 +75,13 @@ class MetricsLog(Listener):
             raise _unwritable(self.path, error) from error
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes a record of kind `train`.
+        """Writes a record of kind `train`, if one is due.
 
         Raises:
             StackError: it cannot be written.
         """
-        self._write("train", step, metrics)
+        if step % self._every == 0 or step in (1, self._steps):
+            self._write("train", step, metrics)
 
     def on_eval(self, step: int, metrics: dict[str, float]) -> None:
         """Writes a record of kind `heldout`.

@@ -22,6 +22,7 @@ from stack.data.baseline import trigram_nats_per_byte
 from stack.data.dataset import Data, check_fingerprint, open_data
 from stack.data.loader import Batch, heldout_batches, prefetch, training_batches
 from stack.inference.generate import generate
+from stack.parallel.host_memory import keep_freed_memory
 from stack.plan.hardware import mfu
 from stack.train import program as programs
 from stack.train import state as states
@@ -59,7 +60,8 @@ class Trainer:
         self.program = programs.build(config, devices)
         self.mesh = states.concrete(self.program)
         self.state: states.State | None = None
-        self._listeners = (MetricsLog(self.folder, tensorboard=config.train.tensorboard), *listeners)
+        log = MetricsLog(self.folder, every=config.train.log_every, tensorboard=config.train.tensorboard)
+        self._listeners = (log, *listeners)
 
     @classmethod
     def from_run(cls, folder: str | os.PathLike[str], overrides: Sequence[str] = (), **options: Any) -> Self:
@@ -96,6 +98,8 @@ class Trainer:
           StackError: the run folder cannot be written, holds a run over other data, or holds one
             although `checkpoint.resume` is false.
         """
+        if self.mesh.devices.flat[0].platform == "cpu":
+            keep_freed_memory()
         with (
             jax.set_mesh(self.mesh),
             Checkpoints(self.folder / "checkpoints", self.config.checkpoint) as checkpoints,
@@ -114,8 +118,13 @@ class Trainer:
 
         Returns:
           loss (nats per token), perplexity, accuracy, nats_per_byte, tokens.
+
+        Raises:
+          StackError: nothing is held out.
         """
         state, heldout, layout = self._trained(), self.data.heldout, self.program.layout
+        if not heldout.num_rows:
+            raise StackError("no text is held out to evaluate on; set data.heldout_fraction above 0")
         size = self.config.eval.batch_size or self.config.train.batch_size
         with jax.set_mesh(self.mesh):
             make, number = heldout_batches(

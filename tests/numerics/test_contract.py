@@ -1,6 +1,7 @@
 """Every layout and every pair of layouts gives the numbers of one device."""
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from stack.doctor.numerics import (
     compute,
     distance,
     errors,
+    numerics,
 )
 
 EVERYDAY = {
@@ -91,3 +93,8 @@ def test_the_matrix_holds_every_pair():
     names = {cell.name for cell in cells()}
     assert {"fsdp zero 2 + tensor sequence parallel", "data + accumulation", "tensor + accumulation"} <= names
     assert len(names) == 29
+
+
+def test_the_documentation_shows_the_matrix():
+    matrix = numerics().split("\n\n", 1)[1]
+    assert matrix in (Path(__file__).parents[2] / "docs" / "numerics.md").read_text()

@@ -265,7 +265,7 @@ def test_metrics_of_a_step_are_read_only_when_the_next_is_dispatched(folder, mon
     events: list[tuple[str, int | None]] = []
     step_of: dict[int, int] = {}
     kept = []  # An array that is gone may leave its id to another.
-    read = ArrayImpl._value.fget
+    read: Any = vars(ArrayImpl)["_value"].fget
 
     def recorded(array: jax.Array) -> np.ndarray:
         events.append(("read", step_of.get(id(array))))
