@@ -28,10 +28,23 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stack.config import Config, StackError, load
+from stack.doctor.numerics import Numbers, distance, errors
+from stack.plan.hardware import mfu
+from stack.train import program as programs
+from stack.train import state as states
+from stack.train.step import compiler_options, loss_gradient, train_step
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CASE_SECONDS = 240
@@ -62,6 +75,8 @@ class Speed:
 
 
 Case = Parity | Speed
+Row = dict[str, Any]
+"""What a case found, or under `failed` or `not run` why it found nothing."""
 
 PARITY = [Parity(family=family, packed=packed) for family in ("gpt", "llama") for packed in (False, True)]
 SPEED = [
@@ -83,8 +98,6 @@ SPEED = [
 
 def random_batch(rows: int, length: int, words: int, *, packed: bool) -> dict[str, Any]:
     """Random tokens; packed: documents of random lengths, about four a row."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
     stream = rng.integers(0, words, (rows, length + 1), dtype=np.int32)
     starts = rng.random((rows, length)) < (4 / length if packed else 0.0)
@@ -100,52 +113,48 @@ def random_batch(rows: int, length: int, words: int, *, packed: bool) -> dict[st
     }
 
 
-def parity(case: Parity) -> list[dict[str, Any]]:
+def parity(case: Parity) -> Iterator[Row]:
     """One row for each precision and kernel on the device."""
-    import jax
-
-    from stack.doctor.numerics import distance, errors
-
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
-    exact = gradient(parity_config(case, "float32", "xla"), cpu)
-    rounded = distance(gradient(parity_config(case, "bfloat16", "xla"), cpu), exact)
+    params = initial(parity_config(case, "float32", "xla"), cpu)
 
-    def float32() -> dict[str, Any]:
-        found = errors(gradient(parity_config(case, "float32", "xla"), device), exact)
+    def run(dtype: str, kernel: Kernel, where: jax.Device) -> Numbers:
+        return gradient(parity_config(case, dtype, kernel), params, where)
+
+    exact = run("float32", "xla", cpu)
+    rounded = distance(run("bfloat16", "xla", cpu), exact)
+
+    def float32() -> Row:
+        found = errors(run("float32", "xla", device), exact)
         # Without a soft cap the softmax takes the key bias out: its gradient is rounding alone.
         found.pop("layers.attention.key.bias", None)
         worst = max(found, key=found.__getitem__)
         ok = found[worst] <= FLOAT32_LIMIT
         return {"ok": ok, "error": found[worst], "of": worst, "loss_error": found["loss"]}
 
-    def bfloat16(kernel: Kernel) -> dict[str, Any]:
-        numbers = gradient(parity_config(case, "bfloat16", kernel), device)
-        ratio = distance(numbers, exact) / rounded
-        loss_error = errors(numbers, exact)["loss"]
-        return {"ok": ratio <= BFLOAT16_RATIO, "ratio": ratio, "error": ratio * rounded} | {
-            "loss_error": loss_error
-        }
+    def bfloat16(kernel: Kernel) -> Row:
+        numbers = run("bfloat16", kernel, device)
+        error, loss_error = distance(numbers, exact), errors(numbers, exact)["loss"]
+        ratio = error / rounded
+        return {"ok": ratio <= BFLOAT16_RATIO, "error": error, "ratio": ratio, "loss_error": loss_error}
 
-    variants = {
-        "float32 xla": float32,
-        "bfloat16 xla": partial(bfloat16, "xla"),
-        "bfloat16 cudnn": partial(bfloat16, "cudnn"),
-    }
-    return [{"variant": name, **attempt(run)} for name, run in variants.items()]
+    yield {"variant": "float32 xla"} | attempt(float32)
+    yield {"variant": "bfloat16 xla"} | attempt(partial(bfloat16, "xla"))
+    yield {"variant": "bfloat16 cudnn"} | attempt(partial(bfloat16, "cudnn"))
 
 
-def attempt(run: Any) -> dict[str, Any]:
+def attempt(run: Callable[[], Row]) -> Row:
     """What `run` returns, or why it could not."""
     try:
         return run()
+    except StackError as error:
+        return {"not run": str(error)}
     except Exception as error:  # one failing variant does not take the others with it
         return {"failed": f"{type(error).__name__}: {error}"[:600]}
 
 
-def parity_config(case: Parity, dtype: str, kernel: Kernel) -> Any:
+def parity_config(case: Parity, dtype: str, kernel: Kernel) -> Config:
     """A small model with an odd vocabulary."""
-    from stack.config import Config
-
     families = {
         "gpt": {},
         "llama": {
@@ -173,69 +182,30 @@ def parity_config(case: Parity, dtype: str, kernel: Kernel) -> Any:
     return Config.model_validate(tree)
 
 
-def gradient(config: Any, device: Any) -> Any:
-    """Loss and gradients of one batch at initialisation, on one device."""
-    import jax
-    import numpy as np
+def initial(config: Config, device: jax.Device) -> Any:
+    """Initial parameters on the host, for every device: random bits agree, their logarithms need not."""
+    return jax.device_get(states.init_params(programs.build(config, [device])))
 
-    from stack.doctor.numerics import Numbers
-    from stack.train import program as programs
-    from stack.train import state as states
-    from stack.train.step import loss_gradient
 
+def gradient(config: Config, params: Any, device: jax.Device) -> Numbers:
+    """Loss and gradients of one batch, on one device."""
     program = programs.build(config, [device])
     rows, length = config.train.batch_size, config.data.sequence_length
     numbers = random_batch(rows, length, config.model.vocab_size, packed=config.data.packed)
     precision = "highest" if config.model.dtype == "float32" else "default"
     with jax.set_mesh(states.concrete(program)), jax.default_matmul_precision(precision):
         batch = jax.device_put(numbers, program.layout.sharding("batch"))
-        params = jax.device_put(cpu_params(config), program.layout.sharding())
+        placed = jax.device_put(params, program.layout.sharding())
         step = jax.device_put(np.int32(0), program.layout.sharding())
-        found, sums, tokens = jax.jit(partial(loss_gradient, program))(params, step, batch)
+        found, sums, tokens = jax.jit(partial(loss_gradient, program))(placed, step, batch)
     leaves = jax.tree_util.tree_flatten_with_path(found)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x) for path, x in leaves}
     return Numbers(loss=float(sums.loss / tokens), params={}, gradient=named)
 
 
-def cpu_params(config: Any) -> Any:
-    """The same initial parameters for every device: random bits agree, their logarithms need not."""
-    import jax
-
-    from stack.train import program as programs
-    from stack.train import state as states
-
-    plain = config.replace("model.attention=xla")
-    return jax.device_get(states.init_params(programs.build(plain, jax.devices("cpu")[:1])))
-
-
-def speed(case: Speed) -> list[dict[str, Any]]:
+def speed(case: Speed) -> Row:
     """Time, tokens, MFU and memory of the step, compiled as the trainer compiles it."""
-    import jax
-
-    from stack import load
-    from stack.plan.hardware import mfu
-    from stack.train import program as programs
-    from stack.train import state as states
-    from stack.train.step import compiler_options, train_step
-
-    overrides = [
-        f"model.attention={case.kernel}",
-        f"data.packed={str(case.packed).lower()}",
-        f"train.remat={case.remat}",
-        f"train.batch_size={2 if case.tiny else case.rows}",
-        "train.accumulation=1",
-        "eval.batch_size=null",
-    ]
-    if case.tiny:
-        overrides += [
-            "model.num_layers=2",
-            "model.embed_dim=128",
-            "model.num_heads=2",
-            "model.vocab_size=999",
-        ]
-        overrides += ["data.sequence_length=64", "model.max_length=64"]
-    config = load(CONFIGS / f"{case.recipe}.yaml", overrides)
-    device = jax.devices()[0]
+    config, device = speed_config(case), jax.devices()[0]
     program = programs.build(config, [device])
     rows, length = config.train.batch_size, config.data.sequence_length
     numbers = random_batch(rows, length, config.model.vocab_size, packed=case.packed)
@@ -247,15 +217,7 @@ def speed(case: Speed) -> list[dict[str, Any]]:
         start = time.perf_counter()
         compiled = step.lower(state, batch).compile()
         compile_seconds = time.perf_counter() - start
-        planned = compiled.memory_analysis()
-        blocks, metrics = [], {}
-        for number in range(1 + (2 if case.tiny else BLOCKS)):
-            start = time.perf_counter()
-            for _ in range(STEPS_PER_BLOCK):
-                state, metrics = compiled(state, batch)
-            jax.block_until_ready((state, metrics))
-            if number:  # the first warms up
-                blocks.append((time.perf_counter() - start) / STEPS_PER_BLOCK)
+        blocks, loss = timed(compiled, state, batch, blocks=2 if case.tiny else BLOCKS)
     seconds = statistics.median(blocks)
     used = mfu(
         config.model,
@@ -263,100 +225,120 @@ def speed(case: Speed) -> list[dict[str, Any]]:
         tokens_per_second_per_device=rows * length / seconds,
         device_kind=device.device_kind,
     )
-    allocated = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    return [
-        {
-            "attention": str(program.attention),
-            "step_ms": 1e3 * seconds,
-            "fastest_ms": 1e3 * min(blocks),
-            "slowest_ms": 1e3 * max(blocks),
-            "tokens_per_second": rows * length / seconds,
-            "mfu_full": used.full,
-            "mfu_causal": used.causal,
-            "peak": used.peak,
-            "allocated_bytes": allocated,
-            "planned_bytes": planned.argument_size_in_bytes
-            + planned.output_size_in_bytes
-            - planned.alias_size_in_bytes
-            + planned.temp_size_in_bytes,
-            "compile_seconds": compile_seconds,
-            "loss": float(metrics["loss"]),
-        }
+    plan: Any = compiled.memory_analysis()
+    arguments_and_results = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return {
+        "attention": str(program.attention),
+        "step_ms": 1e3 * seconds,
+        "fastest_ms": 1e3 * min(blocks),
+        "slowest_ms": 1e3 * max(blocks),
+        "tokens_per_second": rows * length / seconds,
+        "mfu_full": used.full,
+        "mfu_causal": used.causal,
+        "peak": used.peak,
+        "allocated_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "planned_bytes": arguments_and_results + plan.temp_size_in_bytes,
+        "compile_seconds": compile_seconds,
+        "loss": loss,
+    }
+
+
+def speed_config(case: Speed) -> Config:
+    """The recipe on one device, without accumulation."""
+    overrides = [
+        f"model.attention={case.kernel}",
+        f"data.packed={str(case.packed).lower()}",
+        f"train.remat={case.remat}",
+        f"train.batch_size={2 if case.tiny else case.rows}",
+        "train.accumulation=1",
+        "eval.batch_size=null",
     ]
+    if case.tiny:
+        overrides += ["model.num_layers=2", "model.embed_dim=128", "model.num_heads=2"]
+        overrides += ["model.vocab_size=999", "data.sequence_length=64", "model.max_length=64"]
+    return load(CONFIGS / f"{case.recipe}.yaml", overrides)
 
 
-def machine() -> list[dict[str, Any]]:
-    """What the figures are of, and the rate of the best matrix product as the practical ceiling."""
-    import jax
-    import jax.numpy as jnp
+def timed(step: Any, state: Any, batch: Any, *, blocks: int) -> tuple[list[float], float]:
+    """Seconds per step of each block of steps, and the last loss.
 
-    device = jax.devices()[0]
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nvidia-cudnn-cu13")
-    versions = {}
-    for name in packages:
+    Steps of a block are queued as in training; the device is waited for at the block's end.
+    """
+    seconds, metrics = [], {}
+    for number in range(1 + blocks):
+        start = time.perf_counter()
+        for _ in range(STEPS_PER_BLOCK):
+            state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        if number:  # the first warms up
+            seconds.append((time.perf_counter() - start) / STEPS_PER_BLOCK)
+    return seconds, float(metrics["loss"])
+
+
+def machine() -> Row:
+    """What the figures are of, and the rate of a large matrix product, the practical ceiling."""
+    device, versions = jax.devices()[0], {}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nvidia-cudnn-cu13"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    size = 8192 if device.platform == "gpu" else 256
+    size = 256 if device.platform == "cpu" else 8192
     left, right = (jax.random.normal(jax.random.key(seed), (size, size), jnp.bfloat16) for seed in (0, 1))
-    product = jax.jit(jnp.matmul)
-    times = []
+    product, seconds = jax.jit(jnp.matmul), []
     for _ in range(20):
-        jax.block_until_ready((left, right))
         start = time.perf_counter()
         jax.block_until_ready(product(left, right))
-        times.append(time.perf_counter() - start)
-    rate = 2 * size**3 / statistics.median(times)
-    return [
-        {
-            "device": device.device_kind,
-            "client": device.client.platform_version.replace("\n", ", "),
-            "versions": versions,
-            f"bfloat16 product of {size}, TFLOP/s": rate / 1e12,
-        }
-    ]
+        seconds.append(time.perf_counter() - start)
+    return {
+        "device": device.device_kind,
+        "client": device.client.platform_version.replace("\n", ", "),
+        "versions": versions,
+        f"bfloat16 product of {size}, TFLOP/s": 2 * size**3 / statistics.median(seconds) / 1e12,
+    }
 
 
-def child(case: Case | None) -> list[dict[str, Any]]:
-    """Runs a case in its own process, and says why if it ends early."""
+def rows_of(case: Case | None) -> list[Row]:
+    """What a case finds in a process of its own, and why it found no more; None: the machine."""
     text = json.dumps(None if case is None else {"kind": type(case).__name__, **dataclasses.asdict(case)})
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--case", text],
-            capture_output=True,
-            text=True,
-            timeout=CASE_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return [{"failed": f"not done after {CASE_SECONDS} s"}]
-    for line in done.stdout.splitlines():
-        if line.startswith('[{"'):
-            return json.loads(line)
-    reasons = [line for line in done.stderr.splitlines() if line.strip()]
-    return [{"failed": f"exit {done.returncode}: {' | '.join(reasons[-3:])}"[:600]}]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen([sys.executable, __file__, "--case", text], stdout=out, stderr=err)
+        try:
+            ended = f"exit {process.wait(CASE_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            ended = f"not done after {CASE_SECONDS} s"
+        out.seek(0)
+        err.seek(0)
+        rows = [json.loads(line) for line in out if line.startswith('{"')]
+        if process.returncode:
+            said = [line.strip() for line in err if line.strip()]
+            rows.append({"failed": f"{ended}: {' | '.join(said[-3:])}"[:600]})
+    return rows
 
 
 def run_case(text: str) -> None:
-    """The body of the child: prints its rows as one line of JSON."""
+    """The body of such a process: prints rows as they are found, each a line of JSON."""
     fields = json.loads(text)
-    if fields is None:
-        rows = machine()
-    elif fields.pop("kind") == "Parity":
-        rows = parity(Parity(**fields))
-    else:
-        rows = [attempt(lambda: speed(Speed(**fields))[0])]
-    print(json.dumps(rows), flush=True)
+    kind = fields.pop("kind") if fields else None
+    found = {
+        None: lambda: [machine()],
+        "Parity": lambda: parity(Parity(**fields)),
+        "Speed": lambda: [attempt(lambda: speed(Speed(**fields)))],
+    }
+    for row in found[kind]():
+        print(json.dumps(row), flush=True)
 
 
-def row_text(case: Case, row: dict[str, Any]) -> str:
+def row_text(case: Case, row: Row) -> str:
     """One line of the table."""
     packed = "packed" if case.packed else "whole"
     if isinstance(case, Parity):
         title = f"{case.family:6} {packed:6} {row.get('variant', ''):15}"
     else:
         title = f"{case.recipe} {case.kernel:5} {case.rows:3} rows, remat {case.remat:13} {packed:6}"
-    if "failed" in row:
-        return f"{title} FAILED {row['failed']}"
+    for word in ("failed", "not run"):
+        if word in row:
+            return f"{title} {word}: {row[word]}"
     if isinstance(case, Parity):
         ratio = f"{row['ratio']:.3f} x the CPU's bfloat16 error" if "ratio" in row else f"worst: {row['of']}"
         verdict = "ok" if row["ok"] else "TOO FAR"
@@ -392,19 +374,20 @@ def main() -> None:
     parts = arguments.parts or ["parity", "speed"]
     cases: list[Case] = [*(PARITY if "parity" in parts else []), *(SPEED if "speed" in parts else [])]
     begun = time.perf_counter()
-    about = child(None)[0]
+    (about,) = rows_of(None)
     print(json.dumps(about, indent=2), flush=True)
     report: dict[str, Any] = {"machine": about, "cases": []}
     lines = []
-    for case in cases:
-        case = dataclasses.replace(case, tiny=arguments.tiny)
-        late = time.perf_counter() - begun > arguments.seconds
-        rows = [{"failed": f"not begun within {arguments.seconds:.0f} s"}] if late else child(case)
+    for listed in cases:
+        case = dataclasses.replace(listed, tiny=arguments.tiny)
+        taken = time.perf_counter() - begun
+        in_time = taken < arguments.seconds
+        rows = rows_of(case) if in_time else [{"not run": f"{taken:.0f} s were over"}]
         report["cases"].append({"case": dataclasses.asdict(case), "rows": rows})
-        lines += [row_text(case, row) for row in rows]
-        print(f"{time.perf_counter() - begun:4.0f} s  {lines[-1]}", file=sys.stderr, flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(report, indent=2))
+        lines += [row_text(case, row) for row in rows]
+        print(f"{taken:4.0f} s  {lines[-1]}", file=sys.stderr, flush=True)
     print("\n".join(lines))
 
 

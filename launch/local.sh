@@ -67,27 +67,29 @@ export JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES=$processes
 logs=$(mktemp -d "${TMPDIR:-/tmp}/stack-logs.XXXXXX")
 pids=()
 
-# Sends a signal to all, waits up to ten seconds for them to go, then ends them.
+# Waits so many seconds for all to go by themselves, then ends them. SIGTERM would not: JAX takes it as a
+# notice that the machine will be taken away.
 end() {
-    kill -"$1" "${pids[@]}" 2>/dev/null || true
-    for _ in {1..100}; do
+    for ((tenth = 0; tenth < 10 * $1; tenth++)); do
         kill -0 "${pids[@]}" 2>/dev/null || break
         sleep 0.1
     done
     kill -KILL "${pids[@]}" 2>/dev/null || true
     wait
+    [[ ! -t 1 ]] || printf '\e[?25h' # The bar of process 0 hides the cursor.
 }
 
 interrupted() {
     trap '' INT TERM
-    end INT
+    kill -INT "${pids[@]}" 2>/dev/null || true
+    end 10
     rm -rf "$logs"
     exit 130
 }
 
 # Ends the run for the processes in `failed`; of their statuses the highest, a signal before an error.
 give_up() {
-    end TERM
+    end 2
     for process in "${failed[@]}"; do
         ((process == 0)) || tail -n 30 "$logs/$process" | sed "s/^/[process $process] /"
         echo "error: process $process of $processes failed with status ${statuses[process]}"

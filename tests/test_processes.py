@@ -34,7 +34,7 @@ FIELDS = {
     },
     "mesh": {"data": 2, "fsdp": 2},
     "optimizer": {"learning_rate": 3e-3, "schedule": {"kind": "constant", "warmup_steps": 2}},
-    "train": {"steps": 8, "batch_size": 8},
+    "train": {"steps": 8, "batch_size": 8, "log_every": 1},
     "eval": {"every": 4},
     "sample": {"prompt": "a", "length": 8, "temperature": 0},
 }
@@ -188,9 +188,7 @@ def test_local_sh_trains_with_one_process_on_the_screen(tmp_path) -> None:
     assert process.returncode == 0, error
     assert told.count("\nstep 8/8  loss ") == 1
     assert "devices   4 x cpu; mesh data 2 x fsdp 2; zero 3" in told
-    steps = [record["step"] for record in read_history(tmp_path / "runs" / "run")]
-    assert steps == sorted(steps)
-    assert steps.count(8) == 2, "the last step and its evaluation, written once"
+    assert len(read_history(tmp_path / "runs" / "run")) == 8 + 2, "steps and evaluations, written once"
     assert not list(tmp_path.glob("stack-logs*"))
 
 

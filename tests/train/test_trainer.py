@@ -27,7 +27,7 @@ FIELDS = {
         "heldout_fraction": 0.1,
     },
     "optimizer": {"learning_rate": 1e-2, "schedule": {"kind": "constant", "warmup_steps": 2}},
-    "train": {"steps": 8, "batch_size": 8},
+    "train": {"steps": 8, "batch_size": 8, "log_every": 1},
     "sample": {"prompt": "a", "length": 4, "temperature": 0},
 }
 
