@@ -5,7 +5,7 @@
 A compiled step is the program of one device, so its size, and the time to compile it, should not grow
 with the mesh. Virtual CPU devices: every measurement is a process of its own with no compile cache; the
 sizes take turns, so that what else the machine does hits both alike. Prints medians of tracing and
-compiling, and the ratio of each round's pair.
+compiling, in wall and in CPU time, and the ratios of each round's pair: median, least and most.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROWS_PER_REPLICA = 2
 
 
 def measure(variant: str, num_devices: int) -> dict[str, float]:
-    """Seconds to trace and to compile one step, in this process."""
+    """Seconds from config to traced step and to compiled step, in this process; `cpu`: of all cores."""
     import jax
 
     from stack.config import Config
@@ -47,14 +47,22 @@ def measure(variant: str, num_devices: int) -> dict[str, float]:
         "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor, "zero": 3},
         "train": {"batch_size": ROWS_PER_REPLICA * data * fsdp, "remat": "full"},
     }
-    program = programs.build(Config.model_validate(tree))
+    config = Config.model_validate(tree)
+    jax.devices()
+    start, start_cpu = time.perf_counter(), time.process_time()
+    program = programs.build(config)
     with jax.set_mesh(states.concrete(program)):
-        start = time.perf_counter()
         step = jax.jit(partial(train_step, program), donate_argnums=0)
         lowered = step.lower(states.abstract(program), abstract_batch(program))
         traced = time.perf_counter()
         lowered.compile()
-        return {"trace": traced - start, "compile": time.perf_counter() - traced}
+    end = time.perf_counter()
+    return {
+        "trace": traced - start,
+        "compile": end - traced,
+        "together": end - start,
+        "cpu": time.process_time() - start_cpu,
+    }
 
 
 def in_process(variant: str, num_devices: int) -> dict[str, float]:
@@ -72,18 +80,19 @@ def in_process(variant: str, num_devices: int) -> dict[str, float]:
 def report(variant: str, sizes: list[int], rounds: list[list[dict[str, float]]]) -> None:
     """Medians of each size, and ratios to the first size within each round."""
     for place, size in enumerate(sizes):
-        medians = {name: statistics.median(found[place][name] for found in rounds) for name in rounds[0][0]}
-        ratios = [total(found[place]) / total(found[0]) for found in rounds]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        seconds = {name: statistics.median(found[place][name] for found in rounds) for name in rounds[0][0]}
+        ratio = {name: [found[place][name] / found[0][name] for found in rounds] for name in seconds}
         print(
-            f"{variant:7} {size:5} devices: trace {medians['trace']:5.2f} s, compile"
-            f" {medians['compile']:6.2f} s, together {statistics.median(ratios):.2f} x ({spread})"
+            f"{variant:7} {size:5} devices: trace {seconds['trace']:5.2f} s + compile"
+            f" {seconds['compile']:6.2f} s, {seconds['cpu']:6.2f} CPU-s; to {sizes[0]} devices: time"
+            f" {spread(ratio['together'])}, CPU time {spread(ratio['cpu'])}",
+            flush=True,
         )
 
 
-def total(found: dict[str, float]) -> float:
-    """Seconds from config to program."""
-    return sum(found.values())
+def spread(ratios: list[float]) -> str:
+    """The median and the extremes."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main() -> None:

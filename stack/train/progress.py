@@ -57,7 +57,8 @@ class Progress(Listener):
 
     def on_eval(self, step: int, metrics: dict[str, float]) -> None:
         """Prints a line above the bar."""
-        values = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
+        shown = {name.replace("_", " "): value for name, value in metrics.items() if name != "tokens"}
+        values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self._safely(lambda: self._console.print(f"step {step:,}  held-out: {values}", soft_wrap=True))
 
     def on_checkpoint(self, step: int) -> None:

@@ -161,7 +161,7 @@ def main() -> None:
             except ValueError as error:
                 print(f"{family}, seed {seed}: {error}")  # noqa: T201
                 continue
-            np.savez_compressed(path, **arrays)
+            np.savez_compressed(path, allow_pickle=False, **arrays)
             print(f"{path.name}, seed {seed}: {path.stat().st_size / 1000:.0f} kB")  # noqa: T201
             break
 

@@ -64,7 +64,7 @@ def traffic(
     matrices = {name: size for name, size in sizes.items() if name.endswith(("kernel", "table"))}
     text = compile_step(whole, targets).as_text()
     assert text
-    found = collectives(text, dict(program.layout.mesh.shape))
+    found = collectives(text, dict(program.mesh.shape))
     return found, {
         "matrices": sum(matrices.values()),
         "layers": sum(size for name, size in matrices.items() if name.startswith("layers")),

@@ -48,7 +48,7 @@ def unstack(stacked: dict, axes: bool = False) -> dict:
     return {"embed": stacked["embed"], "layers": layers}
 
 
-def train(tx: optax.GradientTransformation, params: dict, gradients: list[dict]) -> dict:
+def train(tx, params, gradients):
     state = tx.init(params)
     for gradient in gradients:
         updates, state = tx.update(gradient, state, params)
@@ -103,7 +103,7 @@ def rates(kind: str, **options) -> list[float]:
         learning_rate=1.0, schedule=ScheduleConfig(kind=kind, warmup_steps=10, **options)
     )
     schedule = optimizers.schedule(config, steps=110)
-    return [float(schedule(step)) for step in range(110)]
+    return [float(np.asarray(schedule(step))) for step in range(110)]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
