@@ -23,5 +23,5 @@ def test_the_quickstart_beats_a_trigram_model_and_writes(tmp_path):
     assert heldout < trigram
     assert "def " in said["sample"]
     records = read_history(tmp_path / "quickstart")
-    assert [record["step"] for record in records if record["kind"] == "heldout"] == [250, 500]
-    assert sorted(path.name for path in (tmp_path / "quickstart" / "checkpoints").iterdir()) == ["250", "500"]
+    assert [record["step"] for record in records if record["kind"] == "heldout"] == [200, 400]
+    assert sorted(path.name for path in (tmp_path / "quickstart" / "checkpoints").iterdir()) == ["200", "400"]
