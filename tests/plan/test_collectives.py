@@ -1,0 +1,49 @@
+"""Reading collectives from compiled programs: sizes, groups in all notations, loops."""
+
+import pytest
+
+from stack.plan.collectives import collectives
+
+MESH = {"data": 2, "fsdp": 4, "tensor": 2}
+STARTED = "((bf16[2,8]{1,0}, bf16[4]{0}), (bf16[8,8]{1,0}, bf16[16]{0}))"
+HLO = f"""\
+HloModule jit_step, is_scheduled=true
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %gather.1 = {STARTED} all-gather-start(%a, %b), GROUPS, metadata={{op_name="jit(step)/gather"}}
+}}
+
+%idle (p: f32[]) -> f32[] {{
+  %all-reduce.9 = f32[99]{{0}} all-reduce(%p), replica_groups={{{{0,1}}}}, to_apply=%add
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %w = (s32[]) while(%t), condition=%c, body=%body, backend_config={{"known_trip_count":{{"n":"12"}}}}
+  %s = (f32[3,5]{{1,0}}, f32[7]{{0}}) reduce-scatter(%y, %z), replica_groups=[4,4]<=[2,4,2]T(0,2,1)
+}}
+"""
+NOTATIONS = {
+    "replica_groups={{0,2,4,6},{1,3,5,7},{8,10,12,14},{9,11,13,15}}": ("fsdp",),
+    "replica_groups=[4,4]<=[2,4,2]T(0,2,1)": ("fsdp",),
+    "replica_groups=[2,8]<=[16]": ("fsdp", "tensor"),
+    "replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}": ("tensor",),
+    "replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=2] {'data','fsdp'}": ("data", "fsdp"),
+}
+
+
+@pytest.mark.parametrize(("groups", "axes"), NOTATIONS.items())
+def test_every_notation_of_groups_gives_mesh_axes(groups, axes):
+    gather = collectives(HLO.replace("GROUPS", groups), MESH)[0]
+    assert gather.axes == axes
+
+
+def test_loops_multiply_and_what_is_never_called_does_not_count():
+    gather, scatter = collectives(HLO.replace("GROUPS", "replica_groups=[2,8]<=[16]"), MESH)
+    assert (gather.kind, gather.times, scatter.kind, scatter.times) == ("all-gather", 12, "reduce-scatter", 1)
+
+
+def test_sizes_are_of_the_larger_side():
+    gather, scatter = collectives(HLO.replace("GROUPS", "replica_groups=[2,8]<=[16]"), MESH)
+    assert (gather.elements, gather.bytes) == (64 + 16, 2 * 80)
+    assert (scatter.elements, scatter.bytes) == (4 * 22, 4 * 4 * 22)
+    assert gather.name == "jit(step)/gather"
