@@ -3,18 +3,23 @@
 Needs the extra `plan`: JAX's CUDA plugin and NVIDIA's compilers, no CUDA libraries and no driver.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as checks
 from jax.experimental import topologies
 
 from stack.config import Config
-from stack.kernels.attention import cudnn
 from stack.train import program as programs
 from stack.train import state as states
 from stack.train.step import compiler_options, train_step
+
+OLDEST_CUDNN = 91_200
+"""cuDNN 9.12, the oldest that JAX's CUDA packages allow."""
 
 
 def devices(target: str, num_devices: int, *, per_host: int = 8) -> list[Any]:
@@ -38,7 +43,7 @@ def compile_step(config: Config, target_devices: list[Any]) -> jax.stages.Compil
     """The training step of a config, exactly as the trainer runs it, compiled for devices not here."""
     program = programs.build(config, target_devices)
     state = states.abstract(program)
-    with jax.set_mesh(states.concrete(program)), cudnn.traced_for(target_devices[0]):
+    with jax.set_mesh(states.concrete(program)), traced_for(target_devices[0]):
         step = jax.jit(
             lambda state, batch: train_step(program, state, batch),
             donate_argnums=0,
@@ -54,3 +59,26 @@ def abstract_batch(program: programs.Program) -> dict[str, jax.ShapeDtypeStruct]
     whole = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=layout.sharding("batch", "length"))
     example = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=layout.sharding("batch"))
     return dict.fromkeys(("tokens", "labels", "segments", "positions"), whole) | {"example": example}
+
+
+@contextmanager
+def traced_for(device: jax.Device) -> Iterator[None]:
+    """What is traced within is for a GPU that is not here.
+
+    JAX checks the call against this machine's cuDNN and GPU and cannot be told of others; the
+    compiler then needs neither.
+    """
+    here = checks.check_cudnn_version, checks.check_compute_capability
+
+    def has_capability(capability: str) -> bool:
+        return _version(device.compute_capability) >= _version(capability)
+
+    checks.check_cudnn_version, checks.check_compute_capability = lambda: OLDEST_CUDNN, has_capability
+    try:
+        yield
+    finally:
+        checks.check_cudnn_version, checks.check_compute_capability = here
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))

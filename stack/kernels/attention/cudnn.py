@@ -1,18 +1,12 @@
 """cuDNN's fused attention, on NVIDIA GPUs from compute capability 8.0."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import jax
-from jax._src.cudnn import fused_attention_stablehlo as checks
 from jax.sharding import PartitionSpec as P
 
 from stack.kernels.attention.mask import Mask
 from stack.parallel.rules import Layout
-
-OLDEST_VERSION = 91_200
-"""cuDNN 9.12, the oldest that JAX's CUDA packages allow."""
 
 
 def attend(
@@ -52,26 +46,3 @@ def _attend_local(
         local_window_size=None if packed or window is None else (window - 1, 0),
         implementation="cudnn",
     )
-
-
-@contextmanager
-def traced_for(device: jax.Device) -> Iterator[None]:
-    """What is traced within is for a GPU that is not here.
-
-    JAX checks the call against this machine's cuDNN and GPU and cannot be told of others; the
-    compiler then needs neither.
-    """
-    here = checks.check_cudnn_version, checks.check_compute_capability
-
-    def has_capability(capability: str) -> bool:
-        return _version(device.compute_capability) >= _version(capability)
-
-    checks.check_cudnn_version, checks.check_compute_capability = lambda: OLDEST_VERSION, has_capability
-    try:
-        yield
-    finally:
-        checks.check_cudnn_version, checks.check_compute_capability = here
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("."))

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from stack.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from stack.kernels.attention import Mask, attend, cudnn
+from stack.kernels.attention import Mask, attend
 from stack.parallel import mesh as meshes
 from stack.parallel.rules import ONE_DEVICE, Layout
 from stack.plan.collectives import collectives
-from stack.plan.compile import compile_step, devices
+from stack.plan.compile import compile_step, devices, traced_for
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 8, 64, 4, 2, 64
 HOPPER, AMPERE = (SimpleNamespace(compute_capability=capability) for capability in ("9.0", "8.0"))
@@ -51,7 +51,7 @@ def test_output_and_gradients_are_split_as_the_inputs(layout, packed, window):
     def total(*inputs):
         return run(*inputs).astype(jnp.float32).sum()
 
-    with meshes.use(layout.mesh), cudnn.traced_for(HOPPER):
+    with meshes.use(layout.mesh), traced_for(HOPPER):
         output = jax.eval_shape(run, *arrays, mask)
         cotangents = jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), *arrays, mask)
     expected = layout.spec("batch", None, "heads", None)
@@ -68,7 +68,7 @@ def test_each_device_computes_its_own_rows_and_heads(layout):
     def run(query, key, value, mask):
         return attend(query, key, value, Mask(*mask), layout, kernel="cudnn")
 
-    with meshes.use(layout.mesh), cudnn.traced_for(HOPPER):
+    with meshes.use(layout.mesh), traced_for(HOPPER):
         jaxpr = jax.make_jaxpr(run)(*arrays, mask)
     (island,) = [equation for equation in jaxpr.eqns if equation.primitive.name == "shard_map"]
     query, key = (variable.aval.shape for variable in island.params["jaxpr"].invars[:2])
@@ -115,7 +115,7 @@ def test_the_gpu_that_is_traced_for_limits_the_heads_and_not_the_one_here():
     (query, key, _), mask = inputs(ONE_DEVICE, packed=False, head_dim=152)  # Turing-NLG's
 
     def trace(device):
-        with cudnn.traced_for(device):
+        with traced_for(device):
             return jax.eval_shape(partial(whole), query, key, mask)  # traces are kept by function
 
     assert trace(HOPPER).shape == query.shape
