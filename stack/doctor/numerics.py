@@ -73,13 +73,9 @@ def _cell(parts: tuple[str, ...]) -> Cell:
     if "fsdp" in kinds:
         fsdp = NUM_DEVICES // (data * tensor)
     zero = next((int(part[-1]) for part in parts if part.startswith("fsdp")), 3)
-    mesh = MeshConfig(
-        data=data,
-        fsdp=fsdp,
-        tensor=tensor,
-        zero=zero,  # type: ignore[arg-type]
-        sequence_parallel="tensor sequence parallel" in parts,
-    )
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    split = "tensor sequence parallel" in parts
+    mesh = MeshConfig.model_validate(sizes | {"zero": zero, "sequence_parallel": split})
     return Cell(parts=parts, mesh=mesh, accumulation=2 if "accumulation" in kinds else 1)
 
 
