@@ -25,6 +25,7 @@ _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?(\S+) = (.+?) ({_KINDS})(-start)?\(
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply|called_computations)=\{?%([^\s,}]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_DEFINITION = re.compile(r"^\s+(?:ROOT )?%(\S+) = ")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 
 
@@ -88,17 +89,18 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 
 def _times(hlo: str) -> dict[str, int]:
-    """How often each computation runs in one step; loops of unknown length count once."""
+    """How often each computation runs in one step."""
     callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    defined = {match[1]: line for line in hlo.splitlines() if (match := _DEFINITION.match(line))}
     entry, computation = "", ""
     for line in hlo.splitlines():
         if heading := _COMPUTATION.match(line):
             computation = heading[2]
             entry = computation if heading[1] else entry
         elif computation:
-            trips = _TRIPS.search(line) if " while(" in line else None
+            trips = _trips(line, hlo, defined) if " while(" in line else 1
             for called in _CALLED.findall(line):
-                callers[called].append((computation, int(trips[1]) if trips else 1))
+                callers[called].append((computation, trips))
     memory: dict[str, int] = {entry: 1}
 
     def count(name: str) -> int:
@@ -107,6 +109,36 @@ def _times(hlo: str) -> dict[str, int]:
         return memory[name]
 
     return defaultdict(int, {name: count(name) for name in [*callers, entry]})
+
+
+def _trips(line: str, hlo: str, defined: Mapping[str, str]) -> int:
+    """Trips of a loop: as the compiler notes, or from its bound where a pass has lost the note."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    index = re.search(r'"known_induction_variable":\{"tuple_index":"(\d+)"\}', line)
+    operand, condition = re.search(r" while\(%([^)]+)\)", line), re.search(r"condition=%([^\s,]+)", line)
+    if index and operand and condition:
+        test = _text(condition[1], hlo)
+        test += "".join(_text(called, hlo) for called in _CALLED.findall(test))
+        bounds = re.findall(r" s32\[\] constant\((\d+)\)", test)
+        entries = re.findall(r"%([^\s,)]+)", defined[operand[1]].split(" tuple(")[-1])
+        first = _constant(entries[int(index[1])], defined)
+        if len(bounds) == 1 and first is not None:
+            return int(bounds[0]) - first
+    raise ValueError(f"the compiled program has a loop of unknown length: {line.strip()[:80]}")
+
+
+def _text(computation: str, hlo: str) -> str:
+    start = hlo.index(f"\n%{computation} (")
+    return hlo[start : hlo.index("\n}", start)]
+
+
+def _constant(name: str, defined: Mapping[str, str]) -> int | None:
+    """The value of an integer that is a constant, or a copy of one."""
+    while copied := re.search(r" copy\(%([^)]+)\)", defined[name]):
+        name = copied[1]
+    value = re.search(r" constant\((\d+)\)", defined[name])
+    return int(value[1]) if value else None
 
 
 def _results(type_text: str) -> str:

@@ -47,3 +47,32 @@ def test_sizes_are_of_the_larger_side():
     assert (gather.elements, gather.bytes) == (64 + 16, 2 * 80)
     assert (scatter.elements, scatter.bytes) == (4 * 22, 4 * 4 * 22)
     assert gather.name == "jit(step)/gather"
+
+
+LOST = """\
+%body (p: (s32[])) -> (s32[]) {
+  %r = f32[4]{0} all-reduce(%x), replica_groups=[2,8]<=[16], to_apply=%add
+}
+
+%cond (p: (s32[])) -> pred[] {
+  %bound = s32[] constant(9)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %two = s32[] constant(2)
+  %copy.1 = s32[] copy(%two)
+  %t = (s32[]) tuple(%copy.1)
+  %w = (s32[]) while(%t), condition=%cond, body=%body, backend_config={NOTE}
+}
+"""
+
+
+def test_a_loop_whose_length_the_compiler_lost_is_counted_by_its_bound():
+    note = '"known_induction_variable":{"tuple_index":"0"}'
+    assert collectives(LOST.replace("NOTE", note), MESH)[0].times == 7
+
+
+def test_a_loop_of_unknown_length_is_refused():
+    with pytest.raises(ValueError, match="loop of unknown length"):
+        collectives(LOST.replace("NOTE", ""), MESH)
