@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from stack.config import OptimizerConfig, ScheduleConfig
@@ -99,8 +98,3 @@ def _decays(config: OptimizerConfig, axes: Axes) -> Any:
         return name in MATRICES and (name != "table" or config.decay_embeddings)
 
     return jax.tree_util.tree_map_with_path(decays, axes, is_leaf=is_names)
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Root of the sum of squares over all leaves, float32 scalar."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))

@@ -12,7 +12,7 @@ from stack.layers.dropout import example_keys
 from stack.models.decoder import Decoder
 from stack.objectives.causal import Head, Sums, cross_entropy
 from stack.parallel.zero import gather_module, gradients
-from stack.train.optimizer import global_norm, schedule
+from stack.train.optimizer import schedule
 from stack.train.program import Program
 from stack.train.state import State
 
@@ -36,7 +36,7 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
     metrics = {
         "loss": sums.nll / tokens,
         "accuracy": sums.correct / tokens,
-        "grad_norm": global_norm(gradient),
+        "grad_norm": optax.tree.norm(gradient),
         "learning_rate": jnp.asarray(schedule(config.optimizer, steps=config.train.steps)(state["step"])),
         "tokens": tokens,
     }

@@ -94,7 +94,7 @@ def test_clipping_bounds_the_global_norm():
     )
     params = tree(0)
     after = train(optimizers.build(config, steps=10, axes=AXES), params, [tree(1)])
-    moved = optimizers.global_norm(jax.tree.map(jnp.subtract, params, after))
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, params, after))
     assert moved == pytest.approx(0.5, rel=1e-4)
 
 

@@ -77,6 +77,7 @@ def test_a_closed_file_ends_the_display_and_not_the_run() -> None:
         for step in range(1, 101):
             progress.on_metrics(step, METRICS)
         progress.on_end({})
+        assert progress.line().startswith("step 100/100")
 
 
 def test_a_run_outlives_the_reader_of_its_output() -> None:
