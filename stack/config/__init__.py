@@ -6,6 +6,7 @@ from stack.config.mesh import AXES, MeshConfig
 from stack.config.model import ModelConfig, RopeConfig
 from stack.config.optimizer import OptimizerConfig, ScheduleConfig
 from stack.config.reading import dump, load, parse, replace, schema
+from stack.config.target import TargetConfig
 from stack.config.train import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
 from stack.config.tree import Config
 
@@ -24,6 +25,7 @@ __all__ = [
     "ScheduleConfig",
     "SourceConfig",
     "StackError",
+    "TargetConfig",
     "TrainConfig",
     "dump",
     "load",

@@ -1,6 +1,6 @@
 """How the run is laid out over devices: changes speed and memory, never the numbers."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,8 +11,14 @@ AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
 
 
 class MeshConfig(Section):
-    """Sizes of the named mesh axes; their product is the number of devices, one may be -1."""
+    """Sizes of the named mesh axes; their product is the number of devices, one may be -1.
 
+    `mesh: auto` leaves them all to the planner.
+    """
+
+    auto: bool = False
+    """The planner chooses the fastest layout that fits when the run starts, and the run's config holds
+    what it chose; every other field of the mesh must then be left out."""
     data: int = Field(default=1, ge=-1)
     """Replicas of the model over the slow network; only gradients cross it."""
     fsdp: int = Field(default=-1, ge=-1)
@@ -32,8 +38,17 @@ class MeshConfig(Section):
     sequence_parallel: bool = False
     """Norms and residuals are split over `tensor` along the sequence (arXiv 2205.05198)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_auto(cls, value: Any) -> Any:
+        return {"auto": True} if value == "auto" else value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.auto:
+            if given := [name for name in type(self).model_fields if name != "auto" and self._given(name)]:
+                raise ValueError(f"mesh is auto, so {given[0]} is not read; remove it, or auto")
+            return self
         sizes = {axis: getattr(self, axis) for axis in AXES}
         for axis, size in sizes.items():
             if size == 0:
@@ -47,3 +62,6 @@ class MeshConfig(Section):
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel=true splits over tensor=1; set tensor > 1")
         return self
+
+    def _given(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default

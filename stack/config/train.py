@@ -16,9 +16,15 @@ class TrainConfig(Section):
     """Sequences per optimizer step, over all devices and micro-batches."""
     accumulation: PositiveInt = 1
     """Micro-batches per step, summed inside one jitted step; divides activation memory."""
-    remat: Literal["none", "full", "dots", "save_qkv_proj"] = "none"
+    remat: Literal["none", "full", "dots", "save_qkv_proj", "auto"] = "none"
     """What the backward pass computes again: nothing; each layer from its input; all but matmul
-    outputs; all but the queries, keys and values (63% of a layer's forward pass in Llama)."""
+    outputs; all but the queries, keys and values (63% of a layer's forward pass in Llama); `auto`: the
+    planner takes the fastest that fits when the run starts."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's moments in host memory; they come to the device only for the update."""
+    offload_activations: bool = False
+    """Keep each layer's saved input in host memory between its forward and backward pass; needs
+    remat full or save_qkv_proj."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-normaliser (arXiv 2204.02311, 1e-4 there)."""
     loss_chunk: PositiveInt = 1024
@@ -40,6 +46,8 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}"
             )
+        if self.offload_activations and self.remat not in ("full", "save_qkv_proj"):
+            raise ValueError(f"offload_activations=true needs remat full or save_qkv_proj, not {self.remat}")
         if self.profile_steps and self.profile_steps[0] >= self.profile_steps[1]:
             raise ValueError(f"profile_steps={list(self.profile_steps)}: the first must be below the second")
         return self

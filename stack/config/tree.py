@@ -9,6 +9,7 @@ from stack.config.mesh import MeshConfig
 from stack.config.model import ModelConfig
 from stack.config.optimizer import OptimizerConfig
 from stack.config.section import Section
+from stack.config.target import TargetConfig
 from stack.config.train import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
 
 
@@ -29,6 +30,8 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
+    target: TargetConfig | None = None
+    """The machine it is planned for; see its fields."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,0 +1,16 @@
+"""What the run is meant for."""
+
+from pydantic import PositiveInt
+
+from stack.config.section import Section
+
+
+class TargetConfig(Section):
+    """The machine a config is planned for, and compiled for where there is none; training ignores it."""
+
+    hardware: str = "h100"
+    """A chip by name (`h100`, `v100-32gb`, ...: `stack plan --help` lists them) or a YAML file of one."""
+    devices: PositiveInt = 8
+    """How many of them; mesh axes of -1 take what is left of these."""
+    compile_target: str | None = None
+    """The chip compiled for in its place, where the compiler knows no such chip (V100, TPU, CPU)."""
