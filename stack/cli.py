@@ -15,6 +15,8 @@ examples:
   stack train configs/quickstart.yaml train.steps=50  change any field by its dotted name
   stack train runs/quickstart                         go on with a run
   stack sample runs/quickstart "def " --length 100    generate text
+  stack plan configs/llama3_8b.yaml --hardware h100 --devices 1024
+                                                      memory and speed before anything is rented
   stack config show configs/llama3_8b.yaml --sharding --devices 64
 
 exit status: 0 done, 1 error while running, 2 bad command line or config, 130 interrupted
@@ -113,6 +115,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     train.add_argument("config", metavar="CONFIG_OR_RUN", help="a YAML file, or the folder of a run")
     _add_overrides(train)
 
+    _add_plan(verbs)
+
     evaluate = _verb(verbs, "eval", _evaluate, "evaluate a run on its held-out text")
     evaluate.add_argument("config", metavar="RUN", help="the folder of a run")
     _add_overrides(evaluate)
@@ -150,8 +154,44 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     doctor = _verb(verbs, "doctor", _doctor, "print what this machine has and what stack makes of it")
     doctor.add_argument("--numerics", action="store_true", help="print the numerics contract instead")
+    doctor.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="measure this machine for `stack plan`, and write it to FILE for --hardware",
+    )
     doctor.add_argument("--measure", action="store_true", help="measure that contract on the devices here")
     return parser, list(verbs.choices)
+
+
+def _add_plan(verbs: "argparse._SubParsersAction[_Parser]") -> None:
+    plan = _verb(verbs, "plan", _plan, "tell memory, step time and the best layout before a run")
+    plan.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, or the folder of a run")
+    _add_overrides(plan)
+    plan.add_argument(
+        "--hardware", metavar="CHIP", help="such as h100, or a YAML file of a chip (default: target.hardware)"
+    )
+    plan.add_argument(
+        "--devices",
+        metavar="N",
+        help="devices; each keeps its layout, data takes the rest (default: target.devices);"
+        " 8..10240 gives the scaling curve",
+    )
+    plan.add_argument("--search", action="store_true", help="find the best layouts of the config's batch")
+    plan.add_argument("--top", type=int, default=8, metavar="N", help="layouts to show (default: 8)")
+    plan.add_argument("--out", metavar="FILE", help="--search: the config to write; a curve: its plot")
+    plan.add_argument("--compile", action="store_true", help="compile the exact step for the chip")
+    plan.add_argument("--price", type=float, metavar="P", help="of one chip and hour; adds the cost")
+    plan.add_argument(
+        "--validate",
+        metavar="FILE.csv",
+        nargs="?",
+        const="",
+        help="predict the published runs of a table (default: the one that comes with stack)",
+    )
+    plan.add_argument("--largest", action="store_true", help="the largest model per method of saving memory")
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _verb(
@@ -190,6 +230,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
     with together():
         Trainer(config, listeners=[Progress()]).fit()
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from stack.plan.command import run
+
+    given = {name: value for name, value in vars(arguments).items() if name not in ("run", "version", "rest")}
+    for line in run(**given, overrides=arguments.rest):
+        print(line, flush=True)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -254,7 +302,12 @@ def _tokenizer(arguments: argparse.Namespace) -> None:
 def _doctor(arguments: argparse.Namespace) -> None:
     from stack import doctor
 
-    if arguments.measure:
+    if arguments.calibrate is not None:
+        from stack.doctor.calibrate import run
+
+        for line in run(arguments.calibrate or None):
+            print(line, flush=True)
+    elif arguments.measure:
         for line in doctor.measure():
             print(line, flush=True)
     else:

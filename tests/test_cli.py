@@ -66,7 +66,7 @@ def test_the_version_names_jax(capsys):
     ("argv", "told"),
     [
         (["trian"], "'trian' is not a command; did you mean `stack train`?"),
-        (["zzz"], "'zzz' is not a command; it is one of train, eval, sample, config, data, doctor"),
+        (["zzz"], "'zzz' is not a command; it is one of train, plan, eval, sample, config, data, doctor"),
         (["eval"], "the following arguments are required: RUN; see `stack eval --help`"),
         (["config"], "the following arguments are required: COMMAND; see `stack config --help`"),
         (

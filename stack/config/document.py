@@ -12,6 +12,7 @@ from stack.config.explain import dotted, nearest
 from stack.config.located import Keys, Located, Place, merge
 
 type PlaceOfLine = Callable[[int], Place]
+type FileOfName = Callable[[str], Path | None]
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,12 +41,13 @@ for _tag, _pattern in {
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
 
 
-def read_file(path: Path, above: tuple[Path, ...] = ()) -> Located:
+def read_file(path: Path, above: tuple[Path, ...] = (), named: FileOfName | None = None) -> Located:
     """Read a YAML file and, below it, the file its `base:` names, relative to its own folder.
 
     Args:
         path: the file.
         above: the files that are built on this one, outermost first.
+        named: the file of a `base:` that is a name and not a path; None for a path.
 
     Raises:
         ConfigError: a file is missing, unreadable or no mapping, or the bases go round in a circle.
@@ -58,10 +60,12 @@ def read_file(path: Path, above: tuple[Path, ...] = ()) -> Located:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; is this a YAML file?") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    return read_text(text, where=str(path), folder=path.parent, above=(*above, path))
+    return read_text(text, where=str(path), folder=path.parent, above=(*above, path), named=named)
 
 
-def read_text(text: str, *, where: str, folder: Path, above: tuple[Path, ...] = ()) -> Located:
+def read_text(
+    text: str, *, where: str, folder: Path, above: tuple[Path, ...] = (), named: FileOfName | None = None
+) -> Located:
     """Read the text of a YAML file; `where` names it in errors, `base:` is relative to `folder`."""
 
     def place(line: int) -> Place:
@@ -74,7 +78,7 @@ def read_text(text: str, *, where: str, folder: Path, above: tuple[Path, ...] = 
     if not isinstance(node, yaml.MappingNode):
         found = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
         raise ConfigError(f"{place(_line(node)).text}: expected fields as `name: value`, not {found}")
-    base = _read_base(node, where, folder, above)
+    base = _read_base(node, where, folder, above, named)
     fields = _locate_fields(node, (), place)
     fields.pop("base", None)
     own = Located(value=fields, place=Place(text=where, layer=place(1).layer))
@@ -87,7 +91,9 @@ def read_value(text: str, place: Place) -> Located:
     return Located(value=None, place=place) if node is None else _locate(node, (), lambda _: place)
 
 
-def _read_base(node: yaml.MappingNode, where: str, folder: Path, above: tuple[Path, ...]) -> Located | None:
+def _read_base(
+    node: yaml.MappingNode, where: str, folder: Path, above: tuple[Path, ...], named: FileOfName | None
+) -> Located | None:
     """What the file is built on; None if it has no `base:`."""
     for key, value in node.value:
         if key.value != "base":
@@ -95,13 +101,13 @@ def _read_base(node: yaml.MappingNode, where: str, folder: Path, above: tuple[Pa
         place = f"{where}:{_line(key)}"
         if value.tag != "tag:yaml.org,2002:str":
             raise ConfigError(f"{place}: base must be the path of another config file")
-        path = folder / Path(value.value).expanduser()
+        path = (named and named(value.value)) or folder / Path(value.value).expanduser()
         if path.resolve() in [other.resolve() for other in above]:
             circle = " -> ".join(str(other) for other in (*above, path))
             raise ConfigError(f"{place}: base goes round in a circle: {circle}")
         if not path.is_file():
             raise ConfigError(f"{place}: base {path}: no such file{_beside(path)}")
-        return read_file(path, above)
+        return read_file(path, above, named)
     return None
 
 

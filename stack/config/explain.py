@@ -12,10 +12,12 @@ from stack.config.located import Keys, Located
 
 EXPECTED = {
     "bool_type": "true or false",
+    "dataclass_type": "a group of fields",
     "dict_type": "a group of fields",
     "float_type": "a number",
     "int_from_float": "a whole number",
     "int_type": "a whole number",
+    "mapping_type": "a group of fields",
     "model_type": "a group of fields",
     "string_type": "text",
     "tuple_type": "a list",

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from stack.config.section import Section
 
@@ -10,11 +10,20 @@ AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
 """The mesh axes, from the slowest network to the fastest."""
 
 
+def _or_auto(schema: dict[str, Any]) -> None:
+    """The JSON schema of the mesh admits the bare word `auto`, as the reader does."""
+    fields = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"const": "auto"}, fields]
+
+
 class MeshConfig(Section):
     """Sizes of the named mesh axes; their product is the number of devices, one may be -1.
 
     `mesh: auto` leaves them all to the planner.
     """
+
+    model_config = ConfigDict(json_schema_extra=_or_auto)
 
     auto: bool = False
     """The planner chooses the fastest layout that fits when the run starts, and the run's config holds

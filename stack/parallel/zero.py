@@ -141,9 +141,7 @@ def gradients[M: nnx.Module](
         micros = jax.tree.map(partial(_micro_batches, number=accumulation), batch)
         first = jax.tree.map(lambda leaf: leaf[0], micros)
         total = jax.tree.map(_zeros, jax.eval_shape(one, first))
-        total, _ = jax.lax.scan(
-            lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), total, micros
-        )
+        total, _ = jax.lax.scan(lambda total, micro: (_add(total, micro, one), None), total, micros)
     gradient, sums = total
     if layout.zero < 2:
         gradient = scatter_module(gradient, layout)
@@ -159,6 +157,14 @@ def scatter_module[M: nnx.Module](cotangent: M, layout: Layout) -> M:
         return variable.replace(scatter_gradient(variable[...], layout, axis_names(variable)))
 
     return jax.tree_util.tree_map_with_path(scatter, cotangent, is_leaf=is_variable)
+
+
+def _add(total: Any, micro: Any, one: Callable[[Any], Any]) -> Any:
+    # One micro-batch after the other: the compiler unrolls the loop by two, and may run the forward pass
+    # of the second inside the backward pass of the first, with both their activations held (9.3 instead
+    # of 5.9 GiB for turing_nlg_small with sequence parallelism). Gathers of weights still run ahead.
+    total, micro = jax.lax.optimization_barrier((total, micro))
+    return jax.tree.map(jnp.add, total, one(micro))
 
 
 def _micro_batches(x: jax.Array, *, number: int) -> jax.Array:

@@ -1,10 +1,11 @@
-"""The collectives of a compiled program: what moves, between whom, and how often."""
+"""The collectives of a compiled program: what moves, between whom, how often, and which line wants it."""
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -27,6 +28,10 @@ _CALLED = re.compile(r"(?:calls|body|condition|to_apply|called_computations)=\{?
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _DEFINITION = re.compile(r"^\s+(?:ROOT )?%(\S+) = ")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+_ENTRY = re.compile(r"^(\d+) (.+)$")
+_KERNEL = re.compile(r'custom_call_target="([^"]+)"|"kind":"(__triton[^"]*)"')
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,8 @@ class Collective:
     """Runs per step: trip counts of the loops around it, multiplied."""
     name: str
     """Of the operation in the traced program."""
+    source: str = ""
+    """The line that wants it, as `stack/layers/linear.py:37`; empty where the compiler made it up."""
 
     @property
     def elements(self) -> int:
@@ -66,7 +73,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
       hlo: `compiled.as_text()`.
       mesh: the mesh axes and their sizes, in order; device n is at place n of it.
     """
-    times = _times(hlo)
+    times, lines = runs(hlo), sources(hlo)
     found, computation = [], ""
     for line in hlo.splitlines():
         if heading := _COMPUTATION.match(line):
@@ -75,6 +82,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
             _, result, kind, start, rest = match.groups()
             group = _first_group(rest)
             name = re.search(r'op_name="([^"]*)"', rest)
+            frame = _FRAME.search(rest)
             found.append(
                 Collective(
                     kind=kind,
@@ -83,13 +91,71 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
                     group_size=len(group),
                     times=times[computation],
                     name=name[1] if name else "",
+                    source=lines.get(int(frame[1]), "") if frame else "",
                 )
             )
     return found
 
 
-def _times(hlo: str) -> dict[str, int]:
-    """How often each computation runs in one step."""
+def kernels(hlo: str) -> dict[str, int]:
+    """Kernels that are not XLA's own, by name, and how often each runs in one step.
+
+    Custom calls (cuDNN, cuBLAS, Mosaic) by their target; Triton's by what XLA uses it for.
+    """
+    counts: Counter[str] = Counter()
+    times, computation = runs(hlo), ""
+    for line in hlo.splitlines():
+        if heading := _COMPUTATION.match(line):
+            computation = heading[2]
+        elif times[computation] and "-done(" not in line and (found := _KERNEL.search(line)):
+            counts[found[1] or found[2]] += times[computation]
+    return dict(counts.most_common())
+
+
+def sources(hlo: str) -> dict[int, str]:
+    """File and line of each stack frame of a program's text: Stack's own or the user's innermost one.
+
+    Frames in installed libraries are passed over for their callers.
+    """
+    tables: dict[str, dict[int, str]] = {}
+    table: dict[int, str] = {}
+    for line in hlo.splitlines():
+        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            table = tables[line] = {}
+        elif entry := _ENTRY.match(line):
+            table[int(entry[1])] = entry[2]
+        elif line.startswith(("%", "ENTRY")):
+            break
+    names = {number: text.strip('"') for number, text in tables.get("FileNames", {}).items()}
+    places: dict[int, str | None] = {}
+    for number, text in tables.get("FileLocations", {}).items():
+        fields = _fields(text)
+        places[number] = _own_line(names[fields["file_name_id"]], fields["line"])
+    frames = {number: _fields(text) for number, text in tables.get("StackFrames", {}).items()}
+    # The number of the parent is printed one too high in some versions; the first frame has none.
+    shift = frames[1]["parent_frame_id"] if 1 in frames else 0
+    found: dict[int, str] = {}
+    for number, frame in frames.items():  # Callers come before what they call.
+        parent = found.get(frame["parent_frame_id"] - shift, "")
+        found[number] = places[frame["file_location_id"]] or parent
+    return {number: place for number, place in found.items() if place}
+
+
+def _fields(text: str) -> dict[str, int]:
+    fields = {"parent_frame_id": 0, "line": 0}
+    return fields | {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", text)}
+
+
+def _own_line(file: str, line: int) -> str | None:
+    path = Path(file)
+    if path.is_relative_to(_PACKAGE):
+        return f"{path.relative_to(_PACKAGE.parent)}:{line}"
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return None if installed or file.startswith("<") else f"{file}:{line}"
+
+
+def runs(hlo: str) -> dict[str, int]:
+    """How often each computation of a program's text runs in one step."""
     callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
     defined = {match[1]: line for line in hlo.splitlines() if (match := _DEFINITION.match(line))}
     entry, computation = "", ""

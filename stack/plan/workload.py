@@ -2,9 +2,14 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from stack.config.model import ModelConfig
+from stack.config import Config, ConfigError, ModelConfig
+from stack.kernels.attention.choice import choose
+from stack.parallel.mesh import check_divides, resolve
+
+if TYPE_CHECKING:
+    from stack.plan.hardware import Hardware
 
 Precision = Literal["float32", "tensorfloat32", "float16", "bfloat16", "float8"]
 Remat = Literal["none", "full", "dots", "save_qkv_proj", "selective"]
@@ -41,6 +46,8 @@ class Workload:
     remat: Remat = "none"
     precision: Precision = "bfloat16"
     """Of the layers' matrix products; attention and the head are never in float8."""
+    fused_attention: bool = True
+    """False: attention scores are written to memory, as XLA's kernel does."""
     loss_chunk: int | None = None
     """Tokens per device whose logits exist at once; None: those of the whole micro-batch."""
     optimizer: str = "adamw"
@@ -88,3 +95,58 @@ class Workload:
         if self.remat == "selective":
             return "remat selective is Megatron's; save_qkv_proj is the nearest here"
         return None
+
+
+def from_config(config: Config, num_devices: int, chip: "Hardware | None" = None) -> Workload:
+    """The step the trainer makes of a config.
+
+    Args:
+      config: what is trained; its mesh must fit.
+      num_devices: how many devices it is laid over.
+      chip: decides the attention kernel, and the arithmetic of a chip without bfloat16; None: one
+        that has both.
+
+    Raises:
+      ConfigError: the mesh or the batch does not divide, or the planner has yet to choose them.
+    """
+    if config.mesh.auto or config.train.remat == "auto":
+        raise ConfigError(
+            "mesh or train.remat is auto: there is no layout yet; `stack plan --search` finds one"
+        )
+    sizes = resolve(config.mesh, num_devices)
+    check_divides(config, sizes)
+    model, train, data = config.model, config.train, config.data
+    capability = 9.0 if chip is None else chip.compute_capability
+    attention = choose(
+        model,
+        platform="cpu" if capability is None else "gpu",
+        compute_capability=capability,
+        packed_length=data.sequence_length if data.packed else None,
+    )
+    replicas = sizes["data"] * sizes["fsdp"]
+    return Workload(
+        model=model,
+        length=data.sequence_length,
+        batch=train.batch_size,
+        micro_batch=train.batch_size // (replicas * train.accumulation),
+        **{axis: sizes[axis] for axis in ("data", "fsdp", "stage", "context", "expert", "tensor")},
+        zero=config.mesh.zero,
+        sequence_parallel=config.mesh.sequence_parallel,
+        remat=train.remat,
+        precision=_precision(model.dtype, chip),
+        fused_attention=attention.kernel == "cudnn",
+        loss_chunk=train.loss_chunk,
+        optimizer=config.optimizer.kind,
+        offload_optimizer=train.offload_optimizer,
+        offload_activations=train.offload_activations,
+        reduce_bytes=4 if train.grad_reduce_dtype == "float32" else 2,
+    )
+
+
+def _precision(dtype: Literal["bfloat16", "float32"], chip: "Hardware | None") -> Precision:
+    """What the products of a model are computed in on a chip."""
+    if dtype == "float32":  # XLA multiplies float32 in TensorFloat-32 on NVIDIA chips that have it.
+        return "tensorfloat32" if chip is not None and "tensorfloat32" in chip.peak_flops else "float32"
+    if chip is not None and "bfloat16" not in chip.peak_flops and "float16" in chip.peak_flops:
+        return "float16"
+    return dtype

@@ -15,6 +15,7 @@ def introduction(info: Mapping[str, Any]) -> Text:
         ("model", f"{info['parameters']:,} parameters; {info['attention']}"),
         ("data", f"{info['train_tokens']:,} tokens, {info['heldout_tokens']:,} held out"),
         ("devices", f"{info['devices']}; mesh {info['mesh']}; zero {info['zero']}"),
+        *([("planned", info["planned"])] if info.get("planned") else []),
         ("MFU peak", info["peak"].replace("no peak", "none")),
         ("folder", info["folder"]),
     )

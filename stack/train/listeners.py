@@ -19,6 +19,9 @@ class Listener:
     def on_eval(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics of an evaluation after `step` steps, such as `loss`, `perplexity`, `accuracy`."""
 
+    def on_warning(self, text: str) -> None:
+        """Something of the run that a person should know, in one line."""
+
     def on_checkpoint(self, step: int) -> None:
         """The checkpoint of `step` is being saved."""
 

@@ -20,12 +20,18 @@ def build(config: OptimizerConfig, *, steps: int, axes: Axes) -> optax.GradientT
       steps: of the whole run, which the schedule may end with.
       axes: the logical axes of every parameter.
     """
-    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    parts.append(_rule(config, axes))
+    clip, rule = parts(config, steps=steps, axes=axes)
+    return optax.chain(*clip, *rule)
+
+
+def parts(config: OptimizerConfig, *, steps: int, axes: Axes) -> tuple[list, list]:
+    """What of it looks at the whole gradient, and what at each layer and parameter by itself."""
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    rule = [_rule(config, axes)]
     if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decays(config, axes)))
-    parts.append(optax.scale_by_learning_rate(schedule(config, steps=steps)))
-    return optax.chain(*parts)
+        rule.append(optax.add_decayed_weights(config.weight_decay, mask=_decays(config, axes)))
+    rule.append(optax.scale_by_learning_rate(schedule(config, steps=steps)))
+    return clip, rule
 
 
 def schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from stack.config import Config
+from stack.config import Config, ConfigError
 from stack.kernels.attention import Choice, choose
 from stack.models.decoder import Decoder
 from stack.parallel import mesh as meshes
@@ -92,6 +92,8 @@ def on_mesh(
 ) -> Program:
     """The same on a mesh, which may be abstract: shapes and shardings of devices that are not here."""
     train, data = config.train, config.data
+    _check_resolved(config)
+    check_offload(config, _memory_kinds(mesh))
     meshes.check_divides(config, dict(mesh.shape))
     return Program(
         config=config,
@@ -104,3 +106,37 @@ def on_mesh(
             packed_length=data.sequence_length if data.packed else None,
         ),
     )
+
+
+def _check_resolved(config: Config) -> None:
+    for name, auto in (("mesh", config.mesh.auto), ("train.remat", config.train.remat == "auto")):
+        if auto:
+            raise ConfigError(
+                f"{name}: auto names no layout yet; resolve it with stack.plan first, as the trainer does"
+            )
+
+
+def _memory_kinds(mesh: Mesh | AbstractMesh) -> set[str]:
+    """Of its devices; none if they are not here."""
+    if isinstance(mesh, AbstractMesh):
+        return set()
+    return {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
+
+
+def check_offload(config: Config, memory_kinds: set[str]) -> None:
+    """Refuses to keep in host memory what cannot be kept there.
+
+    Raises:
+      ConfigError: the devices have no pinned host memory, or the optimizer no moments worth moving.
+    """
+    asked = [name for name in ("offload_optimizer", "offload_activations") if getattr(config.train, name)]
+    if asked and memory_kinds and "pinned_host" not in memory_kinds:
+        raise ConfigError(
+            f"train.{asked[0]}: these devices reach no pinned host memory, only "
+            f"{', '.join(sorted(memory_kinds))}; set it to false"
+        )
+    if config.train.offload_optimizer and config.optimizer.kind == "adafactor":
+        raise ConfigError(
+            "train.offload_optimizer: adafactor's state is a thousandth of the parameters, there is nothing "
+            "to gain; set it to false, or take another optimizer.kind"
+        )

@@ -61,6 +61,12 @@ class Progress(Listener):
         values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self._safely(lambda: self._console.print(f"step {step:,}  held-out: {values}", soft_wrap=True))
 
+    def on_warning(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._safely(
+            lambda: self._console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
+        )
+
     def on_checkpoint(self, step: int) -> None:
         """Prints a line above the bar."""
         self._safely(lambda: self._console.print(f"step {step:,}  checkpoint", style="dim"))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stack.models.decoder import Decoder
@@ -17,7 +17,7 @@ from stack.parallel import mesh as meshes
 from stack.train.program import Program
 
 State = dict[str, Any]
-"""{"params": ..., "opt_state": ..., "step": int32 scalar}."""
+"""{"params": ..., "opt_state": ..., "step": int32 scalar}; the optimizer's moments may be in host memory."""
 
 
 def init(program: Program) -> State:
@@ -25,10 +25,10 @@ def init(program: Program) -> State:
     mesh = concrete(program)
     with jax.set_mesh(mesh):
         params = init_params(program)
-        opt_state = jax.jit(program.optimizer.init)(params)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(program)["opt_state"])
         return {
             "params": params,
-            "opt_state": jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), opt_state),
+            "opt_state": jax.jit(program.optimizer.init, out_shardings=shardings)(params),
             "step": jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())),
         }
 
@@ -62,13 +62,23 @@ def abstract(program: Program) -> State:
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if leaf.sharding is not None else P()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        offload = leaf.ndim and program.config.train.offload_optimizer
+        sharding = host_sharding(mesh, spec) if offload else NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return {
         "params": program.parameters,
         "opt_state": jax.tree.map(place, opt_state),
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P())),
     }
+
+
+def host_sharding(mesh: Mesh | AbstractMesh, spec: P) -> NamedSharding:
+    """In pinned host memory, split over the mesh as on its devices."""
+    sharding = NamedSharding(mesh, spec, memory_kind="pinned_host")
+    if sharding.memory_kind is None:  # Devices that are not here name no memories; an abstract mesh may.
+        return NamedSharding(mesh.abstract_mesh, spec, memory_kind="pinned_host")
+    return sharding
 
 
 def concrete(program: Program) -> Mesh:
@@ -81,10 +91,3 @@ def _retype(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     """The same shards on the same devices, under a mesh of explicit axes."""
     shards = [shard.data for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, like.sharding, shards)
-
-
-def _on_mesh(array: jax.Array, mesh: Mesh) -> jax.Array:
-    """Scalars made without a mesh, on all of it."""
-    if isinstance(array.sharding, NamedSharding):
-        return array
-    return jax.device_put(array, NamedSharding(mesh, P()))

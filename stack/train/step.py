@@ -12,6 +12,7 @@ from stack.layers.dropout import example_keys
 from stack.models.decoder import Decoder
 from stack.objectives.causal import Head, Sums, cross_entropy
 from stack.parallel.zero import gather_module, gradients
+from stack.train.offload import apply_by_layer
 from stack.train.optimizer import schedule
 from stack.train.program import Program
 from stack.train.state import State
@@ -32,7 +33,7 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
     """
     config = program.config
     gradient, sums, tokens = loss_gradient(program, state["params"], state["step"], batch)
-    updates, opt_state = program.optimizer.update(gradient, state["opt_state"], state["params"])
+    params, opt_state = apply(program, gradient, state["opt_state"], state["params"])
     metrics = {
         "loss": sums.nll / tokens,
         "accuracy": sums.correct / tokens,
@@ -40,8 +41,15 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
         "learning_rate": jnp.asarray(schedule(config.optimizer, steps=config.train.steps)(state["step"])),
         "tokens": tokens,
     }
-    params = optax.apply_updates(state["params"], updates)
     return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+
+def apply(program: Program, gradient: dict, opt_state: Any, params: dict) -> tuple[Any, Any]:
+    """The optimizer's update: the next parameters, and the next state of the optimizer."""
+    if program.config.train.offload_optimizer:
+        return apply_by_layer(program, gradient, opt_state, params)
+    updates, opt_state = program.optimizer.update(gradient, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def loss_gradient(
@@ -75,6 +83,7 @@ def loss_sums(program: Program, weights: Decoder, batch: Batch, *, keys: jax.Arr
     """The model's loss on a batch, with weights ready for use."""
     model, train, layout = program.config.model, program.config.train, program.layout
     segments = batch["segments"] if program.config.data.packed else None
+    assert train.remat != "auto", "no program has it"
     output = weights(
         batch["tokens"],
         Mask(batch["positions"], batch["positions"], segments, segments),
@@ -82,6 +91,7 @@ def loss_sums(program: Program, weights: Decoder, batch: Batch, *, keys: jax.Arr
         kernel=program.attention.kernel,
         keys=keys,
         remat=train.remat,
+        offload=train.offload_activations,
     )
     head = Head(
         vocab_size=model.vocab_size,

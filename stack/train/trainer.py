@@ -18,11 +18,13 @@ import jax
 from jax.experimental import multihost_utils
 
 from stack.config import Config, StackError, dump, load
+from stack.data.atomic import replace_text
 from stack.data.baseline import trigram_nats_per_byte
 from stack.data.dataset import Data, check_fingerprint, open_data
 from stack.data.loader import Batch, heldout_batches, prefetch, training_batches
 from stack.inference.generate import generate
 from stack.parallel.host_memory import keep_freed_memory
+from stack.plan import auto
 from stack.plan.hardware import mfu
 from stack.train import program as programs
 from stack.train import state as states
@@ -30,6 +32,8 @@ from stack.train.checkpoint import Checkpoints
 from stack.train.late import LateReader
 from stack.train.listeners import Listener
 from stack.train.metrics import History, MetricsLog
+from stack.train.planned import Comparison, predict
+from stack.train.planned import line as plan_line
 from stack.train.speed import Speedometer
 from stack.train.step import compiler_options, eval_step, train_step
 from stack.train.trace import Trace
@@ -45,7 +49,7 @@ class Trainer:
         listeners: Sequence[Listener] = (),
         devices: Sequence[jax.Device] | None = None,
     ) -> None:
-        """Checks that the config fits the devices; allocates nothing yet.
+        """Fills in what the config leaves to the planner, and checks that it fits; allocates nothing yet.
 
         Args:
           config: what to run.
@@ -55,9 +59,12 @@ class Trainer:
         Raises:
           ConfigError: the config does not fit the devices.
         """
-        self.config = config
+        devices = jax.devices() if devices is None else list(devices)
+        self.chosen = auto.is_auto(config)
+        self.config = config = auto.resolve(config, devices)
         self.folder = Path(config.output_dir) / config.name
         self.program = programs.build(config, devices)
+        self.planned = predict(config, devices)
         self.mesh = states.concrete(self.program)
         self.state: states.State | None = None
         log = MetricsLog(self.folder, every=config.train.log_every, tensorboard=config.train.tensorboard)
@@ -212,19 +219,28 @@ class Trainer:
     def _record_data(self) -> None:
         fingerprint = self.data.fingerprint
         if jax.process_index() == 0:
-            (self.folder / "config.yaml").write_text(dump(self.config))
+            replace_text(self.folder / "config.yaml", dump(self.config))
             (self.folder / "data.json").write_text(json.dumps(fingerprint, indent=2) + "\n")
 
     def _train(self, first: int, checkpoints: Checkpoints) -> None:
         config = self.config
         speed = Speedometer(config, self.mesh)
-        late = LateReader(lambda step, metrics: self._tell("on_metrics", step, metrics | speed.read(metrics)))
+        comparison = Comparison(self.planned, self.program.attention, config)
+        figures = self.planned.figures if self.planned else {}
+
+        def tell(step: int, metrics: dict[str, float]) -> None:
+            metrics = metrics | speed.read(metrics) | figures
+            self._tell("on_metrics", step, metrics)
+            if warning := comparison.read(metrics):
+                self._tell("on_warning", warning)
+
+        late = LateReader(tell)
         steps = range(first, config.train.steps)
         with (
             Trace(self.folder / "profile", config.train.profile_steps) as trace,
             closing(prefetch(self.batch, steps)) as batches,
         ):
-            for step, batch in zip(steps, batches, strict=True):
+            for step, batch in zip(steps, speed.waiting(batches), strict=True):
                 trace.before(step, self.state)
                 self.state, metrics = self.train_step(self.state, batch)
                 late.push(step + 1, metrics)
@@ -279,10 +295,12 @@ class Trainer:
             "attention": str(self.program.attention),
             "train_tokens": data.train.num_tokens,
             "heldout_tokens": data.heldout.num_tokens,
+            "planned": plan_line(config, self.mesh.size, self.planned, chosen=self.chosen),
             "batch_tokens": config.train.batch_size * config.data.sequence_length,
             "peak": mfu(
                 config.model, length=1, tokens_per_second_per_device=0.0, device_kind=device.device_kind
             ).peak,
+            **(self.planned.figures if self.planned else {}),
         }
 
     def _trained(self) -> states.State:

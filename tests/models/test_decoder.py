@@ -160,7 +160,7 @@ def count_equations(jaxpr):
 @pytest.mark.parametrize(
     ("recipe", "devices", "parameters"),
     [
-        ("turing_nlg_17b", 32, 17_177_045_760),
+        ("turing_nlg_17b", 128, 17_177_045_760),
         ("gpt2_124m", 8, 124_439_808),
         ("gpt2_355m", 8, 354_823_168),
         ("gpt2_774m", 8, 774_030_080),

@@ -19,7 +19,7 @@ from stack.config import (
     TrainConfig,
 )
 from stack.plan.collectives import Collective, collectives
-from stack.plan.compile import compile_step, devices
+from stack.plan.compile import compile_step, devices, without_cache
 from stack.train import program as programs
 
 BATCH, LENGTH = 96, 160  # Numbers no other dimension has.
@@ -37,9 +37,8 @@ MODEL = ModelConfig(
 @pytest.fixture(autouse=True)
 def no_cache() -> Iterator[None]:
     """A cache hit compiles nothing, and so proves nothing."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    with without_cache():
+        yield
 
 
 def config(mesh: MeshConfig, accumulation: int, remat: str = "full") -> Config:

@@ -1,8 +1,11 @@
 """Reading collectives from compiled programs: sizes, groups in all notations, loops."""
 
+from pathlib import Path
+
 import pytest
 
-from stack.plan.collectives import collectives
+import stack
+from stack.plan.collectives import collectives, kernels, sources
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 2}
 STARTED = "((bf16[2,8]{1,0}, bf16[4]{0}), (bf16[8,8]{1,0}, bf16[16]{0}))"
@@ -76,3 +79,63 @@ def test_a_loop_whose_length_the_compiler_lost_is_counted_by_its_bound():
 def test_a_loop_of_unknown_length_is_refused():
     with pytest.raises(ValueError, match="loop of unknown length"):
         collectives(LOST.replace("NOTE", ""), MESH)
+
+
+PACKAGE = Path(stack.__file__).parent
+FRAMES = f"""\
+HloModule jit_step
+
+FileNames
+1 "/home/user/train.py"
+2 "{PACKAGE}/layers/linear.py"
+3 "/opt/lib/python3.12/site-packages/optax/_src/update.py"
+
+FunctionNames
+1 "f"
+
+FileLocations
+1 {{file_name_id=1 function_name_id=1 line=14 end_line=14 column=8 end_column=8}}
+2 {{file_name_id=2 function_name_id=1 line=37 end_line=37 column=8 end_column=8}}
+3 {{file_name_id=3 function_name_id=1 line=5 end_line=5 column=8 end_column=8}}
+
+StackFrames
+1 {{file_location_id=1 PARENT1}}
+2 {{file_location_id=2 parent_frame_id=PARENT2}}
+3 {{file_location_id=3 parent_frame_id=PARENT2}}
+
+
+%body (p: f32[]) -> f32[] {{
+  %r = f32[4]{{0}} all-reduce(%p), replica_groups=[2,8]<=[16], metadata={{op_name="f" stack_frame_id=2}}
+}}
+"""
+
+
+@pytest.mark.parametrize(("root", "parent"), [("", "1"), ("parent_frame_id=1", "2")])
+def test_an_operation_is_of_the_innermost_line_outside_of_libraries(root, parent):
+    """Some versions of XLA print the number of a frame's parent one too high."""
+    text = FRAMES.replace("PARENT1", root).replace("PARENT2", parent)
+    assert sources(text) == {
+        1: "/home/user/train.py:14",
+        2: "stack/layers/linear.py:37",
+        3: "/home/user/train.py:14",
+    }
+    text = text.replace("%body", "ENTRY %body")
+    assert [c.source for c in collectives(text, MESH)] == ["stack/layers/linear.py:37"]
+
+
+KERNELS = """\
+%body (p: (s32[])) -> (s32[]) {
+  %a = (f32[4]{0}, s8[0]{0}) custom-call(%x), custom_call_target="__cublas$lt$matmul"
+  %f = ((f32[4]{0}), f32[4]{0}) fusion-start(%x), calls=%c, backend_config={"kind":"__triton_collective"}
+  %d = f32[4]{0} fusion-done(%f), backend_config={"kind":"__triton_collective"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %b = f32[4]{0} custom-call(%x), custom_call_target="__cublas$lt$matmul"
+  %w = (s32[]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+}
+"""
+
+
+def test_kernels_are_counted_with_the_trips_of_their_loops():
+    assert kernels(KERNELS) == {"__cublas$lt$matmul": 13, "__triton_collective": 12}

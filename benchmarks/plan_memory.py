@@ -1,0 +1,208 @@
+"""How far the planner's memory formula is from the compiled step, over a fixed grid.
+
+    uv run python benchmarks/plan_memory.py                  # compiles what the file lacks, then reports
+    uv run python benchmarks/plan_memory.py --report         # reports only
+    uv run python benchmarks/plan_memory.py llama3_8b        # one recipe
+
+Every recipe x zero 0-3 x remat none, full, dots x no tensor parallelism, tensor parallelism, and sequence
+parallelism besides; each with the micro-batch and accumulation of the recipe on its own hardware, compiled
+for H200. Needs the extra `plan`; 20 to 60 s of one core per cell. Each result is appended to the file as it
+is found, so that a stopped run goes on where it was. Cells that hold more than the device does are reported
+apart: there the compiler computes again what it can, and schedules in despair.
+"""
+
+import argparse
+import csv
+import math
+import os
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+import jax
+
+from stack import load
+from stack.config import Config
+from stack.parallel.mesh import resolve
+from stack.plan.compile import compile_step, devices
+from stack.plan.memory import memory
+from stack.plan.workload import Workload, from_config
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "plan_memory.csv"
+COLUMNS = (
+    "recipe", "zero", "remat", "tensor", "sequence_parallel", "devices", "micro_batch", "accumulation",
+    "compiled_bytes", "jax",
+)  # fmt: skip
+
+DEVICE_BYTES = 141e9
+"""Of an H200."""
+
+RECIPES = {
+    "nanogpt_cpu": (1, 8),
+    "quickstart": (1, 8),
+    "gpt2_124m": (8, 8),
+    "gpt2_355m": (8, 8),
+    "gpt2_774m": (8, 8),
+    "gpt2_1_5b": (8, 8),
+    "qwen3_0_6b": (8, 8),
+    "turing_nlg_small": (8, 8),
+    "llama3_8b": (8, 16),
+    "turing_nlg_17b": (32, 32),
+    "llama3_70b": (64, 64),
+}
+"""Devices the recipe is for, which give its micro-batch; devices it is compiled for here."""
+
+
+class Cell(NamedTuple):
+    """One step of the grid."""
+
+    recipe: str
+    zero: int
+    remat: str
+    tensor: int
+    sequence_parallel: bool
+
+
+def cells(recipes: list[str]) -> Iterator[Cell]:
+    """The grid of some recipes; without sequence parallelism where a row does not divide."""
+    for recipe in recipes:
+        model, data = (config := load(ROOT / "configs" / f"{recipe}.yaml")).model, config.data
+        common = math.gcd(model.num_heads, model.kv_heads, model.mlp_width, model.padded_vocab_size)
+        # 25 heads, as in gpt2_1_5b, split by nothing else.
+        common = common if common > 1 else 5
+        tensor = next(n for n in range(2, common + 1) if common % n == 0)
+        for zero in range(4):
+            for remat in ("none", "full", "dots"):
+                for ways, sequence_parallel in ((1, False), (tensor, False), (tensor, True)):
+                    if not sequence_parallel or data.sequence_length % ways == 0:
+                        yield Cell(recipe, zero, remat, ways, sequence_parallel)
+
+
+def config_of(cell: Cell) -> Config:
+    """The recipe on the grid's mesh, with the micro-batch and accumulation it was written with."""
+    path = ROOT / "configs" / f"{cell.recipe}.yaml"
+    recipe = load(path)
+    home, here = RECIPES[cell.recipe]
+    sizes = resolve(recipe.mesh, home)
+    micro = recipe.train.batch_size // recipe.train.accumulation // (sizes["data"] * sizes["fsdp"])
+    here = here // 8 * 10 if cell.tensor == 5 else here
+    rows = micro * recipe.train.accumulation * here // cell.tensor
+    return load(
+        path,
+        [
+            "mesh.data=1",
+            f"mesh.fsdp={here // cell.tensor}",
+            f"mesh.tensor={cell.tensor}",
+            f"mesh.zero={cell.zero}",
+            f"mesh.sequence_parallel={str(cell.sequence_parallel).lower()}",
+            f"train.remat={cell.remat}",
+            f"train.batch_size={rows}",
+            f"eval.batch_size={here // cell.tensor}",
+        ],
+    )
+
+
+def workload_of(config: Config) -> Workload:
+    """What the formula is asked."""
+    return from_config(config, config.mesh.fsdp * config.mesh.tensor)
+
+
+def compiled_bytes(config: Config) -> int:
+    """What the runtime takes on one device to run the step.
+
+    State and batch, what is returned besides them, and the block of temporaries, which is allocated
+    whole when the step starts: XLA's own peak leaves out the holes in it.
+    """
+    ways = config.mesh.fsdp * config.mesh.tensor
+    target = devices("h200", ways, per_host=math.gcd(8, ways))
+    plan = compile_step(config, target).memory_analysis()
+    assert plan is not None
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return held + plan.temp_size_in_bytes
+
+
+def record(cell: Cell, results: Path) -> None:
+    """Compiles one cell and appends what it holds."""
+    config, start = config_of(cell), time.perf_counter()
+    found = compiled_bytes(config)
+    workload = workload_of(config)
+    print(f"{cell}: {found / 2**30:.3f} GiB, {time.perf_counter() - start:.0f} s", flush=True)
+    new = not results.exists()
+    with results.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow(
+            (*cell, workload.devices, workload.micro_batch, workload.accumulation, found, jax.__version__)
+        )
+
+
+def known(results: Path) -> dict[Cell, int]:
+    """Compiled bytes of every cell in the file."""
+    if not results.exists():
+        return {}
+    with results.open(newline="") as file:
+        return {_cell(row): int(row["compiled_bytes"]) for row in csv.DictReader(file)}
+
+
+def _cell(row: dict[str, str]) -> Cell:
+    split = row["sequence_parallel"] == "True"
+    return Cell(row["recipe"], int(row["zero"]), row["remat"], int(row["tensor"]), split)
+
+
+def report(found: dict[Cell, int], total: int) -> None:
+    """Prints the distribution of (formula / compiled - 1), over all and by each column."""
+    errors = {cell: memory(workload_of(config_of(cell))).program / held - 1 for cell, held in found.items()}
+    print(f"{len(errors)} of {total} cells")
+
+    def line(name: str, cells: list[Cell]) -> None:
+        if not cells:
+            return
+        sizes = sorted(abs(errors[cell]) for cell in cells)
+        p90 = sizes[math.ceil(0.9 * len(sizes)) - 1]
+        within = sum(size <= 0.05 for size in sizes)
+        print(
+            f"{name:34} {len(sizes):4} cells  median {statistics.median(sizes):6.1%}  p90 {p90:6.1%}"
+            f"  worst {sizes[-1]:6.1%}  within 5%: {within / len(sizes):4.0%}"
+        )
+
+    line("all", list(errors))
+    fits = [cell for cell in errors if found[cell] <= DEVICE_BYTES]
+    line("that fit on the device", fits)
+    line("that do not", [cell for cell in errors if cell not in fits])
+    for column in Cell._fields:
+        for value in dict.fromkeys(getattr(cell, column) for cell in errors):
+            line(f"{column} {value}", [cell for cell in errors if getattr(cell, column) == value])
+    for cell in sorted(errors, key=lambda cell: -abs(errors[cell])):
+        print(f"{errors[cell]:+7.1%}  {found[cell] / 2**30:8.3f} GiB  {' '.join(map(str, cell))}")
+
+
+def main() -> None:
+    """Compiles what is missing, then reports."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipes", nargs="*", help="all by default")
+    parser.add_argument("--report", action="store_true", help="compile nothing")
+    parser.add_argument("--limit", type=int, help="compile at most this many; all by default")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    grid = list(cells(arguments.recipes or list(RECIPES)))
+    # In no order, the same each time: what a stopped run has found is a fair sample.
+    random.Random(0).shuffle(grid)
+    missing = [cell for cell in grid if cell not in known(arguments.results)]
+    for cell in [] if arguments.report else missing[: arguments.limit]:
+        record(cell, arguments.results)
+    wanted = set(grid)
+    report({cell: held for cell, held in known(arguments.results).items() if cell in wanted}, len(grid))
+
+
+if __name__ == "__main__":
+    main()
