@@ -293,7 +293,7 @@ def _formula(config: Config, devices: int, chip: Hardware) -> Memory:
 def _compiled(config: Config, devices: int, chip: Hardware) -> Use:
     """What the compiled step takes; the runtime's reserve, which no compiler sees, is the formula's."""
     assert chip.compile_target is not None
-    with compiling.captured():
+    with compiling.captured(), compiling.without_cache():
         compiled = compiling.compile_step(config, compiling.devices(chip.compile_target, devices))
     stats: Any = compiled.memory_analysis()
 

@@ -302,7 +302,7 @@ def published_memory(workload: Workload) -> Memory:
 
     Bfloat16 weights; float32 master weights and moments, split over fsdp x context from ZeRO stage 1;
     float32 sums of gradients, split from stage 2; at stage 3 only float32 shards at rest. Nothing of
-    the logits is chunked, and a fused kernel keeps no attention scores. Stages of a pipeline are
+    the logits is chunked. Stages of a pipeline are
     balanced by their matrix products, the head's included.
 
     Args:
@@ -368,7 +368,8 @@ def _published_activations(w: Workload, remat: str) -> float:
 
     Per token of width h: the inputs of two norms and their results, 8h; queries, keys and values, twice
     for what the rotation writes, and the attention's result; the MLP's projections, its activation and
-    their product. Tensor parallelism splits all but the 8h, sequence parallelism those too.
+    their product. Without a fused kernel five bytes per score besides, for softmax, dropout and its mask
+    (arXiv 2205.05198). Tensor parallelism splits all but the 8h, sequence parallelism those too.
     """
     model, tensor = w.model, w.tensor
     queries, keys = model.num_heads * model.head_width, model.kv_heads * model.head_width
@@ -382,4 +383,5 @@ def _published_activations(w: Workload, remat: str) -> float:
     mlp = 2 * (4 if model.gated else 2) * model.mlp_width / tensor
     if remat == "dots":
         return stream + projections + 2 * model.embed_dim + mlp / 2
-    return 4 * stream + projections + rotated + 2 * queries / tensor + mlp
+    scores = 0.0 if w.fused_attention or remat == "selective" else 5 * model.num_heads * w.length / tensor
+    return 4 * stream + projections + rotated + 2 * queries / tensor + mlp + scores

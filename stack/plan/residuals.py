@@ -103,14 +103,13 @@ def _kept(
     )
     with use(mesh):
         jaxpr = _backward(small, layout, length, remat, kernel)
-    found: dict[int, Any] = {
-        id(v): v.aval for v in jaxpr.outvars if isinstance(v, Var) and v not in set(jaxpr.invars)
-    }
+    given = set(jaxpr.invars)
     whole = split = once = 0.0
-    for aval in found.values():
+    for variable in {v for v in jaxpr.outvars if isinstance(v, Var)} - given:
+        aval: Any = variable.aval
         axes = _mesh_axes(aval)
         if "data" not in axes:
-            continue
+            continue  # Weights: only what has rows is split over them.
         size = aval.size * aval.dtype.itemsize / 2
         if aval.shape[0] != _LAYERS:
             once += size / (tensor if "tensor" in axes else 1)

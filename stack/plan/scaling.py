@@ -117,7 +117,8 @@ def mfu(scaling: Scaling, point: Point) -> tuple[float, float] | None:
 def lines(curves: Scaling) -> list[str]:
     """Both curves as tables."""
     config, hardware = curves.config, curves.hardware
-    text = [f"{config.name} on {hardware.title}, rows of {config.data.sequence_length:,} tokens"]
+    rows = f"rows of {config.data.sequence_length:,} tokens"
+    text = [f"{config.name} on {hardware.title}, {rows}; what fits is by formula"]
     if why := next((why for point in curves.strong if (why := _why_modelled(point))), None):
         text.append(f"modelled only: {why}")
     for title, points in _named(curves):

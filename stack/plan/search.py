@@ -359,6 +359,7 @@ def lines(found: Search) -> list[str]:
     batch = f"{config.train.batch_size:,} rows of {config.data.sequence_length:,} tokens a step"
     text = [
         f"{config.name} on {found.devices:,} x {hardware.title}, {batch}: {found.planned:,} layouts planned",
+        "memory is by formula; `stack plan --compile` checks a written config against its compiled step",
         "",
     ]
     if found.own is not None:
@@ -374,7 +375,10 @@ def lines(found: Search) -> list[str]:
             text += [*_rows(candidate, found.own, hardware), f"    not run: {candidate.work.why_modelled()}"]
     text += ["", "ruled out"]
     for reason, rejection in sorted(found.rejected.items(), key=lambda item: (item[1].unit, -item[1].count)):
-        text.append(f"{rejection.count:>9,} {rejection.unit}  {reason}, e.g. {rejection.example}")
+        unit = (
+            rejection.unit if rejection.count > 1 else {"meshes": "mesh", "layouts": "layout"}[rejection.unit]
+        )
+        text.append(f"{rejection.count:>9,} {unit:<7}  {reason}, e.g. {rejection.example}")
     return text
 
 
@@ -460,7 +464,7 @@ def write(
         f"# The fastest of {found.planned:,} layouts planned for {found.devices:,} x {found.hardware.title}:",
         f"# {describe(chosen.work)};",
         f"# {chosen.time.total:.4g} s a step, {chosen.tokens_per_second:,.0f} tokens/s each,",
-        f"# {_of_memory(chosen.memory, found.hardware)}; {binds(chosen.time)}.",
+        f"# {_of_memory(chosen.memory, found.hardware)} by formula; {binds(chosen.time)}.",
     ]
     try:
         path.write_text("\n".join([*comment, body]), encoding="utf-8")

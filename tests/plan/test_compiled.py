@@ -259,8 +259,8 @@ def test_an_array_holds_the_global_batch_if_all_its_rows_are_in_it(shape, holds)
 
 
 def test_a_parameter_with_the_sizes_of_the_batch_is_none():
-    model = CONFIG.model.model_copy(update={"num_heads": BATCH, "embed_dim": LENGTH * 3, "mlp_dim": LENGTH})
-    config = CONFIG.model_copy(update={"model": model})
+    sizes = {"num_heads": BATCH, "head_dim": 10, "embed_dim": LENGTH}
+    config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update=sizes)})
     program = programs.build(config, compiling.devices("h200", 4))
-    assert not holds_global_batch(program, (2, BATCH, 10, LENGTH * 3))
-    assert holds_global_batch(program, (BATCH, LENGTH))
+    assert not holds_global_batch(program, (2, BATCH, 10, LENGTH))
+    assert holds_global_batch(program, (2, BATCH, 20, LENGTH))

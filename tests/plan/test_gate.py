@@ -1,5 +1,6 @@
 """The gate: a compiled step communicates what its layout needs by formula, and known mistakes are caught."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from stack.layers.mlp import Mlp
 from stack.parallel import mesh as meshes
 from stack.parallel import zero
 from stack.plan import gate
+from stack.plan import hardware as chips
 from stack.plan.compiled import Compiled, compile_plan
 from stack.plan.findings import Finding
 from stack.train import program as programs
@@ -82,6 +84,7 @@ def test_a_step_moves_what_its_layout_needs_and_nothing_else(layout):
         assert moved > 0.9 * size - gate.SCALARS, (kind, axis)
 
 
+@pytest.mark.full
 def test_a_gradient_summed_in_bfloat16_is_caught():
     found = caught(config(FSDP, grad_reduce_dtype="bfloat16"))
     assert kinds(found) == {"reduced precision"}
@@ -95,6 +98,7 @@ def resharded(weight, layout, names, *, matrix):
     return jax.reshard(weight.astype(layout.dtype), layout.whole_spec(names))
 
 
+@pytest.mark.full
 def test_a_weight_gathered_by_a_plain_reshard_is_caught(monkeypatch):
     monkeypatch.setattr(zero, "gather_weight", resharded)
     monkeypatch.setattr(zero, "scatter_gradient", lambda x, *_: x.astype(jnp.float32))
@@ -127,9 +131,9 @@ def test_an_activation_laid_out_whole_is_caught(monkeypatch):
     monkeypatch.setattr(Mlp, "__call__", whole)
     found = caught(config(FSDP))
     assert {"traffic", "global batch"} <= kinds(found)
-    assert any(finding.source.startswith(__file__) for finding in found)
 
 
+@pytest.mark.full
 def test_a_step_under_automatic_sharding_that_the_compiler_must_repair_is_caught(monkeypatch):
     """It makes the array whole on every device and says so only in its log."""
     mlp = Mlp.__call__
@@ -153,10 +157,11 @@ def test_a_step_under_automatic_sharding_that_the_compiler_must_repair_is_caught
 
 @pytest.mark.full
 def test_a_step_that_does_not_fit_is_caught():
-    layout = config(MeshConfig(fsdp=8), rows=BATCH * 2048)
-    found = gate.check(compile_plan(layout, hardware="a100-40gb", devices=8, schedule=False), layout)
+    layout = config(FSDP)
+    small = dataclasses.replace(chips.load("h200"), name="small", memory_bytes=2.0**20)
+    found = gate.check(compile_plan(layout, hardware=small, devices=8, schedule=False), layout)
     assert kinds(found) == {"memory"}
-    assert "which has 37.25 GiB" in found[0].text
+    assert "on each device, which has 0.00 GiB" in found[0].text
 
 
 @pytest.mark.full

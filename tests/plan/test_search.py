@@ -104,6 +104,7 @@ def test_the_best_is_the_best_of_all_that_the_trainer_takes():
             assert memory(work).total < CPU.memory_bytes
             seconds.append(step_time(work, CPU).total)
     assert found.best[0].time.total == pytest.approx(min(seconds), rel=1e-12)
+    assert all(one.time.total < min(seconds) for one in found.modelled), "slower ones are not shown"
 
 
 def test_what_is_returned_runs_fits_and_is_ranked(llama):
