@@ -27,7 +27,7 @@ def measure(variant: str, num_devices: int) -> dict[str, float]:
     import jax
 
     from stack.config import Config
-    from stack.plan.compile import abstract_batch
+    from stack.planner.compile import abstract_batch
     from stack.train import program as programs
     from stack.train import state as states
     from stack.train.step import train_step

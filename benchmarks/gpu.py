@@ -41,7 +41,7 @@ import numpy as np
 
 from stack.config import Config, StackError, load
 from stack.doctor.numerics import Numbers, distance, errors
-from stack.plan.hardware import mfu
+from stack.planner.hardware import mfu
 from stack.train import program as programs
 from stack.train import state as states
 from stack.train.step import compiler_options, loss_gradient, train_step

@@ -30,9 +30,9 @@ import jax
 from stack import load
 from stack.config import Config
 from stack.parallel.mesh import resolve
-from stack.plan.compile import compile_step, devices
-from stack.plan.memory import memory
-from stack.plan.workload import Workload, from_config
+from stack.planner.compile import compile_step, devices
+from stack.planner.memory import memory
+from stack.planner.workload import Workload, from_config
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "plan_memory.csv"

@@ -2,6 +2,7 @@
 
     import stack
 
+    print(stack.plan(stack.load("configs/llama3_8b.yaml"), hardware="h100", devices=8).time)
     config = stack.load("configs/quickstart.yaml", ["train.steps=100"])
     trainer = stack.Trainer(config)
     trainer.fit()
@@ -19,17 +20,21 @@ if TYPE_CHECKING:
     from stack.config import StackError as StackError
     from stack.config import dump as dump
     from stack.config import load as load
+    from stack.planner.plan import Plan as Plan
+    from stack.planner.plan import plan as plan
     from stack.train.trainer import Trainer as Trainer
 
-__all__ = ["Config", "ConfigError", "StackError", "Trainer", "dump", "load"]
+__all__ = ["Config", "ConfigError", "Plan", "StackError", "Trainer", "dump", "load", "plan"]
 
 _HOME = {
     "Config": "stack.config",
     "ConfigError": "stack.config",
+    "Plan": "stack.planner.plan",
     "StackError": "stack.config",
     "Trainer": "stack.train.trainer",
     "dump": "stack.config",
     "load": "stack.config",
+    "plan": "stack.planner.plan",
 }
 
 

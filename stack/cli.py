@@ -233,7 +233,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from stack.plan.command import run
+    from stack.planner.command import run
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("run", "version", "rest")}
     for line in run(**given, overrides=arguments.rest):

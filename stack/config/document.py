@@ -101,7 +101,9 @@ def _read_base(
         place = f"{where}:{_line(key)}"
         if value.tag != "tag:yaml.org,2002:str":
             raise ConfigError(f"{place}: base must be the path of another config file")
-        path = (named and named(value.value)) or folder / Path(value.value).expanduser()
+        path = folder / Path(value.value).expanduser()
+        if named is not None:
+            path = named(value.value) or path
         if path.resolve() in [other.resolve() for other in above]:
             circle = " -> ".join(str(other) for other in (*above, path))
             raise ConfigError(f"{place}: base goes round in a circle: {circle}")

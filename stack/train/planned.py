@@ -8,13 +8,13 @@ import jax
 
 from stack.config import Config
 from stack.kernels.attention import Choice
-from stack.plan import auto
-from stack.plan.hardware import Hardware
-from stack.plan.layouts import describe
-from stack.plan.memory import memory
-from stack.plan.result import Memory, Time
-from stack.plan.time import step_time
-from stack.plan.workload import Workload, from_config
+from stack.planner import auto
+from stack.planner.hardware import Hardware
+from stack.planner.layouts import describe
+from stack.planner.memory import memory
+from stack.planner.result import Memory, Time
+from stack.planner.time import step_time
+from stack.planner.workload import Workload, from_config
 
 TOLERANCE = 0.15
 """A larger part of the plan than this is worth a warning."""

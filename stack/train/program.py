@@ -111,9 +111,7 @@ def on_mesh(
 def _check_resolved(config: Config) -> None:
     for name, auto in (("mesh", config.mesh.auto), ("train.remat", config.train.remat == "auto")):
         if auto:
-            raise ConfigError(
-                f"{name}: auto names no layout yet; resolve it with stack.plan first, as the trainer does"
-            )
+            raise ConfigError(f"{name}: auto names no layout yet; name one, or let the trainer choose")
 
 
 def _memory_kinds(mesh: Mesh | AbstractMesh) -> set[str]:

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from stack.config import Config
-from stack.plan.hardware import mfu
+from stack.planner.hardware import mfu
 
 
 class Speedometer:

@@ -24,8 +24,8 @@ from stack.data.dataset import Data, check_fingerprint, open_data
 from stack.data.loader import Batch, heldout_batches, prefetch, training_batches
 from stack.inference.generate import generate
 from stack.parallel.host_memory import keep_freed_memory
-from stack.plan import auto
-from stack.plan.hardware import mfu
+from stack.planner import auto
+from stack.planner.hardware import mfu
 from stack.train import program as programs
 from stack.train import state as states
 from stack.train.checkpoint import Checkpoints

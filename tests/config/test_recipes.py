@@ -68,7 +68,13 @@ def test_a_recipe_leaves_no_word_of_the_vocabulary_over(recipe):
 
 @pytest.mark.parametrize(
     ("recipe", "devices"),
-    [("turing_nlg_17b", 128), ("turing_nlg_small", 8), ("llama3_8b", 8), ("llama3_70b", 64), ("gpt2_1_5b", 8)],
+    [
+        ("turing_nlg_17b", 128),
+        ("turing_nlg_small", 8),
+        ("llama3_8b", 8),
+        ("llama3_70b", 64),
+        ("gpt2_1_5b", 8),
+    ],
 )
 def test_the_batch_of_a_large_recipe_divides_over_its_hardware(recipe, devices):
     config = load(CONFIGS / f"{recipe}.yaml")

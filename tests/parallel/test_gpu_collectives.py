@@ -18,8 +18,8 @@ from stack.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from stack.plan.collectives import Collective, collectives
-from stack.plan.compile import compile_step, devices, without_cache
+from stack.planner.collectives import Collective, collectives
+from stack.planner.compile import compile_step, devices, without_cache
 from stack.train import program as programs
 
 BATCH, LENGTH = 96, 160  # Numbers no other dimension has.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stack.config import Config, ConfigError
-from stack.plan.compile import compile_step, devices, has_plugin, without_cache
+from stack.planner.compile import compile_step, devices, has_plugin, without_cache
 from stack.train import program as programs
 from stack.train import state as states
 from stack.train.checkpoint import Checkpoints
@@ -193,8 +193,11 @@ def test_two_processes_offload(tmp_path, run_processes):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["mesh=auto"], r"^mesh: auto names no layout yet; resolve it with stack\.plan first"),
-        (["train.remat=auto"], r"^train\.remat: auto names no layout yet; resolve it with stack\.plan"),
+        (["mesh=auto"], r"^mesh: auto names no layout yet; name one, or let the trainer choose"),
+        (
+            ["train.remat=auto"],
+            r"^train\.remat: auto names no layout yet; name one, or let the trainer choose",
+        ),
         ([OPTIMIZER, "optimizer.kind=adafactor"], r"^train\.offload_optimizer: adafactor's state is"),
     ],
 )

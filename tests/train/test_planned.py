@@ -14,11 +14,11 @@ from rich.console import Console
 from stack.config import Config, MeshConfig
 from stack.kernels.attention import Choice
 from stack.parallel import mesh as meshes
-from stack.plan import auto
-from stack.plan import hardware as chips
-from stack.plan.memory import memory
-from stack.plan.time import step_time
-from stack.plan.workload import from_config
+from stack.planner import auto
+from stack.planner import hardware as chips
+from stack.planner.memory import memory
+from stack.planner.time import step_time
+from stack.planner.workload import from_config
 from stack.train.announce import introduction
 from stack.train.listeners import Listener
 from stack.train.planned import FIRST_STEPS, STEPS, Comparison, Planned, line, predict

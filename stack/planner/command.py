@@ -1,0 +1,156 @@
+"""`stack plan`: what its options ask for, in lines of text or as JSON."""
+
+import dataclasses
+import json as jsons
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from stack.config import Config, ConfigError, StackError, load
+from stack.planner import hardware as chips
+from stack.planner.hardware import Hardware
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The same in print and for JSON."""
+
+    lines: Sequence[str]
+    json: Any
+
+
+def run(
+    *,
+    config: str | None,
+    overrides: Sequence[str],
+    hardware: str | None,
+    devices: str | None,
+    search: bool,
+    top: int,
+    out: str | None,
+    compile: bool,  # noqa: A002 (named as on the command line)
+    price: float | None,
+    validate: str | None,
+    largest: bool,
+    json: bool,
+) -> Iterator[str]:
+    """One `stack plan`; the arguments are its options.
+
+    Raises:
+      ConfigError: two that exclude each other, one that is missing, or a value that cannot be.
+    """
+    asked = {
+        "--search": search,
+        "--compile": compile,
+        "--validate": validate is not None,
+        "--largest": largest,
+        "--devices A..B": devices is not None and ".." in devices,
+    }
+    chosen = [name for name, given in asked.items() if given]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} are different questions; ask one at a time")
+    if out and not (search or asked["--devices A..B"]):
+        raise ConfigError("--out is written by --search (a config) and --devices A..B (a plot); add one")
+    if price is not None and price <= 0:
+        raise ConfigError(f"--price {price:g} must be above 0")
+    if validate is not None:
+        answer = _validate(validate)
+    elif largest:
+        answer = _largest(hardware, _count(devices))
+    else:
+        if config is None:
+            raise ConfigError("which config? for example `stack plan configs/llama3_8b.yaml`")
+        tree = load(config, overrides)
+        if asked["--devices A..B"]:
+            answer = _scaling(tree, hardware, str(devices), out)
+        elif search:
+            answer = _search(tree, hardware, _count(devices), top, out, base=None if overrides else config)
+        else:
+            answer = _plan(tree, hardware, _count(devices), price, compile)
+    yield from [_as_json(answer.json)] if json else answer.lines
+
+
+def _plan(
+    config: Config, hardware: str | None, devices: int | None, price: float | None, compile_too: bool
+) -> Answer:
+    from stack.planner import report
+    from stack.planner.plan import compiled, plan
+
+    found = plan(config, hardware=hardware, devices=devices, price_per_hour=price)
+    if compile_too:
+        try:
+            found = compiled(found)
+        except ConfigError:
+            raise
+        except StackError as error:
+            note = f"not compiled, so the memory is the formula's: {error}"
+            found = dataclasses.replace(found, notes=(*found.notes, note))
+    return Answer(lines=report.lines(found), json=report.as_dict(found))
+
+
+def _search(
+    config: Config, hardware: str | None, devices: int | None, top: int, out: str | None, base: str | None
+) -> Answer:
+    from stack.planner import search
+
+    if top < 1:
+        raise ConfigError(f"--top {top} must be at least 1")
+    found = search.search(config, hardware=_chip(config, hardware), devices=_of(config, devices), top=top)
+    text = search.lines(found)
+    if out:
+        search.write(found, out, base=base)
+        text = [*text, "", f"wrote the first to {out}"]
+    return Answer(lines=text, json=search.as_dict(found))
+
+
+def _scaling(config: Config, hardware: str | None, devices: str, out: str | None) -> Answer:
+    from stack.planner import scaling
+
+    curves = scaling.scaling(config, hardware=_chip(config, hardware), devices=scaling.counts(devices))
+    text = scaling.lines(curves)
+    if out:
+        text = [*text, "", f"drew {scaling.plot(curves, out)}"]
+    return Answer(lines=text, json=scaling.as_dict(curves))
+
+
+def _validate(path: str) -> Answer:
+    from stack.planner import validate
+
+    result = validate.validate(path) if path else validate.validate()
+    return Answer(lines=validate.lines(result), json=validate.as_dict(result))
+
+
+def _largest(hardware: str | None, devices: int | None) -> Answer:
+    from stack.planner import largest
+
+    if hardware is None or devices is None:
+        raise ConfigError("--largest needs --hardware and --devices, for example --hardware h100 --devices 8")
+    rows = largest.largest(hardware, devices)
+    return Answer(lines=largest.lines(rows), json=largest.as_dict(rows))
+
+
+def _chip(config: Config, hardware: str | None) -> Hardware:
+    name = hardware or (config.target.hardware if config.target else None)
+    if not name:
+        raise ConfigError(
+            f"no hardware is named; give --hardware, one of {', '.join(chips.names())}, or set target"
+        )
+    return chips.load(name)
+
+
+def _of(config: Config, devices: int | None) -> int:
+    count = devices or (config.target.devices if config.target else None)
+    if not count:
+        raise ConfigError("how many devices? give --devices, or set target")
+    return count
+
+
+def _count(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isdecimal() and int(text) > 0):
+        raise ConfigError(f"--devices {text}: expected a number above 0, or a range such as 8..1024")
+    return int(text)
+
+
+def _as_json(value: Any) -> str:
+    return jsons.dumps(value, indent=2, default=str)

@@ -1,0 +1,309 @@
+"""A config on a cluster, planned: memory, step time, cost, and what binds."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from stack.config import AXES, Config, ConfigError
+from stack.parallel.mesh import resolve
+from stack.planner import hardware as chips
+from stack.planner.flops import recomputed_flops_per_token, train_flops_per_token
+from stack.planner.hardware import Hardware
+from stack.planner.memory import memory as memory_of
+from stack.planner.result import Memory, Time
+from stack.planner.shapes import parameters
+from stack.planner.time import step_time
+from stack.planner.workload import Workload, from_config
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one step of a config takes on a cluster, and the whole run with it."""
+
+    config: Config
+    """As planned: the mesh resolved, the global batch that of so many devices."""
+    hardware: Hardware
+    devices: int
+    work: Workload
+    total_tokens: int
+    """Of the whole run: the config's steps of the config's batch."""
+    parameters: int
+    """Without the padding of the vocabulary."""
+    memory: Memory
+    """Bytes per device, by formula."""
+    time: Time
+    """Seconds of a step, by formula."""
+    compiled: Any = None
+    """`stack.planner.compiled.Compiled`: the exact step compiled for the chip; None: it was not."""
+    notes: tuple[str, ...] = ()
+    """What the reader must know: what differs from the config, what could not be checked."""
+
+    @property
+    def bytes_per_device(self) -> float:
+        """The compiled step's where there is one, else the formula's; with the reserve."""
+        if self.compiled is not None:
+            return self.compiled.memory.total + self.memory.reserve
+        return self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is within the device's memory."""
+        return self.bytes_per_device <= self.hardware.memory_bytes
+
+    @property
+    def tokens_per_second_per_device(self) -> float:
+        """Tokens trained on, padding included."""
+        return self.work.tokens / self.time.total / self.devices
+
+    @property
+    def flops_per_step(self) -> float:
+        """Model FLOPs of a step over all devices, causal convention (see `stack.planner.flops`)."""
+        return self.work.tokens * train_flops_per_token(self.work.model, self.work.length, "causal")
+
+    @property
+    def recomputed_flops_per_step(self) -> float:
+        """What `remat=full` adds to them; 0 for other policies, whose part is in the time alone."""
+        if self.work.remat != "full":
+            return 0.0
+        return self.work.tokens * recomputed_flops_per_token(self.work.model, self.work.length, "causal")
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Of the precision that is computed in, FLOP/s per device; None: the chip lists none."""
+        return self.hardware.peak_flops.get(self.work.precision)
+
+    def mfu(self, convention: Any) -> float | None:
+        """Model FLOPs utilisation, `full` or `causal` (arXiv 2204.02311, appendix B)."""
+        if self.peak_flops is None:
+            return None
+        flops = train_flops_per_token(self.work.model, self.work.length, convention)
+        return self.tokens_per_second_per_device * flops / self.peak_flops
+
+    @property
+    def steps(self) -> int:
+        """Steps for the tokens of the run; a larger batch than the config's takes fewer."""
+        return -(-self.total_tokens // self.work.tokens)
+
+    @property
+    def days(self) -> float:
+        """Of training without interruption, evaluation or checkpoints."""
+        return self.steps * self.time.total / 86400
+
+    @property
+    def device_hours(self) -> float:
+        """Over all devices."""
+        return self.days * 24 * self.devices
+
+    @property
+    def cost(self) -> float | None:
+        """In the currency of the price; None without one."""
+        price = self.hardware.price_per_hour
+        return None if price is None else price * self.device_hours
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """Of the devices at full power, servers and cooling left out; None where it is not known."""
+        watts = self.hardware.power_watts
+        return None if watts is None else watts * self.device_hours / 1000
+
+    @property
+    def binds(self) -> str:
+        """What holds the step back, in one sentence."""
+        return _binds(self)
+
+
+def plan(
+    config: Config,
+    *,
+    hardware: str | Path | Hardware | None = None,
+    devices: int | None = None,
+    compile: bool = False,  # noqa: A002 (the word of the command line)
+    price_per_hour: float | None = None,
+) -> Plan:
+    """Plans a config's own layout on a cluster; nothing is allocated, nothing need be here.
+
+    The layout of each device stays and `data` becomes what the other axes leave of the devices, so the
+    global batch grows with them.
+
+    Args:
+      config: what to train.
+      hardware: a chip by name, a YAML file of one, or one that was loaded; None: `config.target`'s.
+      devices: how many; None: `config.target`'s, or those the mesh names.
+      compile: compile the exact step for the chip too; needs the extra `plan`.
+      price_per_hour: of one chip; None: the chip's file's.
+
+    Raises:
+      ConfigError: the chip is not known, or the devices, the mesh and the batch do not fit; the line
+        names the nearest that do.
+      StackError: compiling was asked for and cannot be.
+    """
+    chip = _chip(config, hardware)
+    if price_per_hour is not None:
+        chip = dataclasses.replace(chip, price_per_hour=price_per_hour)
+    scaled, notes = for_devices(config, devices)
+    count = math.prod(resolve(scaled.mesh, devices or _own_devices(config)).values())
+    work = from_config(scaled, count, chip)
+    if work.precision == "float16" and config.model.dtype == "bfloat16":
+        notes.append(f"{chip.name} has no bfloat16: planned in float16, which is modelled only")
+    elif why := work.why_modelled():
+        notes.append(f"modelled only: {why}")
+    if not chip.peak_flops.get(work.precision):
+        notes.append(f"{chip.name} lists no peak for {work.precision}: another precision's is used")
+    result = Plan(
+        config=scaled,
+        hardware=chip,
+        devices=count,
+        work=work,
+        total_tokens=config.train.steps * config.train.batch_size * config.data.sequence_length,
+        parameters=_parameters(work),
+        memory=memory_of(work),
+        time=step_time(work, chip),
+        notes=tuple(notes),
+    )
+    return compiled(result) if compile else result
+
+
+def compiled(result: Plan) -> Plan:
+    """The plan with its exact step compiled for the chip.
+
+    Raises:
+      StackError: the compiler is not installed or knows no such chip.
+    """
+    from stack.planner.compiled import compile_plan
+
+    report = compile_plan(result.config, hardware=result.hardware.name, devices=result.devices)
+    return dataclasses.replace(result, compiled=report)
+
+
+def for_devices(config: Config, devices: int | None) -> tuple[Config, list[str]]:
+    """The config laid over so many devices, each of which has as much to do as before.
+
+    Returns:
+      The config with every axis of the mesh set, and what changed that the user should know.
+
+    Raises:
+      ConfigError: the mesh does not divide the devices; the line names the nearest layout that does.
+    """
+    if config.mesh.auto or config.train.remat == "auto":
+        raise ConfigError(
+            "mesh or train.remat is auto: the layout is the planner's to choose; add --search to see its"
+            " choices, or name a layout, for example mesh.fsdp=8 train.remat=full"
+        )
+    own = resolve(config.mesh, _own_devices(config))
+    free = next((axis for axis in AXES if getattr(config.mesh, axis) == -1), "data")
+    sizes = dict(own)
+    if devices is not None:
+        fixed = math.prod(size for axis, size in own.items() if axis != free)
+        if devices < 1 or devices % fixed:
+            raise ConfigError(_nearest(own, free, devices))
+        sizes[free] = devices // fixed
+    replicas = own["data"] * own["fsdp"]
+    rows = config.train.batch_size
+    if rows % replicas == 0:
+        rows = rows // replicas * sizes["data"] * sizes["fsdp"]
+    changes = [f"mesh.{axis}={size}" for axis, size in sizes.items()] + [f"train.batch_size={rows}"]
+    if config.eval.batch_size and config.eval.batch_size % (sizes["data"] * sizes["fsdp"]):
+        changes.append("eval.batch_size=null")
+    notes = []
+    if rows != config.train.batch_size:
+        each = rows // (sizes["data"] * sizes["fsdp"])
+        notes.append(
+            f"the global batch is {rows:,} rows, not the config's {config.train.batch_size:,}: each replica"
+            f" keeps its {each}. The learning rate is still the config's"
+        )
+    return config.replace(*changes), notes
+
+
+def _chip(config: Config, hardware: str | Path | Hardware | None) -> Hardware:
+    """The chip that is named, or the target's."""
+    if isinstance(hardware, Hardware):
+        return hardware
+    named = hardware or (config.target.hardware if config.target else None)
+    if named is None:
+        raise ConfigError(
+            f"no hardware is named; give --hardware, one of {', '.join(chips.names())}, or set target"
+        )
+    return chips.load(named)
+
+
+def _own_devices(config: Config) -> int:
+    """Devices the config itself is laid over: its target's where an axis is open."""
+    sizes = [getattr(config.mesh, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size > 0)
+    if -1 not in sizes:
+        return fixed
+    if config.target is not None and config.target.devices % fixed == 0:
+        return config.target.devices
+    return fixed
+
+
+def _nearest(own: dict[str, int], free: str, devices: int) -> str:
+    """The refusal of a number of devices, with the nearest layout and numbers that work."""
+    fixed = {axis: size for axis, size in own.items() if axis != free and size > 1}
+    product = math.prod(fixed.values())
+    text = " x ".join(f"{axis} {size}" for axis, size in fixed.items())
+    counts = [
+        count for count in (devices // product * product, -(-devices // product) * product) if count > 0
+    ]
+    remedy = f"use {' or '.join(f'{count:,}' for count in dict.fromkeys(counts))} devices"
+    if devices > 0:
+        others = math.prod(size for axis, size in fixed.items() if axis not in ("fsdp", free))
+        ways = max((d for d in range(1, own["fsdp"] + 1) if devices % (others * d) == 0), default=None)
+        if ways and free != "fsdp":
+            rest = f"{free} {devices // (others * ways):,}"
+            remedy = f"the nearest that does is mesh.fsdp={ways} ({rest}); or {remedy}"
+    return f"mesh: {text} = {product:,} does not divide {devices:,} devices; {remedy}"
+
+
+def _parameters(work: Workload) -> int:
+    model = work.model
+    tables = 1 if model.tied_embeddings else 2
+    padding = tables * (model.padded_vocab_size - model.vocab_size) * model.embed_dim
+    return sum(part.size for part in parameters(model)) - padding
+
+
+def _binds(result: Plan) -> str:
+    """The largest part of the time, and what would lessen it; or that it does not fit."""
+    time, chip, work = result.time, result.hardware, result.work
+    if not result.fits:
+        over = result.bytes_per_device / chip.memory_bytes
+        return f"memory: it needs {over:.2f} of what {chip.name} has; {_smaller(work)}"
+    communication = {f"communication over {axis}": part.exposed for axis, part in time.communication.items()}
+    parts = {
+        "matrix products": time.matmul,
+        "attention": time.attention,
+        "memory bandwidth": time.memory_bound,
+        "the pipeline's bubble": time.bubble,
+        "the optimizer's update": time.optimizer,
+        "kernel launches": time.host,
+        **communication,
+    }
+    name, seconds = max(parts.items(), key=lambda part: part[1])
+    remedies = {
+        "matrix products": "as it should be",
+        "attention": "a shorter sequence or a faster kernel would help",
+        "memory bandwidth": "wider layers, or fewer elementwise operations would help",
+        "the pipeline's bubble": "more micro-batches or virtual stages would help",
+        "the optimizer's update": "a larger batch, or more shards would help",
+        "kernel launches": "a larger micro-batch would help",
+    }
+    remedy = remedies.get(name, "a larger micro-batch, or this axis within a node would help")
+    second = sorted(parts.items(), key=lambda part: -part[1])[1]
+    return (
+        f"{name}, {seconds / time.total:.0%} of the step: {remedy};"
+        f" next {second[0]}, {second[1] / time.total:.0%}"
+    )
+
+
+def _smaller(work: Workload) -> str:
+    """The first thing to try when it does not fit."""
+    if work.micro_batch > 1:
+        return "raise train.accumulation"
+    if work.remat != "full":
+        return "set train.remat=full"
+    if work.zero < 3 and work.fsdp > 1:
+        return "set mesh.zero=3"
+    return "use more fsdp or tensor ways, or offload; `--search` finds what fits"

@@ -1,0 +1,159 @@
+"""A plan in print and as JSON."""
+
+import dataclasses
+from typing import Any
+
+from stack.config import AXES
+from stack.planner import compiled
+from stack.planner.plan import Plan
+
+_MEMORY = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "logits": "logits",
+    "temporaries": "temporaries",
+    "collectives": "collective buffers",
+    "reserve": "runtime and fragmentation",
+}
+
+
+def lines(plan: Plan) -> list[str]:
+    """A plan in print, a screenful."""
+    work, chip = plan.work, plan.hardware
+    flops = f"{plan.flops_per_step:.4g} model FLOPs a step"
+    if plan.recomputed_flops_per_step:
+        flops += f", {plan.recomputed_flops_per_step:.4g} recomputed"
+    rows = f"{work.micro_batch} row{'s' * (work.micro_batch > 1)} a device at a time"
+    batch = f"{work.batch:,} rows of {work.length:,} = {work.tokens:,} tokens a step, {rows}"
+    text = [
+        f"{plan.config.name} on {plan.devices:,} x {chip.title}",
+        f"  {layout(plan)}",
+        f"  {plan.parameters:,} parameters; {batch}",
+        f"  {flops}",
+        "",
+        *_side_by_side(_memory_lines(plan), _time_lines(plan)),
+        "",
+        *_speed_lines(plan),
+        f"  binds     {plan.binds}",
+    ]
+    text += [f"  note      {note}" for note in plan.notes]
+    return text if plan.compiled is None else [*text, "", *compiled.lines(plan.compiled)]
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """A plan for JSON: bytes, seconds, FLOPs; `null` for what is not known."""
+    work, time, memory = plan.work, plan.time, plan.memory
+    return {
+        "name": plan.config.name,
+        "hardware": plan.hardware.name,
+        "devices": plan.devices,
+        "parameters": plan.parameters,
+        "mesh": {axis: getattr(work, axis) for axis in AXES},
+        "zero": work.zero,
+        "sequence_parallel": work.sequence_parallel,
+        "remat": work.remat,
+        "precision": work.precision,
+        "batch_size": work.batch,
+        "micro_batch": work.micro_batch,
+        "accumulation": work.accumulation,
+        "tokens_per_step": work.tokens,
+        "runnable": work.why_modelled() is None,
+        "memory": dataclasses.asdict(memory) | {"program": memory.program, "total": memory.total},
+        "memory_source": "formula" if plan.compiled is None else "compiled",
+        "bytes_per_device": plan.bytes_per_device,
+        "device_memory_bytes": plan.hardware.memory_bytes,
+        "fits": plan.fits,
+        "flops_per_step": plan.flops_per_step,
+        "recomputed_flops_per_step": plan.recomputed_flops_per_step,
+        "time": dataclasses.asdict(time) | {"exposed": time.exposed, "total": time.total},
+        "tokens_per_second_per_device": plan.tokens_per_second_per_device,
+        "mfu": {"full": plan.mfu("full"), "causal": plan.mfu("causal"), "peak_flops": plan.peak_flops},
+        "steps": plan.steps,
+        "days": plan.days,
+        "device_hours": plan.device_hours,
+        "cost": plan.cost,
+        "energy_kwh": plan.energy_kwh,
+        "binds": plan.binds,
+        "notes": list(plan.notes),
+        "compiled": None if plan.compiled is None else compiled.as_dict(plan.compiled),
+    }
+
+
+def layout(plan: Plan) -> str:
+    """Mesh, ZeRO stage, rematerialisation and precision in a line."""
+    work = plan.work
+    sizes = [f"{axis} {getattr(work, axis):,}" for axis in AXES if getattr(work, axis) > 1]
+    extra = [
+        f"zero {work.zero}",
+        f"remat {work.remat}",
+        f"{work.accumulation} micro-batch" + "es" * (work.accumulation > 1),
+    ]
+    extra += ["sequence parallel"] * work.sequence_parallel
+    extra += ["optimizer in host memory"] * work.offload_optimizer
+    extra += ["activations in host memory"] * work.offload_activations
+    return ", ".join([" x ".join(sizes) or "one device", *extra, work.precision])
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    text = ["memory of a device, GB"]
+    text += [_row(label, getattr(plan.memory, name) / 1e9) for name, label in _MEMORY.items()]
+    text.append(_row("total by formula", plan.memory.total / 1e9))
+    if plan.compiled is not None:
+        text.append(_row("total, compiled", plan.bytes_per_device / 1e9))
+    if plan.memory.host:
+        text.append(_row("in host memory", plan.memory.host / 1e9))
+    size = plan.hardware.memory_bytes / 1e9
+    basis = "by formula, not compiled" if plan.compiled is None else "as compiled"
+    text.append(f"  {'fits' if plan.fits else 'DOES NOT FIT'} in {size:,.0f} ({basis})")
+    return text
+
+
+def _time_lines(plan: Plan) -> list[str]:
+    time = plan.time
+    unit, scale = ("ms", 1e3) if time.total < 10 else ("s", 1.0)
+    text = [f"time of a step, {unit}"]
+    parts = {
+        "matrix products": time.matmul,
+        "attention": time.attention,
+        "memory-bound": time.memory_bound,
+        "optimizer": time.optimizer,
+        "kernel launches": time.host,
+    }
+    if plan.work.stage > 1:
+        parts["pipeline bubble"] = time.bubble
+    text += [_row(label, seconds * scale) for label, seconds in parts.items()]
+    for axis, part in time.communication.items():
+        text.append(f"{_row(f'over {axis}, exposed', part.exposed * scale)}  of {part.seconds * scale:,.1f}")
+    return [*text, _row("total", time.total * scale)]
+
+
+def _speed_lines(plan: Plan) -> list[str]:
+    text = f"  speed     {plan.tokens_per_second_per_device:,.0f} tokens/s per device"
+    full, causal = plan.mfu("full"), plan.mfu("causal")
+    if full is not None and causal is not None and plan.peak_flops is not None:
+        text += (
+            f"; MFU {causal:.1%} causal, {full:.1%} full attention,"
+            f" of {plan.peak_flops / 1e12:,.0f} TFLOP/s {plan.work.precision}"
+        )
+    run = (
+        f"  run       {plan.steps:,} steps, {plan.total_tokens / 1e9:,.4g}B tokens: {plan.days:,.3g} days,"
+        f" {plan.device_hours:,.0f} device-hours"
+    )
+    if plan.energy_kwh is not None:
+        run += f", {plan.energy_kwh / 1000:,.4g} MWh of devices"
+    if plan.cost is not None:
+        run += f", cost {plan.cost:,.0f}"
+    return [text, run]
+
+
+def _row(label: str, value: float) -> str:
+    return f"  {label:26} {value:10,.2f}"
+
+
+def _side_by_side(left: list[str], right: list[str]) -> list[str]:
+    width = max(map(len, left)) + 4
+    rows = max(len(left), len(right))
+    left, right = left + [""] * (rows - len(left)), right + [""] * (rows - len(right))
+    return [f"  {a:{width}}{b}".rstrip() for a, b in zip(left, right, strict=True)]

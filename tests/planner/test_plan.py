@@ -1,0 +1,148 @@
+"""A plan keeps the layout of each device, says what it found and refuses what cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stack.config import Config, ConfigError, load
+from stack.planner import hardware as chips
+from stack.planner import report
+from stack.planner.plan import plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def llama(*overrides: str) -> Config:
+    return load(CONFIGS / "llama3_8b.yaml", ["target=null", "train.accumulation=64", *overrides])
+
+
+def test_devices_grow_data_and_the_batch():
+    found = plan(llama(), hardware="h100", devices=1024)
+    assert (found.work.data, found.work.fsdp) == (128, 8)
+    assert found.work.batch == 128 * 512
+    assert found.work.micro_batch == 1
+    assert (
+        "the global batch is 65,536 rows, not the config's 512: each replica keeps its 64" in found.notes[0]
+    )
+
+
+def test_the_configs_own_devices_leave_its_batch():
+    found = plan(llama(), hardware="h100", devices=8)
+    assert found.work.batch == 512
+    assert found.notes == ()
+
+
+def test_the_target_stands_for_the_options():
+    config = llama("target={hardware: h200, devices: 64}", "train.accumulation=8")
+    found = plan(config)
+    assert (found.hardware.name, found.devices, found.work.data) == ("h200", 64, 8)
+    assert found.work.batch == 512
+
+
+def test_the_run_is_the_configs_tokens_whatever_the_batch():
+    small, large = (plan(llama(), hardware="h100", devices=devices) for devices in (8, 16))
+    assert small.total_tokens == large.total_tokens == 3_576_279 * 512 * 8192
+    assert small.steps == 3_576_279
+    assert large.steps == -(-3_576_279 // 2)
+    assert large.device_hours == pytest.approx(small.device_hours, rel=0.02)
+
+
+def test_cost_and_energy_are_of_the_device_hours():
+    found = plan(llama(), hardware="h100", devices=8, price_per_hour=2.5)
+    assert found.cost == pytest.approx(2.5 * found.device_hours)
+    assert found.energy_kwh == pytest.approx(0.7 * found.device_hours)
+    assert plan(llama(), hardware="h100", devices=8).cost is None
+
+
+def test_both_conventions_of_mfu_differ_by_the_half_of_attention():
+    found = plan(llama(), hardware="h100", devices=8)
+    full, causal = found.mfu("full"), found.mfu("causal")
+    assert full is not None
+    assert causal is not None
+    assert full / causal == pytest.approx(1.13, abs=0.01)
+    assert causal * 989e12 * 8 * found.time.total == pytest.approx(found.flops_per_step)
+
+
+def test_turing_nlg_is_planned_on_the_machine_it_was_trained_on():
+    found = plan(load(CONFIGS / "turing_nlg_17b.yaml"), hardware="v100-32gb", devices=256)
+    assert (found.work.data, found.work.fsdp, found.work.tensor, found.work.batch) == (2, 32, 4, 512)
+    assert found.parameters == 17_177_045_760
+    assert found.flops_per_step + found.recomputed_flops_per_step < 7.464e16  # That is with full attention.
+    assert any("no bfloat16" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "devices", "told"),
+    [
+        ("h1000", 8, "'h1000' is unknown; did you mean h100?"),
+        ("h100", 12, "mesh.fsdp=6 (data 2); or use 8 or 16 devices"),
+        ("h100", 3, "mesh.fsdp=3 (data 1); or use 8 devices"),
+        ("h100", 0, "does not divide 0 devices"),
+        (None, 8, "no hardware is named; give --hardware, one of a100-40gb"),
+    ],
+)
+def test_what_cannot_be_is_one_line_with_the_nearest_that_can(hardware, devices, told):
+    with pytest.raises(ConfigError) as error:
+        plan(llama(), hardware=hardware, devices=devices)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_that_cannot_be_split_is_refused():
+    with pytest.raises(ConfigError, match=r"train.batch_size=513 .* use a multiple of"):
+        plan(llama("train.batch_size=513", "train.accumulation=1"), hardware="h100", devices=8)
+
+
+def test_an_open_layout_is_not_guessed():
+    with pytest.raises(ConfigError, match="add --search to see its choices"):
+        plan(llama("mesh=auto"), hardware="h100", devices=8)
+
+
+def test_what_does_not_fit_is_said_with_a_remedy():
+    found = plan(llama("train.remat=none"), hardware="l4", devices=8)
+    assert not found.fits
+    assert found.binds.startswith("memory: it needs")
+    assert "set train.remat=full" in found.binds
+    assert any("DOES NOT FIT" in line for line in report.lines(found))
+
+
+def test_a_fit_names_what_it_rests_on():
+    found = plan(llama(), hardware="h100", devices=8)
+    assert found.fits
+    assert any("fits in 80 (by formula, not compiled)" in line for line in report.lines(found))
+    assert report.as_dict(found)["memory_source"] == "formula"
+
+
+def test_the_json_is_whole_and_plain():
+    read = json.loads(json.dumps(report.as_dict(plan(llama(), hardware="h100", devices=8))))
+    categories = (
+        "parameters",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "temporaries",
+        "collectives",
+    )
+    assert sum(read["memory"][name] for name in (*categories, "reserve")) == pytest.approx(
+        read["memory"]["total"]
+    )
+    assert read["time"]["communication"]["fsdp"]["exposed"] > 0
+    assert read["parameters"] == 8_030_261_248
+    assert read["compiled"] is None
+
+
+def test_a_chip_of_the_users_own_is_planned_for(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: h100\nmemory_bytes: 40e9\n")
+    found = plan(llama(), hardware=file, devices=8)
+    assert found.hardware.memory_bytes == 40e9
+    assert found.time == plan(llama(), hardware="h100", devices=8).time
+
+
+@pytest.mark.parametrize("chip", chips.names())
+def test_every_chip_plans(chip):
+    found = plan(llama(), hardware=chip, devices=8)
+    assert found.time.total > 0
+    assert report.lines(found)
