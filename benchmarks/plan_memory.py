@@ -45,19 +45,19 @@ DEVICE_BYTES = 141e9
 """Of an H200."""
 
 RECIPES = {
-    "nanogpt_cpu": (1, 8),
-    "quickstart": (1, 8),
-    "gpt2_124m": (8, 8),
-    "gpt2_355m": (8, 8),
-    "gpt2_774m": (8, 8),
-    "gpt2_1_5b": (8, 8),
-    "qwen3_0_6b": (8, 8),
-    "turing_nlg_small": (8, 8),
-    "llama3_8b": (8, 16),
-    "turing_nlg_17b": (32, 32),
-    "llama3_70b": (64, 64),
+    "nanogpt_cpu": 8,
+    "quickstart": 8,
+    "gpt2_124m": 8,
+    "gpt2_355m": 8,
+    "gpt2_774m": 8,
+    "gpt2_1_5b": 8,
+    "qwen3_0_6b": 8,
+    "turing_nlg_small": 8,
+    "llama3_8b": 16,
+    "turing_nlg_17b": 32,
+    "llama3_70b": 64,
 }
-"""Devices the recipe is for, which give its micro-batch; devices it is compiled for here."""
+"""Devices each is compiled for here; its micro-batch is that on the devices of its target."""
 
 
 class Cell(NamedTuple):
@@ -89,8 +89,9 @@ def config_of(cell: Cell) -> Config:
     """The recipe on the grid's mesh, with the micro-batch and accumulation it was written with."""
     path = ROOT / "configs" / f"{cell.recipe}.yaml"
     recipe = load(path)
-    home, here = RECIPES[cell.recipe]
-    sizes = resolve(recipe.mesh, home)
+    assert recipe.target is not None
+    here = RECIPES[cell.recipe]
+    sizes = resolve(recipe.mesh, recipe.target.devices)
     micro = recipe.train.batch_size // recipe.train.accumulation // (sizes["data"] * sizes["fsdp"])
     here = here // 8 * 10 if cell.tensor == 5 else here
     rows = micro * recipe.train.accumulation * here // cell.tensor

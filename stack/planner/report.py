@@ -138,7 +138,7 @@ def _speed_lines(plan: Plan) -> list[str]:
             f" of {plan.peak_flops / 1e12:,.0f} TFLOP/s {plan.work.precision}"
         )
     run = (
-        f"  run       {plan.steps:,} steps, {plan.total_tokens / 1e9:,.4g}B tokens: {plan.days:,.3g} days,"
+        f"  run       {plan.steps:,} steps, {_tokens(plan.total_tokens)} tokens: {_days(plan.days)},"
         f" {plan.device_hours:,.0f} device-hours"
     )
     if plan.energy_kwh is not None:
@@ -146,6 +146,19 @@ def _speed_lines(plan: Plan) -> list[str]:
     if plan.cost is not None:
         run += f", cost {plan.cost:,.0f}"
     return [text, run]
+
+
+def _tokens(number: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:,.3g}{letter}"
+    return f"{number:,}"
+
+
+def _days(days: float) -> str:
+    if days >= 2:
+        return f"{days:,.0f} days"
+    return f"{days * 24:.1f} hours" if days >= 2 / 24 else f"{days * 1440:.1f} minutes"
 
 
 def _row(label: str, value: float) -> str:
