@@ -135,7 +135,7 @@ def _speed_lines(plan: Plan) -> list[str]:
     if full is not None and causal is not None and plan.peak_flops is not None:
         text += (
             f"; MFU {causal:.1%} causal, {full:.1%} full attention,"
-            f" of {plan.peak_flops / 1e12:,.0f} TFLOP/s {plan.work.precision}"
+            f" of {plan.peak_flops / 1e12:,.3g} TFLOP/s {plan.work.precision}"
         )
     run = (
         f"  run       {plan.steps:,} steps, {_tokens(plan.total_tokens)} tokens: {_days(plan.days)},"

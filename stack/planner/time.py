@@ -298,12 +298,16 @@ def _fsdp(work: Workload, chip: Hardware, forward: float, rest: float, head: flo
 
 
 def _data(work: Workload, chip: Hardware, backward: float) -> Communication:
-    """The step's all-reduce of what each device holds of the gradient, beside the last backward pass."""
+    """All-reduces of what each device holds of the gradient, beside a backward pass.
+
+    As often as gradients are scattered: stages 2 and 3 do both every micro-batch.
+    """
     ways = work.data * work.expert
     stride = work.tensor * work.context * work.stage * work.fsdp
     size = _on_device(work) * work.reduce_bytes / (work.fsdp if work.zero else 1)
     seconds = 2 * ring_seconds(size, ways, stride, chip)
-    return _beside(2 * size * (ways - 1) / ways, seconds, backward, chip)
+    times = work.accumulation if work.zero >= 2 else 1
+    return _times(_beside(2 * size * (ways - 1) / ways, seconds, backward, chip), times)
 
 
 def _host_memory(work: Workload, chip: Hardware, layer: float) -> Communication:

@@ -103,6 +103,13 @@ def test_stage_2_scatters_every_micro_batch_and_stage_1_once():
     assert often - once == pytest.approx(3 * 4 * matrices * 7 / 8)
 
 
+@pytest.mark.parametrize(("zero", "times"), [(1, 1), (2, 4), (3, 4)])
+def test_replicas_sum_as_often_as_gradients_are_scattered(zero, times):
+    sent = step_time(work(batch=128, data=2, zero=zero), H100).communication["data"].bytes
+    matrices = sum(part.size for part in parameters(MODEL) if part.matrix)
+    assert sent == pytest.approx(times * 4 * matrices / 8)
+
+
 def test_full_remat_costs_a_forward_pass_of_the_layers():
     none, full = (step_time(work(remat=remat), H100) for remat in ("none", "full"))
     head = step_time(work(model=MODEL.model_copy(update={"num_layers": 1})), H100)
