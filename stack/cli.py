@@ -170,7 +170,10 @@ def _add_plan(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     plan.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, or the folder of a run")
     _add_overrides(plan)
     plan.add_argument(
-        "--hardware", metavar="CHIP", help="such as h100, or a YAML file of a chip (default: target.hardware)"
+        "--hardware",
+        metavar="CHIP",
+        help="v100-32gb, a100-80gb, h100, h200, b200, gb200, mi300x, tpu-v5p, ... (a wrong name lists all),"
+        " or a YAML file of one (default: target.hardware)",
     )
     plan.add_argument(
         "--devices",

@@ -9,7 +9,7 @@ class TargetConfig(Section):
     """The machine a config is planned for, and compiled for where there is none; training ignores it."""
 
     hardware: str = "h100"
-    """A chip by name (`h100`, `v100-32gb`, ...: `stack plan --help` lists them) or a YAML file of one."""
+    """A chip by name (`h100`, `v100-32gb`; an unknown one is answered with all) or a YAML file of one."""
     devices: PositiveInt = 8
     """How many of them; mesh axes of -1 take what is left of these."""
     compile_target: str | None = None
