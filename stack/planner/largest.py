@@ -48,6 +48,7 @@ class Method:
 
 METHODS = (
     Method(name="plain data parallelism", zero=0),
+    Method(name="the same, full remat", zero=0, remat="full"),
     Method(name="ZeRO 1", zero=1),
     Method(name="ZeRO 2", zero=2),
     Method(name="ZeRO 3", zero=3),
@@ -464,4 +465,4 @@ def _billions(parameters: float) -> str:
 
 
 def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.2f} GB"

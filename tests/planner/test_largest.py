@@ -25,7 +25,7 @@ from stack.planner.memory import memory
 from stack.planner.workload import from_config
 from stack.train import program as programs
 
-PLAIN, OFFLOAD = METHODS[0], METHODS[5]
+PLAIN, OFFLOAD = METHODS[0], METHODS[6]
 GB = 1e9
 
 
