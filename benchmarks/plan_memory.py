@@ -71,18 +71,16 @@ class Cell(NamedTuple):
 
 
 def cells(recipes: list[str]) -> Iterator[Cell]:
-    """The grid of some recipes; without sequence parallelism where a row does not divide."""
+    """The grid of some recipes; those whose heads, MLP and vocabulary no number divides have no `tensor`."""
     for recipe in recipes:
-        model, data = (config := load(ROOT / "configs" / f"{recipe}.yaml")).model, config.data
+        model = load(ROOT / "configs" / f"{recipe}.yaml").model
         common = math.gcd(model.num_heads, model.kv_heads, model.mlp_width, model.padded_vocab_size)
-        # 25 heads, as in gpt2_1_5b, split by nothing else.
-        common = common if common > 1 else 5
-        tensor = next(n for n in range(2, common + 1) if common % n == 0)
+        tensor = next((n for n in range(2, common + 1) if common % n == 0), 1)
+        splits = [(1, False), (tensor, False), (tensor, True)] if tensor > 1 else [(1, False)]
         for zero in range(4):
             for remat in ("none", "full", "dots"):
-                for ways, sequence_parallel in ((1, False), (tensor, False), (tensor, True)):
-                    if not sequence_parallel or data.sequence_length % ways == 0:
-                        yield Cell(recipe, zero, remat, ways, sequence_parallel)
+                for ways, sequence_parallel in splits:
+                    yield Cell(recipe, zero, remat, ways, sequence_parallel)
 
 
 def config_of(cell: Cell) -> Config:
@@ -93,7 +91,6 @@ def config_of(cell: Cell) -> Config:
     here = RECIPES[cell.recipe]
     sizes = resolve(recipe.mesh, recipe.target.devices)
     micro = recipe.train.batch_size // recipe.train.accumulation // (sizes["data"] * sizes["fsdp"])
-    here = here // 8 * 10 if cell.tensor == 5 else here
     rows = micro * recipe.train.accumulation * here // cell.tensor
     return load(
         path,
