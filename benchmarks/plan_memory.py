@@ -134,7 +134,7 @@ def record(cell: Cell, results: Path) -> None:
     print(f"{cell}: {found / 2**30:.3f} GiB, {time.perf_counter() - start:.0f} s", flush=True)
     new = not results.exists()
     with results.open("a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(COLUMNS)
         writer.writerow(
