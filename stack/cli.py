@@ -184,7 +184,9 @@ def _add_plan(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     plan.add_argument("--search", action="store_true", help="find the best layouts of the config's batch")
     plan.add_argument("--top", type=int, default=8, metavar="N", help="layouts to show (default: 8)")
     plan.add_argument("--out", metavar="FILE", help="--search: the config to write; a curve: its plot")
-    plan.add_argument("--compile", action="store_true", help="compile the exact step for the chip")
+    plan.add_argument(
+        "--compile", dest="compile_step", action="store_true", help="compile the exact step for the chip"
+    )
     plan.add_argument("--price", type=float, metavar="P", help="of one chip and hour; adds the cost")
     plan.add_argument(
         "--validate",

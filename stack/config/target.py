@@ -6,7 +6,10 @@ from stack.config.section import Section
 
 
 class TargetConfig(Section):
-    """The machine a config is planned for, and compiled for where there is none; training ignores it."""
+    """The machine a config is planned for, and compiled for where there is none.
+
+    Training reads it only to know its chip, where this is a file that describes the chip it runs on.
+    """
 
     hardware: str = "h100"
     """A chip by name (`h100`, `v100-32gb`; an unknown one is answered with all) or a YAML file of one."""

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json as jsons
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stack.config import Config, ConfigError, StackError, load
-from stack.planner import hardware as chips
-from stack.planner.hardware import Hardware
+from stack.planner.plan import named_chip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ def run(
     search: bool,
     top: int,
     out: str | None,
-    compile: bool,  # noqa: A002 (named as on the command line)
+    compile_step: bool,
     price: float | None,
     validate: str | None,
     largest: bool,
@@ -40,7 +40,7 @@ def run(
     """
     asked = {
         "--search": search,
-        "--compile": compile,
+        "--compile": compile_step,
         "--validate": validate is not None,
         "--largest": largest,
         "--devices A..B": devices is not None and ".." in devices,
@@ -65,7 +65,7 @@ def run(
         elif search:
             answer = _search(tree, hardware, _count(devices), top, out, base=None if overrides else config)
         else:
-            answer = _plan(tree, hardware, _count(devices), price, compile)
+            answer = _plan(tree, hardware, _count(devices), price, compile_step)
     yield from [_as_json(answer.json)] if json else answer.lines
 
 
@@ -94,7 +94,9 @@ def _search(
 
     if top < 1:
         raise ConfigError(f"--top {top} must be at least 1")
-    found = search.search(config, hardware=_chip(config, hardware), devices=_of(config, devices), top=top)
+    found = search.search(
+        config, hardware=named_chip(config, hardware), devices=_of(config, devices), top=top
+    )
     text = search.lines(found)
     if out:
         search.write(found, out, base=base)
@@ -105,7 +107,7 @@ def _search(
 def _scaling(config: Config, hardware: str | None, devices: str, out: str | None) -> Answer:
     from stack.planner import scaling
 
-    curves = scaling.scaling(config, hardware=_chip(config, hardware), devices=scaling.counts(devices))
+    curves = scaling.scaling(config, hardware=named_chip(config, hardware), devices=scaling.counts(devices))
     text = scaling.lines(curves)
     if out:
         text = [*text, "", f"drew {scaling.plot(curves, out)}"]
@@ -124,17 +126,12 @@ def _largest(hardware: str | None, devices: int | None) -> Answer:
 
     if hardware is None or devices is None:
         raise ConfigError("--largest needs --hardware and --devices, for example --hardware h100 --devices 8")
-    rows = largest.largest(hardware, devices)
+
+    def progress(text: str) -> None:
+        sys.stderr.write(f"{text}\n")
+
+    rows = largest.largest(hardware, devices, progress=progress)
     return Answer(lines=largest.lines(rows), json=largest.as_dict(rows))
-
-
-def _chip(config: Config, hardware: str | None) -> Hardware:
-    name = hardware or (config.target.hardware if config.target else None)
-    if not name:
-        raise ConfigError(
-            f"no hardware is named; give --hardware, one of {', '.join(chips.names())}, or set target"
-        )
-    return chips.load(name)
 
 
 def _of(config: Config, devices: int | None) -> int:

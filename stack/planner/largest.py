@@ -19,7 +19,7 @@ from stack.planner.hardware import Hardware
 from stack.planner.layouts import describe, divisors
 from stack.planner.memory import memory
 from stack.planner.result import Memory
-from stack.planner.shapes import parameters
+from stack.planner.shapes import num_parameters
 from stack.planner.time import step_time
 from stack.planner.workload import Workload, from_config
 
@@ -171,21 +171,21 @@ def largest(
             return Use(device=need.total, host=need.host)
 
         def measured(number: int) -> Use:
-            progress(f"compiling {method.name}: {_billions(count(member(number, length)))}")
+            progress(f"compiling {method.name}: {_billions(num_parameters(member(number, length)))}")
             return _compiled(config(number, method, devices, length), devices, chip)
 
         best, uses = boundary(limit, formula, formula if note else measured)
         if best < 0:
             raise StackError(
-                f"{method.name}: not even {count(member(0, length)) / 1e6:.0f} M parameters fit in "
+                f"{method.name}: not even {num_parameters(member(0, length)) / 1e6:.0f} M parameters fit in "
                 f"{limit / 1e9:.3g} GB; give a larger memory or shorter rows"
             )
         return Row(
             method=method,
             model=member(best, length),
-            parameters=count(member(best, length)),
+            parameters=num_parameters(member(best, length)),
             use=uses[best],
-            next_parameters=count(member(best + 1, length)),
+            next_parameters=num_parameters(member(best + 1, length)),
             next_use=uses[best + 1],
             source="formula" if note else "compiled",
         )
@@ -211,12 +211,6 @@ def member(number: int, length: int) -> ModelConfig:
         num_heads=heads,
         max_length=length,
     )
-
-
-def count(model: ModelConfig) -> int:
-    """Parameters without the padding of the vocabulary; of a model whose head is its word table."""
-    padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim
-    return sum(part.size for part in parameters(model)) - padding
 
 
 def config(number: int, method: Method, devices: int, length: int) -> Config:
@@ -337,7 +331,7 @@ def against_naive_tensor(chip: Hardware, num_layers: int, devices: int) -> Speed
         ],
     )
     return Speed(
-        parameters=count(model),
+        parameters=num_parameters(model),
         devices=devices,
         batch=SPEED_BATCH,
         naive=naive,

@@ -117,7 +117,7 @@ def variants(mesh: Workload, space: Space) -> Iterator[list[Workload]]:
 def describe(work: Workload) -> str:
     """A layout in one phrase: `data 8 x fsdp 16 x tensor 4, zero 1, remat full, micro-batch 2 x 4`."""
     axes = ("data", "fsdp", "stage", "context", "expert", "tensor")
-    sizes = [f"{axis} {getattr(work, axis)}" for axis in axes if getattr(work, axis) > 1]
+    sizes = [f"{axis} {getattr(work, axis):,}" for axis in axes if getattr(work, axis) > 1]
     parts = [" x ".join(sizes) or "one device", f"zero {work.zero}"]
     if work.sequence_parallel:
         parts.append("sequence parallel")
@@ -127,6 +127,8 @@ def describe(work: Workload) -> str:
         virtual = f", {work.virtual_stages} virtual stages" if work.virtual_stages > 1 else ""
         parts.append(f"{work.schedule}{virtual}")
     parts += [f"remat {work.remat}", f"micro-batch {work.micro_batch} x {work.accumulation}"]
+    parts += ["optimizer in host memory"] * work.offload_optimizer
+    parts += ["activations in host memory"] * work.offload_activations
     return ", ".join([*parts, work.precision] if work.precision == "float8" else parts)
 
 

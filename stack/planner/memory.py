@@ -16,8 +16,6 @@ from stack.planner.result import Memory
 from stack.planner.shapes import Parameter, parameters
 from stack.planner.workload import Workload
 
-GIB = 2**30
-
 MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 1}
 """Float32 numbers that an optimizer keeps per parameter; adafactor only of what it does not factor."""
 
@@ -25,7 +23,7 @@ FACTORED = 128
 """Adafactor keeps rows and columns of what has two axes as long as this (Optax's default), whose own
 size rounds to nothing."""
 
-RESERVE = 1.5 * GIB
+RESERVE = 1.5 * 2**30
 """The runtime's context, its libraries' workspaces and the network's buffers."""
 
 STREAMS = 7
@@ -104,6 +102,14 @@ def _ends(w: Workload, *, first: bool, last: bool) -> tuple[Parameter, ...]:
     if first:
         return found.embedding
     return (*found.head, found.embedding[0]) if w.model.tied_embeddings else found.head
+
+
+def optimizer_numbers(workload: Workload) -> float:
+    """Float32 numbers of the optimizer's state on one device; of a pipeline, with half of both ends."""
+    found = parameters(workload.model)
+    ends = (*found.embedding, *found.head)
+    layers = _moments(workload, found.layers) / workload.stage
+    return layers + _moments(workload, ends) / min(workload.stage, 2)
 
 
 def _moments(w: Workload, parts: Iterable[Parameter]) -> float:

@@ -12,11 +12,9 @@ from stack.planner.flops import recomputed_flops_per_token, train_flops_per_toke
 from stack.planner.hardware import Hardware
 from stack.planner.memory import memory as memory_of
 from stack.planner.result import Memory, Time
-from stack.planner.shapes import parameters
+from stack.planner.shapes import num_parameters
 from stack.planner.time import step_time
 from stack.planner.workload import Workload, from_config
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,7 @@ def plan(
     *,
     hardware: str | Path | Hardware | None = None,
     devices: int | None = None,
-    compile: bool = False,  # noqa: A002 (the word of the command line)
+    compile_step: bool = False,
     price_per_hour: float | None = None,
 ) -> Plan:
     """Plans a config's own layout on a cluster; nothing is allocated, nothing need be here.
@@ -132,7 +130,7 @@ def plan(
       config: what to train.
       hardware: a chip by name, a YAML file of one, or one that was loaded; None: `config.target`'s.
       devices: how many; None: `config.target`'s, or those the mesh names.
-      compile: compile the exact step for the chip too; needs the extra `plan`.
+      compile_step: compile the exact step for the chip too; needs the extra `plan`.
       price_per_hour: of one chip; None: the chip's file's.
 
     Raises:
@@ -140,11 +138,11 @@ def plan(
         names the nearest that do.
       StackError: compiling was asked for and cannot be.
     """
-    chip = _chip(config, hardware)
+    chip = named_chip(config, hardware)
     if price_per_hour is not None:
         chip = dataclasses.replace(chip, price_per_hour=price_per_hour)
     scaled, notes = for_devices(config, devices)
-    count = math.prod(resolve(scaled.mesh, devices or _own_devices(config)).values())
+    count = math.prod(getattr(scaled.mesh, axis) for axis in AXES)
     work = from_config(scaled, count, chip)
     if work.precision == "float16" and config.model.dtype == "bfloat16":
         notes.append(f"{chip.name} has no bfloat16: planned in float16, which is modelled only")
@@ -158,12 +156,12 @@ def plan(
         devices=count,
         work=work,
         total_tokens=config.train.steps * config.train.batch_size * config.data.sequence_length,
-        parameters=_parameters(work),
+        parameters=num_parameters(work.model),
         memory=memory_of(work),
         time=step_time(work, chip),
         notes=tuple(notes),
     )
-    return compiled(result) if compile else result
+    return compiled(result) if compile_step else result
 
 
 def compiled(result: Plan) -> Plan:
@@ -174,7 +172,7 @@ def compiled(result: Plan) -> Plan:
     """
     from stack.planner.compiled import compile_plan
 
-    report = compile_plan(result.config, hardware=result.hardware.name, devices=result.devices)
+    report = compile_plan(result.config, hardware=result.hardware, devices=result.devices)
     return dataclasses.replace(result, compiled=report)
 
 
@@ -217,8 +215,12 @@ def for_devices(config: Config, devices: int | None) -> tuple[Config, list[str]]
     return config.replace(*changes), notes
 
 
-def _chip(config: Config, hardware: str | Path | Hardware | None) -> Hardware:
-    """The chip that is named, or the target's."""
+def named_chip(config: Config, hardware: str | Path | Hardware | None) -> Hardware:
+    """The chip that is named, or the target's.
+
+    Raises:
+      ConfigError: none is named, or it is not known.
+    """
     if isinstance(hardware, Hardware):
         return hardware
     named = hardware or (config.target.hardware if config.target else None)
@@ -258,43 +260,25 @@ def _nearest(own: dict[str, int], free: str, devices: int) -> str:
     return f"mesh: {text} = {product:,} does not divide {devices:,} devices; {remedy}"
 
 
-def _parameters(work: Workload) -> int:
-    model = work.model
-    tables = 1 if model.tied_embeddings else 2
-    padding = tables * (model.padded_vocab_size - model.vocab_size) * model.embed_dim
-    return sum(part.size for part in parameters(model)) - padding
-
-
 def _binds(result: Plan) -> str:
     """The largest part of the time, and what would lessen it; or that it does not fit."""
     time, chip, work = result.time, result.hardware, result.work
     if not result.fits:
         over = result.bytes_per_device / chip.memory_bytes
         return f"memory: it needs {over:.2f} of what {chip.name} has; {_smaller(work)}"
-    communication = {f"communication over {axis}": part.exposed for axis, part in time.communication.items()}
-    parts = {
-        "matrix products": time.matmul,
-        "attention": time.attention,
-        "memory bandwidth": time.memory_bound,
-        "the pipeline's bubble": time.bubble,
-        "the optimizer's update": time.optimizer,
-        "kernel launches": time.host,
-        **communication,
-    }
-    name, seconds = max(parts.items(), key=lambda part: part[1])
+    (name, seconds), (second, next_seconds) = sorted(time.parts.items(), key=lambda part: -part[1])[:2]
     remedies = {
         "matrix products": "as it should be",
         "attention": "a shorter sequence or a faster kernel would help",
-        "memory bandwidth": "wider layers, or fewer elementwise operations would help",
-        "the pipeline's bubble": "more micro-batches or virtual stages would help",
-        "the optimizer's update": "a larger batch, or more shards would help",
+        "memory-bound work": "wider layers, or fewer elementwise operations would help",
+        "pipeline bubble": "more micro-batches or virtual stages would help",
+        "optimizer": "a larger batch, or more shards would help",
         "kernel launches": "a larger micro-batch would help",
     }
     remedy = remedies.get(name, "a larger micro-batch, or this axis within a node would help")
-    second = sorted(parts.items(), key=lambda part: -part[1])[1]
     return (
         f"{name}, {seconds / time.total:.0%} of the step: {remedy};"
-        f" next {second[0]}, {second[1] / time.total:.0%}"
+        f" next {second}, {next_seconds / time.total:.0%}"
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from stack.config import AXES
 from stack.planner import compiled
+from stack.planner.layouts import describe
 from stack.planner.plan import Plan
 
 _MEMORY = {
@@ -29,7 +30,7 @@ def lines(plan: Plan) -> list[str]:
     batch = f"{work.batch:,} rows of {work.length:,} = {work.tokens:,} tokens a step, {rows}"
     text = [
         f"{plan.config.name} on {plan.devices:,} x {chip.title}",
-        f"  {layout(plan)}",
+        f"  {describe(work)}",
         f"  {plan.parameters:,} parameters; {batch}",
         f"  {flops}",
         "",
@@ -81,21 +82,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def layout(plan: Plan) -> str:
-    """Mesh, ZeRO stage, rematerialisation and precision in a line."""
-    work = plan.work
-    sizes = [f"{axis} {getattr(work, axis):,}" for axis in AXES if getattr(work, axis) > 1]
-    extra = [
-        f"zero {work.zero}",
-        f"remat {work.remat}",
-        f"{work.accumulation} micro-batch" + "es" * (work.accumulation > 1),
-    ]
-    extra += ["sequence parallel"] * work.sequence_parallel
-    extra += ["optimizer in host memory"] * work.offload_optimizer
-    extra += ["activations in host memory"] * work.offload_activations
-    return ", ".join([" x ".join(sizes) or "one device", *extra, work.precision])
-
-
 def _memory_lines(plan: Plan) -> list[str]:
     text = ["memory of a device, GB"]
     text += [_row(label, getattr(plan.memory, name) / 1e9) for name, label in _MEMORY.items()]
@@ -114,18 +100,12 @@ def _time_lines(plan: Plan) -> list[str]:
     time = plan.time
     unit, scale = ("ms", 1e3) if time.total < 10 else ("s", 1.0)
     text = [f"time of a step, {unit}"]
-    parts = {
-        "matrix products": time.matmul,
-        "attention": time.attention,
-        "memory-bound": time.memory_bound,
-        "optimizer": time.optimizer,
-        "kernel launches": time.host,
-    }
-    if plan.work.stage > 1:
-        parts["pipeline bubble"] = time.bubble
-    text += [_row(label, seconds * scale) for label, seconds in parts.items()]
-    for axis, part in time.communication.items():
-        text.append(f"{_row(f'over {axis}, exposed', part.exposed * scale)}  of {part.seconds * scale:,.1f}")
+    for name, seconds in time.parts.items():
+        if seconds:
+            axis = name.removesuffix(" communication")
+            part = time.communication.get(axis)
+            whole = f"  of {part.seconds * scale:,.1f}" if part else ""
+            text.append(_row(f"over {axis}, exposed" if part else name, seconds * scale) + whole)
     return [*text, _row("total", time.total * scale)]
 
 

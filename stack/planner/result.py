@@ -80,14 +80,19 @@ class Time:
         return sum(part.exposed for part in self.communication.values())
 
     @property
+    def parts(self) -> dict[str, float]:
+        """What the seconds go to, by name."""
+        return {
+            "matrix products": self.matmul,
+            "attention": self.attention,
+            "memory-bound work": self.memory_bound,
+            **{f"{axis} communication": part.exposed for axis, part in self.communication.items()},
+            "pipeline bubble": self.bubble,
+            "optimizer": self.optimizer,
+            "kernel launches": self.host,
+        }
+
+    @property
     def total(self) -> float:
         """Of the step."""
-        return (
-            self.matmul
-            + self.attention
-            + self.memory_bound
-            + self.exposed
-            + self.bubble
-            + self.optimizer
-            + self.host
-        )
+        return sum(self.parts.values())

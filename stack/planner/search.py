@@ -324,28 +324,15 @@ def _nothing_divides(start: Workload, devices: int, accumulation: int = 1) -> st
     )
 
 
-def parts(time: Time) -> dict[str, float]:
-    """The seconds of a step by what they go to; they add up to its total."""
-    return {
-        "matrix products": time.matmul,
-        "attention": time.attention,
-        "memory-bound work": time.memory_bound,
-        **{f"{axis} communication": part.exposed for axis, part in time.communication.items()},
-        "pipeline bubble": time.bubble,
-        "optimizer": time.optimizer,
-        "host": time.host,
-    }
-
-
 def binds(time: Time) -> str:
     """What most of a step goes to: `matrix products 71%, fsdp communication 12%`."""
-    largest = sorted(parts(time).items(), key=lambda part: -part[1])
+    largest = sorted(time.parts.items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {seconds / time.total:.0%}" for name, seconds in largest[:2])
 
 
 def gains(candidate: Candidate, own: Candidate) -> str:
-    """What a layout gains over another: `1.12x: matrix products -0.42 s, host -0.01 s`."""
-    before, after = parts(own.time), parts(candidate.time)
+    """What a layout gains over another: `1.12x: matrix products -0.42 s, kernel launches -0.01 s`."""
+    before, after = own.time.parts, candidate.time.parts
     changes = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in before | after}
     least = 0.005 * own.time.total
     largest = sorted((item for item in changes.items() if abs(item[1]) > least), key=lambda item: item[1])
@@ -420,7 +407,7 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
     return {
         "layout": layout | {"accumulation": work.accumulation},
         "step_seconds": candidate.time.total,
-        "seconds": parts(candidate.time),
+        "seconds": candidate.time.parts,
         "tokens_per_second_per_device": candidate.tokens_per_second,
         "memory_bytes": need.total,
         "memory": dataclasses.asdict(need),

@@ -52,6 +52,13 @@ class Parameters:
         yield from self.head
 
 
+def num_parameters(model: ModelConfig) -> int:
+    """All parameters of a model, the padding of the vocabulary left out."""
+    tables = 1 if model.tied_embeddings else 2
+    padding = tables * (model.padded_vocab_size - model.vocab_size) * model.embed_dim
+    return sum(part.size for part in parameters(model)) - padding
+
+
 @cache
 def parameters(model: ModelConfig) -> Parameters:
     """All parameters of a model."""

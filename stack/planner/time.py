@@ -14,10 +14,11 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-from stack.planner.hardware import Hardware
+from stack.planner.hardware import Hardware, Precision
+from stack.planner.memory import optimizer_numbers
 from stack.planner.result import Communication, Time
 from stack.planner.shapes import parameters
-from stack.planner.workload import Precision, Workload
+from stack.planner.workload import Workload
 
 _BYTES = 2
 """Of an activation, and of a weight as it is used."""
@@ -31,11 +32,9 @@ _LOGIT_BYTES = 16
 _SCORE_BYTES = 16
 """The same per attention score, forward, where the kernel writes them all to memory."""
 
-_OPTIMIZER_STATES = {"adamw": 2, "lion": 1, "sgd": 1, "adafactor": 0}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
+class Spent:
     """Seconds on one device, by what they are spent on, one after the other."""
 
     matmul: float = 0.0
@@ -48,18 +47,18 @@ class Work:
         """All of them."""
         return self.matmul + self.attention + self.memory + self.launch
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: "Spent") -> "Spent":
         """One, then the other."""
-        return Work(
+        return Spent(
             matmul=self.matmul + other.matmul,
             attention=self.attention + other.attention,
             memory=self.memory + other.memory,
             launch=self.launch + other.launch,
         )
 
-    def __mul__(self, times: float) -> "Work":
+    def __mul__(self, times: float) -> "Spent":
         """Several times."""
-        return Work(
+        return Spent(
             matmul=self.matmul * times,
             attention=self.attention * times,
             memory=self.memory * times,
@@ -69,7 +68,7 @@ class Work:
 
 def step_time(work: Workload, chip: Hardware) -> Time:
     """The time of one optimizer step, by what it is spent on."""
-    forward, head = layer_forward(work, chip), _head(work, chip)
+    forward, head = _layer_forward(work, chip), _head(work, chip)
     recomputed, backward = _recomputed(work, forward), _backward(work, forward)
     layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
     layer = forward + recomputed + backward
@@ -98,7 +97,7 @@ def step_time(work: Workload, chip: Hardware) -> Time:
     )
 
 
-def layer_forward(work: Workload, chip: Hardware) -> Work:
+def _layer_forward(work: Workload, chip: Hardware) -> Spent:
     """One layer, forward, one micro-batch, on one device; collectives left out."""
     model, tokens = work.model, work.micro_tokens
     queries = model.num_heads * model.head_width / work.tensor
@@ -123,7 +122,7 @@ def layer_forward(work: Workload, chip: Hardware) -> Work:
     attention = 4 * scores * model.head_width / (_peak(chip, "bfloat16") * chip.efficiency.attention)
     if not work.fused_attention:
         attention += scores * 2 * _SCORE_BYTES / _bandwidth(chip)  # No half of the mask is left out.
-    return Work(
+    return Spent(
         matmul=matmul,
         attention=attention,
         memory=tokens * traffic / _bandwidth(chip),
@@ -178,15 +177,15 @@ def _bandwidth(chip: Hardware) -> float:
     return chip.memory_bandwidth * chip.efficiency.memory
 
 
-def _recomputed(work: Workload, forward: Work) -> Work:
+def _recomputed(work: Workload, forward: Spent) -> Spent:
     """What the backward pass computes again of a layer."""
     model = work.model
     if work.remat == "none":
-        return Work()
+        return Spent()
     if work.remat == "full":
         return forward
     if work.remat == "selective":
-        return Work(attention=forward.attention, launch=forward.launch / _KERNELS)
+        return Spent(attention=forward.attention, launch=forward.launch / _KERNELS)
     saved = 1.0  # dots
     if work.remat == "save_qkv_proj":
         heads = model.num_heads + 2 * model.kv_heads
@@ -197,17 +196,17 @@ def _recomputed(work: Workload, forward: Work) -> Work:
     return dataclasses.replace(forward, matmul=forward.matmul * (1 - saved))
 
 
-def _backward(work: Workload, forward: Work) -> Work:
+def _backward(work: Workload, forward: Spent) -> Spent:
     """Two products for each, attention's five for its two (arXiv 2307.08691), twice the traffic."""
     attention = 2.5 if work.fused_attention else 2
     return dataclasses.replace(forward * 2, attention=forward.attention * attention)
 
 
-def _head(work: Workload, chip: Hardware) -> Work:
+def _head(work: Workload, chip: Hardware) -> Spent:
     """Logits, loss and their gradients of one micro-batch; never in float8."""
     rows, tokens = work.model.padded_vocab_size / work.tensor, work.micro_tokens
     precision = "bfloat16" if work.precision == "float8" else work.precision
-    return Work(
+    return Spent(
         matmul=3 * product_seconds(tokens, rows, work.model.embed_dim, precision, chip),
         memory=tokens * rows * _LOGIT_BYTES / _bandwidth(chip),
     )
@@ -315,7 +314,7 @@ def _host_memory(work: Workload, chip: Hardware, layer: float) -> Communication:
     none = Communication(bytes=0.0, seconds=0.0, exposed=0.0)
     parts = [none]
     if work.offload_optimizer:
-        size = 2 * _OPTIMIZER_STATES[work.optimizer] * 4 * _on_device(work) / (work.fsdp if work.zero else 1)
+        size = 2 * 4 * optimizer_numbers(work)
         seconds = size / chip.host_bandwidth
         parts.append(Communication(bytes=size, seconds=seconds, exposed=seconds))
     if work.offload_activations:
@@ -327,10 +326,12 @@ def _host_memory(work: Workload, chip: Hardware, layer: float) -> Communication:
 
 
 def _optimizer(work: Workload, chip: Hardware) -> float:
-    """The update reads weight, gradient and moments in float32 and writes all but the gradient."""
-    states = _OPTIMIZER_STATES[work.optimizer]
-    traffic = 4 * (2 + states) + 4 * (1 + states) + _BYTES
-    return _on_device(work) / (work.fsdp if work.zero else 1) * traffic / _bandwidth(chip)
+    """The update reads weight, gradient and moments in float32, and writes all but the gradient.
+
+    The weight is written once more as it is used.
+    """
+    weights = _on_device(work) / (work.fsdp if work.zero else 1)
+    return (weights * (3 * 4 + _BYTES) + optimizer_numbers(work) * 2 * 4) / _bandwidth(chip)
 
 
 def _beside(sent: float, seconds: float, arithmetic: float, chip: Hardware) -> Communication:

@@ -14,9 +14,11 @@ from typing import Any, get_args
 
 from stack.config import ConfigError, ModelConfig
 from stack.planner import hardware as chips
+from stack.planner.hardware import Precision
+from stack.planner.layouts import describe
 from stack.planner.memory import published_memory
 from stack.planner.time import step_time
-from stack.planner.workload import Precision, Remat, Schedule, Workload
+from stack.planner.workload import Remat, Schedule, Workload
 
 TABLE = Path(str(files("stack.planner"))) / "data" / "published_runs.csv"
 """Published runs, each with its source; those the efficiencies are calibrated on."""
@@ -183,16 +185,9 @@ def lines(validation: Validation, *, worst: int = 12) -> list[str]:
     for run in sorted(runs, key=lambda run: -abs(run.error))[:worst]:
         text.append(
             f"{run.error:+8.1%}  line {run.line}: {run.model}, {run.work.devices} x {run.hardware},"
-            f" {run.precision}, {run.work.length} tokens, {layout(run.work)}: {why(run)}"
+            f" {run.precision}, {run.work.length} tokens, {describe(run.work)}: {why(run)}"
         )
     return text
-
-
-def layout(work: Workload) -> str:
-    """A layout in a few words."""
-    axes = ("data", "fsdp", "stage", "context", "expert", "tensor")
-    sizes = [f"{axis} {getattr(work, axis)}" for axis in axes if getattr(work, axis) > 1]
-    return " x ".join(sizes or ["one device"]) + f", zero {work.zero}, remat {work.remat}"
 
 
 def why(run: Run) -> str:

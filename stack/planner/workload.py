@@ -2,16 +2,13 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from stack.config import Config, ConfigError, ModelConfig
 from stack.kernels.attention.choice import choose
 from stack.parallel.mesh import check_divides, resolve
+from stack.planner.hardware import Hardware, Precision
 
-if TYPE_CHECKING:
-    from stack.planner.hardware import Hardware
-
-Precision = Literal["float32", "tensorfloat32", "float16", "bfloat16", "float8"]
 Remat = Literal["none", "full", "dots", "save_qkv_proj", "selective"]
 Schedule = Literal["1f1b", "interleaved", "gpipe"]
 Axis = Literal["data", "fsdp", "stage", "context", "expert", "tensor"]
@@ -97,7 +94,7 @@ class Workload:
         return None
 
 
-def from_config(config: Config, num_devices: int, chip: "Hardware | None" = None) -> Workload:
+def from_config(config: Config, num_devices: int, chip: Hardware | None = None) -> Workload:
     """The step the trainer makes of a config.
 
     Args:
@@ -148,7 +145,7 @@ def from_config(config: Config, num_devices: int, chip: "Hardware | None" = None
     )
 
 
-def _precision(dtype: Literal["bfloat16", "float32"], chip: "Hardware | None") -> Precision:
+def _precision(dtype: Literal["bfloat16", "float32"], chip: Hardware | None) -> Precision:
     """What the products of a model are computed in on a chip."""
     if dtype == "float32":  # XLA multiplies float32 in TensorFloat-32 on NVIDIA chips that have it.
         return "tensorfloat32" if chip is not None and "tensorfloat32" in chip.peak_flops else "float32"

@@ -18,10 +18,10 @@ from stack.planner.largest import (
     against_naive_tensor,
     boundary,
     config,
-    count,
     largest,
 )
 from stack.planner.memory import memory
+from stack.planner.shapes import num_parameters
 from stack.planner.workload import from_config
 from stack.train import program as programs
 
@@ -35,18 +35,18 @@ def by_formula() -> Largest:
 
 
 def test_each_member_of_the_family_is_a_little_larger():
-    sizes = [count(module.member(number, 1024)) for number in range(300)]
+    sizes = [num_parameters(module.member(number, 1024)) for number in range(300)]
     steps = [after / before for before, after in pairwise(sizes[60:])]
     assert min(steps) > 1
     assert max(steps) < 1.06
     thirteen = module.member(117, 2048)
     assert (thirteen.num_layers, thirteen.embed_dim, thirteen.num_heads) == (40, 5120, 40)
-    assert count(thirteen) == pytest.approx(13e9, rel=0.02)
+    assert num_parameters(thirteen) == pytest.approx(13e9, rel=0.02)
 
 
 def test_its_parameters_are_counted_as_the_trainer_counts_them():
     small = config(4, PLAIN, 1, 256)
-    assert count(small.model) == programs.build(small, jax.devices()[:1]).num_parameters
+    assert num_parameters(small.model) == programs.build(small, jax.devices()[:1]).num_parameters
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

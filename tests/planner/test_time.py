@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stack.config import ModelConfig
+from stack.planner.formulas import zero_elements_sent
 from stack.planner.hardware import load
+from stack.planner.memory import memory
 from stack.planner.shapes import parameters
 from stack.planner.time import product_seconds, ring_seconds, step_time
 from stack.planner.workload import Workload
@@ -89,12 +91,15 @@ def test_a_ring_is_no_faster_than_its_links(members, stride, size):
     assert ring_seconds(size, members, stride, H100) > size * (members - 1) / members / fastest
 
 
-@pytest.mark.parametrize(("zero", "copies"), [(0, 2 * 4), (1, 2 + 4), (3, 2 + 2 + 4)])
-def test_each_zero_stage_sends_what_its_paper_says(zero, copies):
-    """2P, 2P and 3P elements (arXiv 1910.02054, section 7), weights in two bytes, gradients in four."""
-    sent = step_time(work(batch=16, zero=zero), H100).communication["fsdp"].bytes
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("reduce_bytes", [2, 4])
+def test_each_zero_stage_sends_what_its_paper_says(zero, reduce_bytes):
+    """Weights in two bytes, gradients in those they are summed in, which are all that stage 0 sends."""
+    sent = step_time(work(batch=16, zero=zero, reduce_bytes=reduce_bytes), H100).communication["fsdp"].bytes
     matrices = sum(part.size for part in parameters(MODEL) if part.matrix)
-    assert sent == pytest.approx(copies * matrices * 7 / 8)
+    gradients = 2 if zero == 0 else 1
+    weights = zero_elements_sent(1, zero) - gradients
+    assert sent == pytest.approx((2 * weights + reduce_bytes * gradients) * matrices * 7 / 8)
 
 
 def test_stage_2_scatters_every_micro_batch_and_stage_1_once():
@@ -177,7 +182,7 @@ def test_scores_that_are_written_to_memory_cost_time():
 
 def test_offload_crosses_the_link_to_the_host():
     time = step_time(work(offload_optimizer=True, offload_activations=True, remat="full"), H100)
-    moments = 2 * 2 * 4 * sum(part.size for part in parameters(MODEL) if part.matrix) / 8
+    moments = 2 * memory(work(offload_optimizer=True)).host
     inputs = 2 * 24 * 512 // 8 * 2048 * 2048 * 2
     assert time.communication["host"].bytes == pytest.approx(moments + inputs)
 
