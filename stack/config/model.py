@@ -104,7 +104,7 @@ class ModelConfig(Section):
     """Attention kernel; `auto` takes cudnn where it can honour the whole config, and prints why."""
     scan_unroll: PositiveInt = 1
     """Layers per iteration of the scan over layers; 1 compiles one layer whatever the depth.
-    num_layers unrolls it whole: faster for tiny models on a CPU, slower to compile."""
+    num_layers unrolls it whole: faster for tiny models on a CPU, slower to compile. Only with remat none."""
 
     @property
     def kv_heads(self) -> int:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stack.parallel.rules import Layout
+from stack.parallel.zero import gather_weight, is_gathered
 
 Axes = tuple[tuple[str, int], ...]
 """Names and sizes, e.g. (("heads", 12), ("head_dim", 64))."""
@@ -24,13 +25,20 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, layout: Layout, names: tuple[str, ...]) -> jax.Array:
         """`x` ends in the input axes; the result has its dtype and the logical axes `names`."""
-        kernel = self.kernel[...].astype(x.dtype)
         contracted = len(self.inputs)
-        lhs = tuple(range(x.ndim - contracted, x.ndim))
-        rhs = tuple(range(contracted))
+        dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))), ((), ())
         partial = layout.product_spec(names, contracted=self.inputs)
-        y = jax.lax.dot_general(x, kernel, ((lhs, rhs), ((), ())), out_sharding=partial)
-        y = layout.shard(y, *names)
+
+        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            kernel = gather_weight(kernel, layout, self.kernel.axes, matrix=True) if split else kernel
+            return jax.lax.dot_general(x, kernel.astype(x.dtype), dimensions, out_sharding=partial)
+
+        split = layout.zero == 3 and not is_gathered(self.kernel[...], layout)
+        if split:
+            # The backward pass gathers again: what was gathered for the forward pass would be kept until
+            # then, for all layers, which is the whole model.
+            product = jax.checkpoint(product, prevent_cse=False)
+        y = layout.shard(product(x, self.kernel[...]), *names)
         return y if self.bias is None else add_bias(y, self.bias[...])
 
 

@@ -24,11 +24,6 @@ LAYER_INPUT = "layer_input"
 Remat = Literal["none", "full", "dots", "save_qkv_proj"]
 
 
-def _all_but_gathers(primitive: Primitive, *_: Any, **__: Any) -> bool:
-    """Saves everything except gathered weights: keeping those would make every weight whole at once."""
-    return primitive.name not in ("custom_vjp_call", "reshard", "convert_element_type")
-
-
 def _dots(primitive: Primitive, *inputs: Any, **parameters: Any) -> bool:
     """Saves the results of matmuls; where a device holds a partial sum of one, the sum."""
     if primitive.name == "reshard":
@@ -40,7 +35,6 @@ def _dots(primitive: Primitive, *inputs: Any, **parameters: Any) -> bool:
 
 
 SAVED = {
-    "none": _all_but_gathers,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": _dots,
     "save_qkv_proj": jax.checkpoint_policies.save_only_these_names("qkv_proj"),
@@ -171,18 +165,21 @@ class Decoder(nnx.Module):
         def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, Cache | None]:
             block, number, cache = inputs
             x = checkpoint_name(x, LAYER_INPUT) if offload else x
-            block = gather_at_use(block, layout)
+            if remat != "none":  # Once for what is computed again and its gradients; else product by product.
+                block = gather_at_use(block, layout)
             return block(x, context, keys=None if keys is None else layer_keys(keys, number), cache=cache)
 
-        if remat != "none" or layout.zero == 3:
+        if remat != "none":
             policy = OFFLOADED[remat] if offload else SAVED[remat]
             # Without the barrier the compiler, which unrolls the loop by two, computes the next layer again
             # beside this one and holds both (10.5 instead of 9.4 GiB for qwen3_0_6b). At stage 3 it would
             # hold back the gathers of the next layer's weights.
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=layout.zero < 3)
         stack = (self.layers, jnp.arange(self.config.num_layers), cache)
-        x, cache = jax.lax.scan(layer, x, stack, unroll=self.config.scan_unroll)
-        x = layout.shard(gather_at_use(self.final_norm, layout)(x), "batch", "length", "embed")
+        # Unrolled, what is to be computed again is computed at once and kept: twice the memory.
+        unroll = self.config.scan_unroll if remat == "none" else 1
+        x, cache = jax.lax.scan(layer, x, stack, unroll=unroll)
+        x = layout.shard(self.final_norm(x), "batch", "length", "embed")
         head = embed if self.head is None else gather_at_use(self.head, layout)
         return Output(x, head.table[...].astype(dtype), cache)
 

@@ -26,6 +26,7 @@ _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?(\S+) = (.+?) ({_KINDS})(-start)?\(
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply|called_computations)=\{?%([^\s,}]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CARRIED = re.compile(r"%[^\s,()]+#(\d+)|get-tuple-element\([^)]*\), index=(\d+)")
 _DEFINITION = re.compile(r"^\s+(?:ROOT )?%(\S+) = ")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
@@ -178,19 +179,19 @@ def runs(hlo: str) -> dict[str, int]:
 
 
 def _trips(line: str, hlo: str, defined: Mapping[str, str]) -> int:
-    """Trips of a loop: as the compiler notes, or from its bound where a pass has lost the note."""
+    """Trips of a loop that counts by one: as the compiler notes, or from where it starts and ends."""
     if known := _TRIPS.search(line):
         return int(known[1])
-    index = re.search(r'"known_induction_variable":\{"tuple_index":"(\d+)"\}', line)
     operand, condition = re.search(r" while\(%([^)]+)\)", line), re.search(r"condition=%([^\s,]+)", line)
-    if index and operand and condition:
+    if operand and condition:
         test = _text(condition[1], hlo)
+        carried = dict.fromkeys(int(a or b) for a, b in _CARRIED.findall(test))
         test += "".join(_text(called, hlo) for called in _CALLED.findall(test))
-        bounds = re.findall(r" s32\[\] constant\((\d+)\)", test)
         entries = re.findall(r"%([^\s,)]+)", defined[operand[1]].split(" tuple(")[-1])
-        first = _constant(entries[int(index[1])], defined)
-        if len(bounds) == 1 and first is not None:
-            return int(bounds[0]) - first
+        bounds = [int(bound) for bound in re.findall(r" s32\[\] constant\((\d+)\)", test)]
+        bounds += [n for index in carried if (n := _constant(entries[index], defined)) is not None]
+        if len(bounds) == 2:
+            return abs(bounds[0] - bounds[1])
     raise ValueError(f"the compiled program has a loop of unknown length: {line.strip()[:80]}")
 
 

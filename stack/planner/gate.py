@@ -74,8 +74,8 @@ def limits(program: Program) -> Limits:
 
     ZeRO (arXiv 1910.02054): with P the bytes of the matrices in the compute dtype and G in that of
     reduction, `fsdp` gathers P and scatters G; stage 3 does so every micro-batch and gathers the layers
-    twice; stage 2 scatters every micro-batch; `data` sums G / fsdp as often as it is scattered. Vectors
-    are whole, and summed every micro-batch. Tensor parallelism (arXiv 1909.08053): with A the bytes of
+    twice; stage 2 scatters every micro-batch; `data` sums G / fsdp once. Vectors are whole, and summed
+    every micro-batch. Tensor parallelism (arXiv 1909.08053): with A the bytes of
     a micro-batch's hidden states, two sums a layer forward and two backward; `sequence_parallel`
     (arXiv 2205.05198) has a gather and a scatter for each sum; layers computed again repeat those of
     their forward pass.
@@ -132,12 +132,12 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
         if leaf.whole and layout.sequence_parallel:
             yield "all-reduce", ("tensor",), leaf.elements * reduce * train.accumulation
         if not leaf.split:
-            yield "all-reduce", ("data", "fsdp"), leaf.elements * reduce * scatters
+            yield "all-reduce", ("data", "fsdp"), leaf.elements * reduce
             continue
         passes = 1 if layout.zero < 3 else train.accumulation * (2 if leaf.stacked else 1)
         yield "all-gather", ("fsdp",), leaf.elements * compute * passes
         yield "reduce-scatter", ("fsdp",), leaf.elements * reduce * scatters
-        yield "all-reduce", ("data",), leaf.elements * reduce * scatters / layout.size("fsdp")
+        yield "all-reduce", ("data",), leaf.elements * reduce / layout.size("fsdp")
 
 
 def _activations(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]]:
@@ -147,7 +147,7 @@ def _activations(program: Program) -> Iterator[tuple[str, tuple[str, ...], float
     hidden = tokens * config.model.embed_dim * _itemsize(config.model.dtype)
     layers = config.model.num_layers
     # Nothing gathered is ever saved; sums are, by remat `dots`.
-    gathered_again = 2 if config.train.remat != "none" or layout.zero == 3 else 0
+    gathered_again = 0 if config.train.remat == "none" else 2
     summed_again = 0 if config.train.remat == "dots" else gathered_again
     # The embedding and the final norm have one each; the loss has a plain sum of the hidden gradient.
     if layout.sequence_parallel:

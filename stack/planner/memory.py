@@ -37,8 +37,9 @@ def memory(workload: Workload) -> Memory:
     Args:
         workload: the step.
     """
-    ends = [(True, True)] if workload.stage == 1 else [(True, False), (False, True)]
-    return max((_of_stage(workload, first=first, last=last) for first, last in ends), key=lambda m: m.total)
+    work = workload.as_run()
+    ends = [(True, True)] if work.stage == 1 else [(True, False), (False, True)]
+    return max((_of_stage(work, first=first, last=last) for first, last in ends), key=lambda m: m.total)
 
 
 def layers_in_flight(workload: Workload, rank: int) -> float:
@@ -153,13 +154,10 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
     """What is held besides parameters and moments, in each phase of a step that can be the worst."""
     several = w.accumulation > 1
     summed = s.whole * w.reduce_bytes / s.compute
-    # The sums over micro-batches; at stage 3 also the zeros that the second of two micro-batches, which
-    # the compiler unrolls, starts its stack of gradients from.
+    # The sums over micro-batches.
     carried = 0.0
     if several:
         carried = summed if w.zero < 2 else s.shard
-    if several and w.zero == 3:
-        carried += s.layers_shard
     activations = {"activations": residuals}
     layer = _layer_temporaries(w)
     turned_scores, turned_inputs = _laid_out_anew(w)
@@ -178,9 +176,8 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
     stack = s.layers_shard if w.zero == 3 else s.layers_whole
     in_flight = 0.0
     if w.zero == 3:
-        # Weights of two layers, one of them the next; gradients of one that are being summed; and with
-        # micro-batches to come, the tables the next one starts with.
-        in_flight = 2 * s.layer + w.reduce_bytes / s.compute * s.layer + (s.tables if several else 0.0)
+        # Weights of two layers, one of them the next, and gradients of one that are being summed.
+        in_flight = 2 * s.layer + w.reduce_bytes / s.compute * s.layer
     yield activations | {
         "gradients": carried + stack,
         "logits": s.table,
@@ -224,7 +221,7 @@ def _layer_temporaries(w: Workload) -> float:
         return 0.0
     model, bytes_each = w.model, 4 if w.model.dtype == "float32" else 2
     if w.fused_attention:
-        everything = _kept(dataclasses.replace(w, zero=0), "none")
+        everything = _kept(w, "none")
         return w.micro_batch / w.context * everything.per_layer(w.tensor)
     # Softmax and its gradient in float32, both in the compute dtype too, and what dropout kept.
     per_score = 2 * 4 + 2 * bytes_each + (1 if model.attention_dropout else 0)
@@ -256,14 +253,13 @@ def _logits(w: Workload) -> float:
 
 
 def _unrolled(w: Workload) -> bool:
-    return w.model.scan_unroll >= w.model.num_layers
+    return w.remat == "none" and w.model.scan_unroll >= w.model.num_layers
 
 
 def _saved(w: Workload) -> Kept:
     if _unrolled(w):
-        # In one piece of code the compiler finds what is to be computed again, and makes the gate's
-        # activation and slope anew from what they are made of.
-        found = _kept(dataclasses.replace(w, zero=0), "none")
+        # In one piece of code the compiler makes the gate's activation and slope anew.
+        found = _kept(w, "none")
         gates = 2 * w.model.mlp_width * w.length * (4 if w.model.dtype == "float32" else 2)
         return dataclasses.replace(found, split=found.split - gates) if w.model.gated else found
     return _kept(w, _policy(w))
@@ -279,7 +275,6 @@ def _kept(w: Workload, remat: Remat) -> Kept:
         w.model,
         length=w.length,
         remat=remat,
-        gathered_in_layer=w.zero == 3,
         tensor=w.tensor,
         sequence_parallel=w.sequence_parallel,
         fused_attention=w.fused_attention,
@@ -314,8 +309,8 @@ def published_memory(workload: Workload) -> Memory:
     Args:
         workload: the step.
     """
-    stages = range(workload.stage)
-    return max((_published_stage(workload, rank) for rank in stages), key=lambda memory: memory.total)
+    work = workload.as_run()
+    return max((_published_stage(work, rank) for rank in range(work.stage)), key=lambda memory: memory.total)
 
 
 def _published_stage(w: Workload, rank: int) -> Memory:

@@ -1,6 +1,7 @@
 """What the forward pass of one layer keeps for its backward pass, read from the model itself.
 
-The layers are traced without arrays and differentiated; what the derivative holds is counted.
+The layers are traced without arrays and differentiated; what the derivative holds is counted. It is the
+same for every ZeRO stage: stage 3 keeps nothing that it gathered.
 """
 
 import dataclasses
@@ -52,7 +53,6 @@ def kept(
     *,
     length: int,
     remat: Remat,
-    gathered_in_layer: bool,
     tensor: int,
     sequence_parallel: bool,
     fused_attention: bool,
@@ -63,7 +63,6 @@ def kept(
         model: shapes and kinds.
         length: tokens per row.
         remat: the policy.
-        gathered_in_layer: ZeRO stage 3, under which gathered weights are never kept.
         tensor: ways of tensor parallelism, only whether it is 1 matters for what is counted.
         sequence_parallel: of norms and residuals.
         fused_attention: a kernel that never writes the scores to memory.
@@ -72,9 +71,9 @@ def kept(
     ways = 1 if tensor == 1 else 2 if tensor % 2 == 0 else tensor
     parts = (model.num_heads, model.kv_heads, model.mlp_width, length if sequence_parallel else ways)
     if any(size % ways for size in parts):
-        whole = _kept(model, length, remat, gathered_in_layer, 1, False, kernel)
+        whole = _kept(model, length, remat, 1, False, kernel)
         return Kept(whole=0.0, split=whole.whole + whole.split, once=whole.once)
-    return _kept(model, length, remat, gathered_in_layer, ways, sequence_parallel and tensor > 1, kernel)
+    return _kept(model, length, remat, ways, sequence_parallel and tensor > 1, kernel)
 
 
 @cache
@@ -82,7 +81,6 @@ def _kept(
     model: ModelConfig,
     length: int,
     remat: Remat,
-    gathered_in_layer: bool,
     tensor: int,
     sequence_parallel: bool,
     kernel: str,
@@ -97,7 +95,6 @@ def _kept(
     )
     layout = Layout(
         mesh=mesh,
-        zero=3 if gathered_in_layer else 0,
         sequence_parallel=sequence_parallel and tensor > 1,
         dtype=model.dtype,
     )
@@ -128,7 +125,7 @@ def _backward(model: ModelConfig, layout: Layout, length: int, remat: Remat, ker
         assert layout.mesh is not None
         names, matrix = axis_names(variable), parameter_name(path) in MATRICES
         spec = layout.parameter_spec(names, variable.shape, matrix=matrix)
-        dtype = model.dtype if matrix and layout.zero < 3 else "float32"
+        dtype = model.dtype if matrix else "float32"
         return variable.replace(
             jax.ShapeDtypeStruct(variable.shape, dtype, sharding=NamedSharding(layout.mesh, spec))
         )

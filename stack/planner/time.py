@@ -68,6 +68,7 @@ class Spent:
 
 def step_time(work: Workload, chip: Hardware) -> Time:
     """The time of one optimizer step, by what it is spent on."""
+    work = work.as_run()
     forward, head = _layer_forward(work, chip), _head(work, chip)
     recomputed, backward = _recomputed(work, forward), _backward(work, forward)
     layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
@@ -297,16 +298,12 @@ def _fsdp(work: Workload, chip: Hardware, forward: float, rest: float, head: flo
 
 
 def _data(work: Workload, chip: Hardware, backward: float) -> Communication:
-    """All-reduces of what each device holds of the gradient, beside a backward pass.
-
-    As often as gradients are scattered: stages 2 and 3 do both every micro-batch.
-    """
+    """An all-reduce of what each device holds of the gradient, beside the last backward pass."""
     ways = work.data * work.expert
     stride = work.tensor * work.context * work.stage * work.fsdp
     size = _on_device(work) * work.reduce_bytes / (work.fsdp if work.zero else 1)
     seconds = 2 * ring_seconds(size, ways, stride, chip)
-    times = work.accumulation if work.zero >= 2 else 1
-    return _times(_beside(2 * size * (ways - 1) / ways, seconds, backward, chip), times)
+    return _beside(2 * size * (ways - 1) / ways, seconds, backward, chip)
 
 
 def _host_memory(work: Workload, chip: Hardware, layer: float) -> Communication:

@@ -78,6 +78,15 @@ class Workload:
         """Tokens of one micro-batch on one device, split over `context`, whole over `tensor`."""
         return self.micro_batch * self.length // self.context
 
+    def as_run(self) -> "Workload":
+        """Itself, a pipeline's ZeRO 2 and 3 as 1.
+
+        A pipeline gathers its weights once and adds up the gradients of its micro-batches before it
+        scatters them, as torch.distributed.pipelining does under FSDP: both again for each of many small
+        micro-batches would take as long as the arithmetic.
+        """
+        return self if self.stage == 1 else dataclasses.replace(self, zero=min(self.zero, 1))
+
     def why_modelled(self) -> str | None:
         """Why the trainer cannot run it, so that it is only modelled; None: it runs."""
         for name in ("stage", "context", "expert"):

@@ -139,8 +139,13 @@ def test_depth_costs_no_compile_time():
     assert sizes[0] == sizes[1]
 
 
-def step_size(num_layers):
-    model = FAMILIES["llama"].model_copy(update={"num_layers": num_layers})
+def test_layers_that_are_computed_again_are_never_unrolled():
+    """In one piece of code the compiler would compute them at once and keep all of it."""
+    assert step_size(4, scan_unroll=4) == step_size(4)
+
+
+def step_size(num_layers, scan_unroll=1):
+    model = FAMILIES["llama"].model_copy(update={"num_layers": num_layers, "scan_unroll": scan_unroll})
     config = Config.model_validate(
         {"model": model, "data": {"sequence_length": 16}, "train": {"batch_size": 2, "remat": "full"}}
     )

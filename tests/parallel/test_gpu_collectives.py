@@ -112,9 +112,9 @@ def test_gradients_come_back_as_the_stage_says(zero, data, accumulation):
         gathered = sizes["matrices"] + sizes["layers"] if zero == 3 else sizes["matrices"]
         gathers = accumulation if zero == 3 else 1
         assert total(found, "all-gather", "fsdp") == gathered * gathers
-        # Replicas exchange shards only.
+        # Replicas exchange shards only, once, however many micro-batches there are.
         shards = sizes["matrices"] // fsdp if data > 1 else 0
-        assert total(found, "all-reduce", "data") <= shards * scatters + small
+        assert shards <= total(found, "all-reduce", "data") <= shards + small
     for collective in found:
         if collective.kind in ("all-reduce", "reduce-scatter"):
             assert {dtype for dtype, _ in collective.arrays} <= {"f32", "s32"}, collective

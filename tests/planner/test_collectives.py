@@ -57,28 +57,32 @@ LOST = """\
   %r = f32[4]{0} all-reduce(%x), replica_groups=[2,8]<=[16], to_apply=%add
 }
 
-%cond (p: (s32[])) -> pred[] {
+%cond (p: (s32[], s32[])) -> pred[] {
   %bound = s32[] constant(9)
-  ROOT %less = pred[] compare(%i, %bound), direction=LT
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(TEST), direction=LT
 }
 
-ENTRY %main (x: f32[8]) -> f32[8] {
+ENTRY %main (x: f32[8], n: s32[]) -> f32[8] {
+  %n = s32[] parameter(1)
   %two = s32[] constant(2)
   %copy.1 = s32[] copy(%two)
-  %t = (s32[]) tuple(%copy.1)
-  %w = (s32[]) while(%t), condition=%cond, body=%body, backend_config={NOTE}
+  %six = s32[] constant(6)
+  %t = (s32[], s32[], s32[]) tuple(%copy.1, %six, %n)
+  %w = (s32[], s32[], s32[]) while(%t), condition=%cond, body=%body, backend_config={}
 }
 """
 
 
-def test_a_loop_whose_length_the_compiler_lost_is_counted_by_its_bound():
-    note = '"known_induction_variable":{"tuple_index":"0"}'
-    assert collectives(LOST.replace("NOTE", note), MESH)[0].times == 7
+@pytest.mark.parametrize(("test", "times"), [("%i, %bound", 7), ("%p#0, %p#1", 4)])
+def test_a_loop_whose_length_the_compiler_does_not_tell_is_counted_by_its_bounds(test, times):
+    lost = LOST if "bound" in test else LOST.replace("  %bound = s32[] constant(9)\n", "")
+    assert collectives(lost.replace("TEST", test), MESH)[0].times == times
 
 
 def test_a_loop_of_unknown_length_is_refused():
     with pytest.raises(ValueError, match="loop of unknown length"):
-        collectives(LOST.replace("NOTE", ""), MESH)
+        collectives(LOST.replace("constant(9)", "parameter(1)").replace("TEST", "%i, %p#2"), MESH)
 
 
 PACKAGE = Path(stack.__file__).parent

@@ -101,7 +101,7 @@ def resharded(weight, layout, names, *, matrix):
 @pytest.mark.full
 def test_a_weight_gathered_by_a_plain_reshard_is_caught(monkeypatch):
     monkeypatch.setattr(zero, "gather_weight", resharded)
-    monkeypatch.setattr(zero, "scatter_gradient", lambda x, *_: x.astype(jnp.float32))
+    monkeypatch.setattr(zero, "scatter_gradient", lambda x, *_, **__: x.astype(jnp.float32))
     found = caught(config(MeshConfig(fsdp=8, zero=1)))
     assert any(f.kind == "traffic" and f.text.startswith("all-reduce over fsdp") for f in found), found
 

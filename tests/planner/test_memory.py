@@ -99,7 +99,7 @@ def test_moments_are_those_of_the_optimizers_state(kind: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2_124m", "llama3_8b", "turing_nlg_17b"])
 def test_full_remat_keeps_the_input_of_each_layer(name: str) -> None:
     model = recipe(name).model
-    asked: Any = {"length": 256, "remat": "full", "gathered_in_layer": True, "fused_attention": False}
+    asked: Any = {"length": 256, "remat": "full", "fused_attention": False}
     layer_input = 256 * model.embed_dim * 2
     assert kept(model, tensor=1, sequence_parallel=False, **asked).per_layer(1) == layer_input
     assert kept(model, tensor=4, sequence_parallel=False, **asked).per_layer(4) == layer_input
@@ -111,7 +111,6 @@ def test_llama_keeps_queries_keys_and_values_besides() -> None:
         LLAMA,
         length=64,
         remat="save_qkv_proj",
-        gathered_in_layer=True,
         tensor=2,
         sequence_parallel=False,
         fused_attention=True,
