@@ -30,6 +30,10 @@ STREAMS = 7
 """Arrays as wide as the model, and as many as wide as the heads, alive in attention's backward pass:
 inputs, norms, results and their gradients; read off the buffers of compiled steps."""
 
+AHEAD = 0.3
+"""Of what a layer's backward pass works on, what the next one's has begun with by then at stage 3, where
+no barrier keeps them apart and something was saved to begin with; read off compiled steps too."""
+
 
 def memory(workload: Workload) -> Memory:
     """Bytes per device of Stack's compiled step, on the pipeline stage that holds most.
@@ -91,8 +95,8 @@ def _of_stage(w: Workload, *, first: bool, last: bool) -> Memory:
         "reserve": RESERVE,
         "host": (optimizer if w.offload_optimizer else 0.0) + (stacked if w.offload_activations else 0.0),
     }
-    worst = max(_phases(w, sizes, residuals, last=last), key=lambda held: sum(held.values()))
-    return Memory(**(dict.fromkeys(_CATEGORIES, 0.0) | always | worst))
+    phases = (dict.fromkeys(_CATEGORIES, 0.0) | always | held for held in _phases(w, sizes, residuals, last=last))
+    return Memory(**max(phases, key=lambda held: sum(held.values())))
 
 
 def _ends(w: Workload, *, first: bool, last: bool) -> tuple[Parameter, ...]:
@@ -159,7 +163,7 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
     if several:
         carried = summed if w.zero < 2 else s.shard
     activations = {"activations": residuals}
-    layer = _layer_temporaries(w)
+    layer = _layer_temporaries(w) * (1 + AHEAD if w.zero == 3 and w.remat != "full" else 1)
     turned_scores, turned_inputs = _laid_out_anew(w)
     yield activations | {
         "gradients": carried,
@@ -184,11 +188,15 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
         "temporaries": layer + turned_inputs,
         "collectives": in_flight,
     }
-    if w.zero == 2 or (w.zero < 2 and not several):
-        # Scattered by micro-batch, or there is one only: matrix by matrix in what they are summed in,
-        # while the next is made ready.
-        yield {"gradients": carried + s.whole, "collectives": min(summed, 2 * s.largest)}
-    yield {"gradients": s.shard + (carried if w.zero == 1 and w.fsdp > 1 else 0.0)}
+    if w.zero == 2 and several:
+        # Scattered by micro-batch, beside the weights for the next: matrix by matrix in what they are
+        # summed in.
+        yield {"gradients": carried + s.whole, "collectives": min(summed, s.largest)}
+    # The update, which needs no copies of the weights.
+    yield {
+        "parameters": s.shard,
+        "gradients": s.shard + (carried if w.zero == 1 and w.fsdp > 1 else 0.0),
+    }
 
 
 def _compute_copies(w: Workload, s: _Sizes) -> float:
@@ -213,35 +221,37 @@ def _residuals(w: Workload, *, rank: int) -> tuple[float, float]:
 def _layer_temporaries(w: Workload) -> float:
     """What one layer's backward pass works on.
 
-    With a fused kernel as much as the layer keeps when nothing is computed again, whether it was saved
-    or is computed again. Without one the scores come last and outweigh the rest, which is mostly the
-    MLP's and gone by then.
+    As much as the layer keeps when nothing is computed again, whether it was saved or is computed again.
+    Without a fused kernel the gradient of the scores besides, or what their backward pass alone works on.
     """
     if _unrolled(w):
         return 0.0
     model, bytes_each = w.model, 4 if w.model.dtype == "float32" else 2
+    everything = w.micro_batch / w.context * _kept(w, "none").per_layer(w.tensor)
     if w.fused_attention:
-        everything = _kept(w, "none")
-        return w.micro_batch / w.context * everything.per_layer(w.tensor)
+        return everything
+    scores = w.length * model.num_heads / w.tensor
     # Softmax and its gradient in float32, both in the compute dtype too, and what dropout kept.
     per_score = 2 * 4 + 2 * bytes_each + (1 if model.attention_dropout else 0)
-    scores = w.length * model.num_heads / w.tensor * per_score
     stream = STREAMS * model.embed_dim / (w.tensor if w.sequence_parallel else 1)
     heads = STREAMS * model.num_heads * model.head_width / w.tensor
-    return w.micro_tokens * (scores + bytes_each * (stream + heads))
+    attention = w.micro_tokens * (scores * per_score + bytes_each * (stream + heads))
+    return max(attention, everything + 4 * w.micro_tokens * scores)
 
 
 def _laid_out_anew(w: Workload) -> tuple[float, float]:
     """Copies of saved activations that the backward pass wants with their axes in another order.
 
     Without recomputation, of float32 scores, whose first version is then freed; and under sequence
-    parallelism of what was gathered along the sequence, which puts the sequence before the rows.
+    parallelism of what was gathered along the sequence, which puts the sequence before the rows; at
+    stage 3, whose matmuls stand each by itself, of half of that.
     """
     if w.remat != "none" or _unrolled(w):
         return 0.0, 0.0
     rows, layers = w.micro_batch / w.context, w.model.num_layers / w.stage
     scores = 0.0 if w.fused_attention else 4 * w.length**2 * w.model.num_heads / w.tensor
     gathered = _kept(w, "none").whole if w.sequence_parallel and w.micro_batch > 1 else 0.0
+    gathered *= 0.5 if w.zero == 3 else 1
     return rows * layers * scores, rows * layers * gathered
 
 
