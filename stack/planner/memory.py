@@ -95,7 +95,8 @@ def _of_stage(w: Workload, *, first: bool, last: bool) -> Memory:
         "reserve": RESERVE,
         "host": (optimizer if w.offload_optimizer else 0.0) + (stacked if w.offload_activations else 0.0),
     }
-    phases = (dict.fromkeys(_CATEGORIES, 0.0) | always | held for held in _phases(w, sizes, residuals, last=last))
+    always |= dict.fromkeys(_CATEGORIES, 0.0)
+    phases = [always | held for held in _phases(w, sizes, residuals, last=last)]
     return Memory(**max(phases, key=lambda held: sum(held.values())))
 
 
@@ -190,8 +191,8 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
     }
     if w.zero == 2 and several:
         # Scattered by micro-batch, beside the weights for the next: matrix by matrix in what they are
-        # summed in.
-        yield {"gradients": carried + s.whole, "collectives": min(summed, s.largest)}
+        # summed in, while the next is made ready and the first one's own is gone.
+        yield {"gradients": carried + s.whole, "collectives": min(summed, s.largest * (2 - s.compute / 4))}
     # The update, which needs no copies of the weights.
     yield {
         "parameters": s.shard,
