@@ -30,9 +30,12 @@ STREAMS = 7
 """Arrays as wide as the model, and as many as wide as the heads, alive in attention's backward pass:
 inputs, norms, results and their gradients; read off the buffers of compiled steps."""
 
+BEGUN = 1.2
+"""Matrices that stage 2 has at once in what they are summed in; read off compiled steps too."""
+
 AHEAD = 0.3
 """Of what a layer's backward pass works on, what the next one's has begun with by then at stage 3, where
-no barrier keeps them apart and something was saved to begin with; read off compiled steps too."""
+no barrier keeps them apart and the matmuls' results were saved; read off compiled steps too."""
 
 
 def memory(workload: Workload) -> Memory:
@@ -164,7 +167,7 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
     if several:
         carried = summed if w.zero < 2 else s.shard
     activations = {"activations": residuals}
-    layer = _layer_temporaries(w) * (1 + AHEAD if w.zero == 3 and w.remat != "full" else 1)
+    layer = _layer_temporaries(w) * (1 + AHEAD if w.zero == 3 and w.remat in ("none", "dots") else 1)
     turned_scores, turned_inputs = _laid_out_anew(w)
     yield activations | {
         "gradients": carried,
@@ -191,8 +194,8 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
     }
     if w.zero == 2 and several:
         # Scattered by micro-batch, beside the weights for the next: matrix by matrix in what they are
-        # summed in, while the next is made ready and the first one's own is gone.
-        yield {"gradients": carried + s.whole, "collectives": min(summed, s.largest * (2 - s.compute / 4))}
+        # summed in, the next one begun.
+        yield {"gradients": carried + s.whole, "collectives": min(summed, BEGUN * s.largest)}
     # The update, which needs no copies of the weights.
     yield {
         "parameters": s.shard,
