@@ -35,7 +35,7 @@ BEGUN = 1.2
 
 AHEAD = 0.3
 """Of what a layer's backward pass works on, what the next one's has begun with by then at stage 3, where
-no barrier keeps them apart and the matmuls' results were saved; read off compiled steps too."""
+no barrier keeps them apart and something was saved to begin with; read off compiled steps too."""
 
 
 def memory(workload: Workload) -> Memory:
@@ -167,7 +167,7 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
     if several:
         carried = summed if w.zero < 2 else s.shard
     activations = {"activations": residuals}
-    layer = _layer_temporaries(w) * (1 + AHEAD if w.zero == 3 and w.remat in ("none", "dots") else 1)
+    layer = _layer_temporaries(w) * (1 + AHEAD if w.zero == 3 and w.remat != "full" else 1)
     turned_scores, turned_inputs = _laid_out_anew(w)
     yield activations | {
         "gradients": carried,
