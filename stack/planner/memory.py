@@ -31,9 +31,9 @@ STREAMS = 7
 inputs, norms, results and their gradients; read off the buffers of compiled steps."""
 
 BEGUN = 1.2
-"""Matrices that stage 2 has at once in what they are summed in; read off compiled steps too."""
+"""Matrices that exist at once in what they are summed in, the next one begun; read off compiled steps too."""
 
-AHEAD = 0.3
+AHEAD = 0.2
 """Of what a layer's backward pass works on, what the next one's has begun with by then at stage 3, where
 no barrier keeps them apart and something was saved to begin with; read off compiled steps too."""
 
@@ -192,10 +192,11 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
         "temporaries": layer + turned_inputs,
         "collectives": in_flight,
     }
-    if w.zero == 2 and several:
-        # Scattered by micro-batch, beside the weights for the next: matrix by matrix in what they are
-        # summed in, the next one begun.
-        yield {"gradients": carried + s.whole, "collectives": min(summed, BEGUN * s.largest)}
+    if w.zero == 2 or (w.zero == 1 and not several):
+        # Scattered matrix by matrix in what they are summed in, beside the weights for the next
+        # micro-batch; after the last, half of it lies where those were.
+        begun = BEGUN * s.largest / (1 if several else 2)
+        yield {"gradients": carried + s.whole, "collectives": min(summed, begun)}
     # The update, which needs no copies of the weights.
     yield {
         "parameters": s.shard,
@@ -226,14 +227,16 @@ def _layer_temporaries(w: Workload) -> float:
     """What one layer's backward pass works on.
 
     As much as the layer keeps when nothing is computed again, whether it was saved or is computed again.
-    Without a fused kernel the gradient of the scores besides, or what their backward pass alone works on.
+    Under sequence parallelism the gradients of what was gathered besides, until they are scattered. Without
+    a fused kernel that of the scores, or what their backward pass alone works on.
     """
     if _unrolled(w):
         return 0.0
     model, bytes_each = w.model, 4 if w.model.dtype == "float32" else 2
     everything = w.micro_batch / w.context * _kept(w, "none").per_layer(w.tensor)
     if w.fused_attention:
-        return everything
+        gathered = 2 * model.embed_dim if w.sequence_parallel else 0
+        return everything + w.micro_tokens * gathered * bytes_each
     scores = w.length * model.num_heads / w.tensor
     # Softmax and its gradient in float32, both in the compute dtype too, and what dropout kept.
     per_score = 2 * 4 + 2 * bytes_each + (1 if model.attention_dropout else 0)
