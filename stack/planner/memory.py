@@ -205,8 +205,11 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
 
 
 def _compute_copies(w: Workload, s: _Sizes) -> float:
-    """Copies of the weights in the compute dtype that live as long as the step."""
-    if w.zero == 3 or (s.compute == 4 and (w.zero == 0 or w.fsdp == 1)):
+    """Copies of the weights in the compute dtype that live as long as the step.
+
+    Layers in one piece of code have each other's gradients in their place.
+    """
+    if w.zero == 3 or _unrolled(w) or (s.compute == 4 and (w.zero == 0 or w.fsdp == 1)):
         return 0.0
     return s.whole
 
@@ -243,7 +246,7 @@ def _layer_temporaries(w: Workload) -> float:
     stream = STREAMS * model.embed_dim / (w.tensor if w.sequence_parallel else 1)
     heads = STREAMS * model.num_heads * model.head_width / w.tensor
     attention = w.micro_tokens * (scores * per_score + bytes_each * (stream + heads))
-    return max(attention, everything + 4 * w.micro_tokens * scores)
+    return max(attention, everything + bytes_each * w.micro_tokens * scores)
 
 
 def _laid_out_anew(w: Workload) -> tuple[float, float]:
