@@ -35,7 +35,8 @@ BEGUN = 1.2
 
 AHEAD = 0.2
 """Of what a layer's backward pass works on, what the next one's has begun with by then at stage 3, where
-no barrier keeps them apart and something was saved to begin with; read off compiled steps too."""
+no barrier keeps them apart and it has something to begin with: what was saved, or a gather along the
+sequence; read off compiled steps too."""
 
 
 def memory(workload: Workload) -> Memory:
@@ -167,7 +168,8 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
     if several:
         carried = summed if w.zero < 2 else s.shard
     activations = {"activations": residuals}
-    layer = _layer_temporaries(w) * (1 + AHEAD if w.zero == 3 and w.remat != "full" else 1)
+    ahead = AHEAD if w.zero == 3 and (w.remat != "full" or w.sequence_parallel) else 0.0
+    layer = _layer_temporaries(w) * (1 + ahead)
     turned_scores, turned_inputs = _laid_out_anew(w)
     yield activations | {
         "gradients": carried,
@@ -236,10 +238,10 @@ def _layer_temporaries(w: Workload) -> float:
     if _unrolled(w):
         return 0.0
     model, bytes_each = w.model, 4 if w.model.dtype == "float32" else 2
-    everything = w.micro_batch / w.context * _kept(w, "none").per_layer(w.tensor)
+    gathered = 2 * w.micro_tokens * model.embed_dim * bytes_each if w.sequence_parallel else 0.0
+    everything = w.micro_batch / w.context * _kept(w, "none").per_layer(w.tensor) + gathered
     if w.fused_attention:
-        gathered = 2 * model.embed_dim if w.sequence_parallel else 0
-        return everything + w.micro_tokens * gathered * bytes_each
+        return everything
     scores = w.length * model.num_heads / w.tensor
     # Softmax and its gradient in float32, both in the compute dtype too, and what dropout kept.
     per_score = 2 * 4 + 2 * bytes_each + (1 if model.attention_dropout else 0)
