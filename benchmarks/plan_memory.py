@@ -11,7 +11,7 @@ is found, so that a stopped run goes on where it was. Cells that hold more than 
 apart: there the compiler computes again what it can, and schedules in despair.
 
 Kernels are not tuned where the compiler does without: that takes a quarter of the time and changes no
-buffer (twelve cells compiled both ways are equal to the byte).
+buffer (13 cells compiled both ways are equal to the byte).
 """
 
 import argparse

@@ -254,7 +254,7 @@ def no_cache() -> Iterator[None]:
         ("gpt2_355m", ("mesh.zero=3", "train.remat=none", "train.batch_size=128")),
         ("gpt2_774m", ("mesh.zero=1", "train.remat=dots", "train.batch_size=128")),
         ("qwen3_0_6b", ("mesh.zero=3", "train.remat=save_qkv_proj", "mesh.tensor=4", "mesh.fsdp=2")),
-        # A third more where the compiler unrolls the loop over two micro-batches.
+        # Half as much again where the compiler unrolls the loop over two micro-batches.
         ("qwen3_0_6b", ("mesh.zero=3", "train.remat=none", "train.batch_size=128", "train.accumulation=2")),
         # Twice as much where layers that are computed again are unrolled.
         ("nanogpt_cpu", ("mesh.zero=2", "train.remat=full", "mesh.fsdp=8", "train.batch_size=96")),
