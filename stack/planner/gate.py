@@ -74,8 +74,8 @@ def limits(program: Program) -> Limits:
 
     ZeRO (arXiv 1910.02054): with P the bytes of the matrices in the compute dtype and G in that of
     reduction, `fsdp` gathers P and scatters G; stage 3 does so every micro-batch and gathers the layers
-    twice; stage 2 scatters every micro-batch; `data` sums G / fsdp once. Vectors are whole, and summed
-    every micro-batch. Tensor parallelism (arXiv 1909.08053): with A the bytes of
+    twice; stage 2 scatters every micro-batch; `data` sums G / fsdp once. Vectors are whole, and may
+    be summed every micro-batch. Tensor parallelism (arXiv 1909.08053): with A the bytes of
     a micro-batch's hidden states, two sums a layer forward and two backward; `sequence_parallel`
     (arXiv 2205.05198) has a gather and a scatter for each sum; layers computed again repeat those of
     their forward pass.

@@ -1,20 +1,29 @@
-"""The contract holds across processes: 2 of 4 devices each compute what one device does."""
+"""The contract holds across processes, at once and one after the other."""
 
 import numpy as np
+import pytest
 
 from stack.doctor.numerics import LIMIT, NUM_DEVICES, ONE_DEVICE, Numbers, cells, compute, errors
 
-NAME = "data + fsdp zero 3"
 
-
-def compute_here() -> Numbers:
-    cell = next(cell for cell in cells() if cell.name == NAME)
+def compute_here(name: str) -> Numbers:
+    cell = next(cell for cell in cells() if cell.name == name)
     return compute(cell, "gpt")
 
 
 def test_two_processes_equal_one_device(run_processes):
     reference = compute(ONE_DEVICE, "gpt")
-    for numbers in run_processes(compute_here, processes=2, devices=NUM_DEVICES // 2):
+    for numbers in run_processes(compute_here, "data + fsdp zero 3", processes=2, devices=NUM_DEVICES // 2):
         for name, params in reference.params.items():
             np.testing.assert_array_equal(numbers.params[name], params, err_msg=name)
         assert max(errors(numbers, reference).values()) <= LIMIT
+
+
+@pytest.mark.full
+def test_a_second_process_meets_no_program_that_hangs(run_processes, tmp_path, monkeypatch):
+    """As it did where the programs came from the persistent cache: see `mesh.disable_compilation_cache`."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    first, second = (
+        run_processes(compute_here, "data", processes=1, devices=NUM_DEVICES)[0].loss for _ in range(2)
+    )
+    assert first == second

@@ -6,6 +6,7 @@ from jax.sharding import AxisType
 
 from stack.config import Config, ConfigError, DataConfig, EvalConfig, MeshConfig, ModelConfig, TrainConfig
 from stack.parallel import mesh as meshes
+from stack.planner import compile as compiling
 
 
 def test_the_free_axis_takes_what_is_left():
@@ -16,6 +17,14 @@ def test_every_axis_is_there_and_explicit():
     mesh = meshes.build(MeshConfig(fsdp=4, tensor=2), jax.devices())
     assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "stage": 1, "context": 1, "expert": 1, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Explicit}
+
+
+def test_programs_of_several_cpu_devices_are_not_cached():
+    with compiling.without_cache():
+        for devices, cached in ((1, True), (2, False)):
+            jax.config.update("jax_enable_compilation_cache", True)
+            meshes.build(MeshConfig(data=-1, fsdp=1), jax.devices()[:devices])
+            assert jax.config.jax_enable_compilation_cache == cached
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stack import load
 from stack.config import Config, ModelConfig
 from stack.parallel import mesh as meshes
-from stack.planner.compile import compile_step, devices
+from stack.planner.compile import compile_step, devices, without_cache
 from stack.planner.memory import layers_in_flight, memory, published_memory
 from stack.planner.residuals import kept
 from stack.planner.result import Memory
@@ -241,9 +241,8 @@ def test_a_pipeline_of_the_usual_layout_holds_every_layer_once() -> None:
 
 @pytest.fixture
 def no_cache() -> Iterator[None]:
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    with without_cache():
+        yield
 
 
 @pytest.mark.full

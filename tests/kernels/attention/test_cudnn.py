@@ -17,7 +17,7 @@ from stack.kernels.attention import Mask, attend
 from stack.parallel import mesh as meshes
 from stack.parallel.rules import ONE_DEVICE, Layout
 from stack.planner.collectives import collectives
-from stack.planner.compile import compile_step, devices, traced_for
+from stack.planner.compile import compile_step, devices, traced_for, without_cache
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 8, 64, 4, 2, 64
 HOPPER, AMPERE = (SimpleNamespace(compute_capability=capability) for capability in ("9.0", "8.0"))
@@ -142,11 +142,8 @@ def test_the_compiled_step_calls_cudnn_both_ways_and_gathers_no_batch(packed):
         mesh=MeshConfig(data=2, fsdp=4, tensor=tensor, zero=3),
         train=TrainConfig(batch_size=rows, remat="full"),
     )
-    jax.config.update("jax_enable_compilation_cache", False)  # A hit would prove nothing.
-    try:
+    with without_cache():  # A hit would prove nothing.
         hlo = compile_step(config, devices("h200", 16)).as_text()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", True)
     assert hlo
 
     local = {f"bf16[{rows // 8},{heads // tensor},{length},152]" for heads in (8, 4)}
