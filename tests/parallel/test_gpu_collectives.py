@@ -4,6 +4,7 @@ XLA:CPU forms no reduce-scatter, so the step is compiled for 16 H200 that are no
 """
 
 import math
+import re
 from collections.abc import Iterator
 
 import jax
@@ -153,3 +154,14 @@ def assert_nothing_holds_the_global_batch(found: list[Collective]) -> None:
         for _, shape in collective.arrays:
             assert BATCH not in shape, collective
             assert math.prod(shape) != BATCH * LENGTH, collective
+
+
+@pytest.mark.full
+def test_parameters_are_gathered_as_they_lie():
+    """The compiler would copy whole stacks of weights into another layout before the loop over layers."""
+    mesh = MeshConfig(fsdp=8, tensor=2, zero=3)
+    text = compile_step(config(mesh, accumulation=2), devices("h200", 16)).as_text()
+    assert text
+    step = text[text.index("\nENTRY") :]
+    assert re.search(r"fusion\(%param", step)
+    assert re.findall(r"transpose\S* = f32\S* fusion\(%param[^,)]*\)", step) == []
