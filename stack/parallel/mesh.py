@@ -42,7 +42,8 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     """A mesh with every named axis, size 1 included, all explicit.
 
     Explicit axes put the sharding into the type of every array, so that a mistake is an error at its
-    line; under automatic propagation the compiler repairs it without a word.
+    line; under automatic propagation the compiler repairs it without a word. Several CPU devices turn
+    the persistent compilation cache off.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = resolve(config, len(devices))

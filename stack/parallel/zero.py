@@ -54,10 +54,10 @@ def is_gathered(weight: jax.Array, layout: Layout) -> bool:
 
 
 def _forward(weight: jax.Array, layout: Layout, split: P, whole: P, dtype: jnp.dtype) -> jax.Array:
-    # Two steps: gathered in one, the transpose is an all-reduce of the whole weight when data > 1.
     # Taken as it lies at rest: XLA else lays all layers out anew, whole and in float32, before the loop.
     at_rest = memory_layout.Layout(major_to_minor=tuple(range(weight.ndim)))
     weight = memory_layout.with_layout_constraint(weight, at_rest)
+    # Two steps: gathered in one, the transpose is an all-reduce of the whole weight when data > 1.
     weight = jax.reshard(weight.astype(dtype), P(*split, reduced=_others(layout, split)))
     return jax.reshard(weight, P(*whole, reduced=layout.replicas))
 
