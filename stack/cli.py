@@ -63,7 +63,7 @@ def _prepare_jax() -> None:
     plugin = any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
     if plugin and not any(map(os.path.exists, driver)):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # A second start of the same run compiles nothing.
+    # A second start of the same run compiles nothing, but on several CPU devices: see `parallel/mesh.py`.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/stack/jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 

@@ -12,7 +12,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Kept between runs, and shared with the processes that tests start.
+# Kept between runs, and shared with the processes that tests start; for programs of one device.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Tests compile much and run little: LLVM's optimisation of CPU code is half of their time.

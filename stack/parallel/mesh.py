@@ -47,23 +47,19 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = resolve(config, len(devices))
-    if len(devices) > 1 and devices[0].platform == "cpu":
-        disable_compilation_cache()
+    if len(devices) > 1 and devices[0].platform == "cpu" and jax.config.jax_enable_compilation_cache:
+        # A program read back has lost the order of its collectives (XLA:CPU, jaxlib 0.11.2): two devices
+        # that join two of them in different orders wait for each other until they are killed.
+        set_compilation_cache(enabled=False)
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices
     )
 
 
-def disable_compilation_cache() -> None:
-    """Keeps this process from storing compiled programs and from loading them.
-
-    A program of several CPU devices that comes from the persistent cache has lost the order of its
-    collectives (XLA:CPU, jaxlib 0.11.2): two devices that join two of them in different orders wait for
-    each other until they are killed.
-    """
-    if jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # JAX looks at the setting once, unless it is told to look again.
+def set_compilation_cache(*, enabled: bool) -> None:
+    """Whether this process stores compiled programs and loads them, from now on."""
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # JAX looks at the setting once, unless it is told to look again.
 
 
 def use(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:

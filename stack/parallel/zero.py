@@ -171,8 +171,6 @@ def gradients[M: nnx.Module](
 
         total = jax.lax.fori_loop(0, length, add, total)
     gradient, sums = total
-    if layout.zero == 3 and accumulation == 1:  # The layers have added it all up.
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient), sums
     return scatter_module(gradient, layout), sums
 
 

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as checks
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 
 from stack.config import Config, StackError
+from stack.parallel.mesh import set_compilation_cache
 from stack.train import program as programs
 from stack.train import state as states
 from stack.train.step import compiler_options, train_step
@@ -222,14 +222,11 @@ def traced_for(device: jax.Device) -> Iterator[None]:
 def without_cache() -> Iterator[None]:
     """No persistent cache within: a hit prints none of the compiler's warnings."""
     enabled = jax.config.jax_enable_compilation_cache
-    # JAX looks at the setting once per process, unless it is told to look again.
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
+    set_compilation_cache(enabled=False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
+        set_compilation_cache(enabled=enabled)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def test_two_processes_equal_one_device(run_processes):
 
 @pytest.mark.full
 def test_a_second_process_meets_no_program_that_hangs(run_processes, tmp_path, monkeypatch):
-    """As it did where the programs came from the persistent cache: see `mesh.disable_compilation_cache`."""
+    """As it did where the programs came from the persistent cache: see `mesh.build`."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     first, second = (
         run_processes(compute_here, "data", processes=1, devices=NUM_DEVICES)[0].loss for _ in range(2)

@@ -149,13 +149,6 @@ def position_rows() -> int:
     return LENGTH * MODEL.embed_dim
 
 
-def assert_nothing_holds_the_global_batch(found: list[Collective]) -> None:
-    for collective in found:
-        for _, shape in collective.arrays:
-            assert BATCH not in shape, collective
-            assert math.prod(shape) != BATCH * LENGTH, collective
-
-
 @pytest.mark.full
 def test_parameters_are_gathered_as_they_lie():
     """The compiler would copy whole stacks of weights into another layout before the loop over layers."""
@@ -165,3 +158,10 @@ def test_parameters_are_gathered_as_they_lie():
     step = text[text.index("\nENTRY") :]
     assert re.search(r"fusion\(%param", step)
     assert re.findall(r"transpose\S* = f32\S* fusion\(%param[^,)]*\)", step) == []
+
+
+def assert_nothing_holds_the_global_batch(found: list[Collective]) -> None:
+    for collective in found:
+        for _, shape in collective.arrays:
+            assert BATCH not in shape, collective
+            assert math.prod(shape) != BATCH * LENGTH, collective

@@ -38,7 +38,8 @@ FSDP = MeshConfig(data=2, fsdp=4, zero=2)
 TENSOR = MeshConfig(fsdp=4, tensor=2, zero=1)
 SEQUENCE = MeshConfig(data=2, fsdp=2, tensor=2, zero=3, sequence_parallel=True)
 VECTORS = 4 * (MODEL.num_layers * 13 + 2) * MODEL.embed_dim
-"""Bytes of the scales and biases: the compiler sums some once a step, the formula every micro-batch."""
+"""Bytes of the scales and biases, 13 widths a layer: the compiler sums some once a step, the formula every
+micro-batch."""
 
 
 def config(mesh: MeshConfig, *, attention: str = "xla", rows: int = BATCH, **train: object) -> Config:
@@ -83,7 +84,8 @@ def test_a_step_moves_what_its_layout_needs_and_nothing_else(layout):
     assert needed
     for (kind, axis), size in needed.items():
         moved = sum(c.bytes * c.times for c in report.collectives if c.kind == kind and axis in c.axes)
-        assert moved > 0.9 * size - gate.SCALARS - VECTORS * (layout.train.accumulation - 1), (kind, axis)
+        fewer = VECTORS * (layout.train.accumulation - 1) if kind == "all-reduce" else 0
+        assert moved > 0.9 * size - gate.SCALARS - fewer, (kind, axis)
 
 
 @pytest.mark.full
