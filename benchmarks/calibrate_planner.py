@@ -6,7 +6,7 @@ Fitted, per generation of chips: matmul, matmul_half, attention, link and overla
 ranges; `memory` and `launch_seconds` are set by hand. Blackwell has six runs only: there matmul alone is
 fitted and the rest is Hopper's. Each run's residual is the logarithm of predicted over published step
 time; a soft loss keeps single outliers from pulling, and a source of n runs weighs n^0.3, so that one
-project's table does not decide alone. Prints the constants for `stack/planner/chips/generations.yaml`.
+project's table does not decide alone. Prints the constants for `stack/hardware/chips/generations.yaml`.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import least_squares
 
-from stack.planner import hardware as chips
-from stack.planner.time import step_time
+from stack.hardware import chip as chips
+from stack.planner.formula.time import step_time
 from stack.planner.validate import Run, percentile, validate
 
 FITTED = {

@@ -16,7 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from stack import load
 from stack.config import TargetConfig
-from stack.planner.compiled import compile_plan, lines
+from stack.planner.compiled.report import compile_plan, lines
 
 
 def main() -> None:

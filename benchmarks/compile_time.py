@@ -27,10 +27,10 @@ def measure(variant: str, num_devices: int) -> dict[str, float]:
     import jax
 
     from stack.config import Config
-    from stack.planner.compile import abstract_batch
-    from stack.train import program as programs
-    from stack.train import state as states
-    from stack.train.step import train_step
+    from stack.planner.compiled.compile import abstract_batch
+    from stack.step import program as programs
+    from stack.step import state as states
+    from stack.step.step import train_step
 
     tensor = 2 if variant == "tensor" else 1
     fsdp = 4

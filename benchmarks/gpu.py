@@ -41,10 +41,10 @@ import numpy as np
 
 from stack.config import Config, StackError, load
 from stack.doctor.numerics import Numbers, distance, errors
-from stack.planner.hardware import mfu
-from stack.train import program as programs
-from stack.train import state as states
-from stack.train.step import compiler_options, loss_gradient, train_step
+from stack.hardware.chip import mfu
+from stack.step import program as programs
+from stack.step import state as states
+from stack.step.step import compiler_options, loss_gradient, train_step
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CASE_SECONDS = 240

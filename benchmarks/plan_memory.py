@@ -33,10 +33,10 @@ import jax
 from stack import load
 from stack.config import Config
 from stack.parallel.mesh import resolve
-from stack.planner.compile import compile_lowered, devices, lower_step
-from stack.planner.memory import memory
-from stack.planner.workload import Workload, from_config
-from stack.train import program as programs
+from stack.planner.compiled.compile import compile_lowered, devices, lower_step
+from stack.planner.formula.memory import memory
+from stack.planner.formula.workload import Workload, from_config
+from stack.step import program as programs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "plan_memory.csv"

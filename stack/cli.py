@@ -195,7 +195,6 @@ def _add_plan(verbs: "argparse._SubParsersAction[_Parser]") -> None:
         const="",
         help="predict the published runs of a table (default: the one that comes with stack)",
     )
-    plan.add_argument("--largest", action="store_true", help="the largest model per method of saving memory")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -230,8 +229,8 @@ def _train(arguments: argparse.Namespace) -> None:
     config = load(arguments.config, arguments.rest)  # what is wrong is told before anything heavy is loaded
 
     from stack.parallel.processes import together
-    from stack.train.progress import Progress
     from stack.train.trainer import Trainer
+    from stack.train.watch.progress import Progress
 
     with together():
         Trainer(config, listeners=[Progress()]).fit()
@@ -283,7 +282,7 @@ def _show(arguments: argparse.Namespace) -> None:
         return
     import jax
 
-    from stack.train.describe import sharding_table
+    from stack.step.describe import sharding_table
 
     devices = jax.device_count() if arguments.devices is None else arguments.devices
     print(sharding_table(config, devices))

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from stack import Config, Trainer
-from stack.train.metrics import read_history
+from stack.train.watch.metrics import read_history
 
 LOCAL = Path(__file__).parents[1] / "launch" / "local.sh"
 FIELDS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stack.train.metrics import read_history
+from stack.train.watch.metrics import read_history
 
 ROOT = Path(__file__).parents[1]
 

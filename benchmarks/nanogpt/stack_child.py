@@ -14,9 +14,9 @@ import numpy as np
 
 from stack.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from stack.parallel.host_memory import keep_freed_memory
-from stack.train import state as states
-from stack.train.program import build
-from stack.train.step import train_step
+from stack.step import state as states
+from stack.step.program import build
+from stack.step.step import train_step
 
 
 def config(setting: child.Setting, *, unrolled: bool) -> Config:

@@ -11,7 +11,7 @@ import numpy as np
 
 from stack.config import ConfigError
 from stack.doctor.timing import Measurement, Product, Transfer, measure
-from stack.planner.hardware import Hardware, Precision, load, lookup
+from stack.hardware.chip import Hardware, Precision, load, lookup
 
 
 def run(path: str | Path | None = None) -> Iterator[str]:

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from stack.config import Config, DataConfig, MeshConfig, ModelConfig, StackError, TrainConfig
-from stack.train import program as programs
-from stack.train import state as states
-from stack.train.step import loss_gradient
+from stack.step import program as programs
+from stack.step import state as states
+from stack.step.step import loss_gradient
 
 NUM_DEVICES = 8
 LIMIT = 1e-5

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import jax
 
-from stack.planner.hardware import lookup
+from stack.hardware.chip import lookup
 
 _PACKAGES = ("stack", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _EXTRAS = {

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stack.planner.hardware import Precision, lookup
+from stack.hardware.chip import Precision, lookup
 
 Kind = Literal["all-gather", "all-reduce"]
 _AXIS = "device"

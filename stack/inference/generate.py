@@ -18,8 +18,8 @@ from stack.layers.head import logits
 from stack.models.decoder import Decoder
 from stack.parallel.rules import Layout
 from stack.parallel.zero import gather_module
-from stack.train.program import Program
-from stack.train.state import concrete
+from stack.step.program import Program
+from stack.step.state import concrete
 
 SHORTEST_BUCKET = 16
 """Prompts are padded to a power of two from here on, so that few lengths are compiled."""

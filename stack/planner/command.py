@@ -2,7 +2,6 @@
 
 import dataclasses
 import json as jsons
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,7 +29,6 @@ def run(
     compile_step: bool,
     price: float | None,
     validate: str | None,
-    largest: bool,
     json: bool,
 ) -> Iterator[str]:
     """One `stack plan`; the arguments are its options.
@@ -42,7 +40,6 @@ def run(
         "--search": search,
         "--compile": compile_step,
         "--validate": validate is not None,
-        "--largest": largest,
         "--devices A..B": devices is not None and ".." in devices,
     }
     chosen = [name for name, given in asked.items() if given]
@@ -54,8 +51,6 @@ def run(
         raise ConfigError(f"--price {price:g} must be above 0")
     if validate is not None:
         answer = _validate(validate)
-    elif largest:
-        answer = _largest(hardware, _count(devices))
     else:
         if config is None:
             raise ConfigError("which config? for example `stack plan configs/llama3_8b.yaml`")
@@ -90,7 +85,7 @@ def _plan(
 def _search(
     config: Config, hardware: str | None, devices: int | None, top: int, out: str | None, base: str | None
 ) -> Answer:
-    from stack.planner import search
+    from stack.planner.search import search
 
     if top < 1:
         raise ConfigError(f"--top {top} must be at least 1")
@@ -105,7 +100,7 @@ def _search(
 
 
 def _scaling(config: Config, hardware: str | None, devices: str, out: str | None) -> Answer:
-    from stack.planner import scaling
+    from stack.planner.search import scaling
 
     curves = scaling.scaling(config, hardware=named_chip(config, hardware), devices=scaling.counts(devices))
     text = scaling.lines(curves)
@@ -119,19 +114,6 @@ def _validate(path: str) -> Answer:
 
     result = validate.validate(path) if path else validate.validate()
     return Answer(lines=validate.lines(result), json=validate.as_dict(result))
-
-
-def _largest(hardware: str | None, devices: int | None) -> Answer:
-    from stack.planner import largest
-
-    if hardware is None or devices is None:
-        raise ConfigError("--largest needs --hardware and --devices, for example --hardware h100 --devices 8")
-
-    def progress(text: str) -> None:
-        sys.stderr.write(f"{text}\n")
-
-    rows = largest.largest(hardware, devices, progress=progress)
-    return Answer(lines=largest.lines(rows), json=largest.as_dict(rows))
 
 
 def _of(config: Config, devices: int | None) -> int:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from stack.config import AXES, Config, ConfigError
+from stack.hardware import chip as chips
+from stack.hardware.chip import Hardware
 from stack.parallel.mesh import resolve
-from stack.planner import hardware as chips
-from stack.planner.flops import recomputed_flops_per_token, train_flops_per_token
-from stack.planner.hardware import Hardware
-from stack.planner.memory import memory as memory_of
-from stack.planner.result import Memory, Time
-from stack.planner.shapes import num_parameters
-from stack.planner.time import step_time
-from stack.planner.workload import Workload, from_config
+from stack.planner.formula.flops import recomputed_flops_per_token, train_flops_per_token
+from stack.planner.formula.memory import memory as memory_of
+from stack.planner.formula.result import Memory, Time
+from stack.planner.formula.shapes import num_parameters
+from stack.planner.formula.time import step_time
+from stack.planner.formula.workload import Workload, from_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Plan:
     time: Time
     """Seconds of a step, by formula."""
     compiled: Any = None
-    """`stack.planner.compiled.Compiled`: the exact step compiled for the chip; None: it was not."""
+    """`stack.planner.compiled.report.Compiled`: the exact step compiled for the chip; None: it was not."""
     notes: tuple[str, ...] = ()
     """What the reader must know: what differs from the config, what could not be checked."""
 
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def flops_per_step(self) -> float:
-        """Model FLOPs of a step over all devices, causal convention (see `stack.planner.flops`)."""
+        """Model FLOPs of a step over all devices, causal convention (see `stack.planner.formula.flops`)."""
         return self.work.tokens * train_flops_per_token(self.work.model, self.work.length, "causal")
 
     @property
@@ -170,7 +170,7 @@ def compiled(result: Plan) -> Plan:
     Raises:
       StackError: the compiler is not installed or knows no such chip.
     """
-    from stack.planner.compiled import compile_plan
+    from stack.planner.compiled.report import compile_plan
 
     report = compile_plan(result.config, hardware=result.hardware, devices=result.devices)
     return dataclasses.replace(result, compiled=report)

@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 from stack.config import AXES
-from stack.planner import compiled
-from stack.planner.layouts import describe
+from stack.planner.compiled import report as compiled
 from stack.planner.plan import Plan
+from stack.planner.search.layouts import describe
 
 _MEMORY = {
     "parameters": "parameters",

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from stack.config import ConfigError, ModelConfig
-from stack.planner import hardware as chips
-from stack.planner.hardware import Precision
-from stack.planner.layouts import describe
-from stack.planner.memory import published_memory
-from stack.planner.time import step_time
-from stack.planner.workload import Remat, Schedule, Workload
+from stack.hardware import chip as chips
+from stack.hardware.chip import Precision
+from stack.planner.formula.memory import published_memory
+from stack.planner.formula.time import step_time
+from stack.planner.formula.workload import Remat, Schedule, Workload
+from stack.planner.search.layouts import describe
 
 TABLE = Path(str(files("stack.planner"))) / "data" / "published_runs.csv"
 """Published runs, each with its source; those the efficiencies are calibrated on."""
@@ -353,7 +353,7 @@ def _errors(errors: Sequence[float]) -> str:
 
 
 def _size(model: ModelConfig) -> str:
-    from stack.planner.flops import matmul_parameters
+    from stack.planner.formula.flops import matmul_parameters
 
     limits = (1e9, 4e9, 10e9, 50e9, math.inf)
     names = ("below 1B", "1B to 4B", "4B to 10B", "10B to 50B", "50B and more")

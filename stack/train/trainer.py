@@ -19,24 +19,24 @@ from jax.experimental import multihost_utils
 
 from stack.config import Config, StackError, dump, load
 from stack.data.atomic import replace_text
-from stack.data.baseline import trigram_nats_per_byte
 from stack.data.dataset import Data, check_fingerprint, open_data
 from stack.data.loader import Batch, heldout_batches, prefetch, training_batches
+from stack.evaluation.trigram import trigram_nats_per_byte
+from stack.hardware.chip import mfu
 from stack.inference.generate import generate
 from stack.parallel.host_memory import keep_freed_memory
-from stack.planner import auto
-from stack.planner.hardware import mfu
-from stack.train import program as programs
-from stack.train import state as states
+from stack.planner.search import auto
+from stack.step import program as programs
+from stack.step import state as states
+from stack.step.step import compiler_options, eval_step, train_step
 from stack.train.checkpoint import Checkpoints
-from stack.train.late import LateReader
-from stack.train.listeners import Listener
-from stack.train.metrics import History, MetricsLog
-from stack.train.planned import Comparison, predict
-from stack.train.planned import line as plan_line
-from stack.train.speed import Speedometer
-from stack.train.step import compiler_options, eval_step, train_step
-from stack.train.trace import Trace
+from stack.train.watch.late import LateReader
+from stack.train.watch.listeners import Listener
+from stack.train.watch.metrics import History, MetricsLog
+from stack.train.watch.planned import Comparison, predict
+from stack.train.watch.planned import line as plan_line
+from stack.train.watch.speed import Speedometer
+from stack.train.watch.trace import Trace
 
 
 class Trainer:

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from stack.config import ConfigError
 from stack.doctor.calibrate import fit_products, fit_transfers, hardware, lines, run, write
 from stack.doctor.timing import Attention, Measurement, Product, Sizes, Transfer, measure, repeated
-from stack.planner.hardware import Hardware, load
-from stack.planner.time import product_seconds, ring_seconds
+from stack.hardware.chip import Hardware, load
+from stack.planner.formula.time import product_seconds, ring_seconds
 
 WEIGHTS = ((512, 512), (1024, 1024), (4096, 4096), (4096, 14336))
 BYTES = (2**18, 2**20, 2**24, 2**28)

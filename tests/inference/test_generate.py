@@ -11,7 +11,7 @@ from stack.config import Config, ModelConfig, StackError
 from stack.inference.generate import generate, pad
 from stack.kernels.attention import Mask
 from stack.layers.head import logits
-from stack.train.program import build
+from stack.step.program import build
 
 CONTEXT = 48
 PROMPTS = [[7, 3, 50], [31, 8, 8, 14, 60, 2, 27, 41, 19], [5 * i % 61 for i in range(1, 18)]]

@@ -5,7 +5,7 @@ import jax
 from stack.config import Config
 from stack.inference.generate import generate
 from stack.interop.hugging_face import config_from_hf, params_from_hf
-from stack.train.program import build
+from stack.step.program import build
 
 
 def test_greedy_text_is_that_of_transformers(golden):

@@ -16,9 +16,9 @@ from stack.kernels.attention import Mask
 from stack.layers.dropout import example_keys
 from stack.models.decoder import SAVED, Decoder
 from stack.parallel import mesh as meshes
-from stack.train import program as programs
-from stack.train import state as states
-from stack.train.step import train_step
+from stack.step import program as programs
+from stack.step import state as states
+from stack.step.step import train_step
 
 SHARED = {
     "vocab_size": 61,

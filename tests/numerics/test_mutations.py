@@ -11,7 +11,7 @@ from stack.kernels.attention.mask import Mask
 from stack.layers import embedding, head
 from stack.objectives import causal
 from stack.parallel import zero
-from stack.train import step
+from stack.step import step
 
 CELLS = {cell.name: cell for cell in cells()}
 

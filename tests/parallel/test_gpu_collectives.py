@@ -19,9 +19,9 @@ from stack.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from stack.planner.collectives import Collective, collectives
-from stack.planner.compile import compile_step, devices, without_cache
-from stack.train import program as programs
+from stack.planner.compiled.collectives import Collective, collectives
+from stack.planner.compiled.compile import compile_step, devices, without_cache
+from stack.step import program as programs
 
 BATCH, LENGTH = 96, 160  # Numbers no other dimension has.
 NUM_LAYERS = 4

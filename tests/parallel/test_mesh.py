@@ -6,7 +6,7 @@ from jax.sharding import AxisType
 
 from stack.config import Config, ConfigError, DataConfig, EvalConfig, MeshConfig, ModelConfig, TrainConfig
 from stack.parallel import mesh as meshes
-from stack.planner import compile as compiling
+from stack.planner.compiled import compile as compiling
 
 
 def test_the_free_axis_takes_what_is_left():

@@ -102,7 +102,6 @@ def test_validate_takes_a_table_of_the_users_own(capsys, tmp_path):
             [LLAMA, "--search", "--top", "0", "--hardware", "h100", "--devices", "8"],
             "--top 0 must be at least 1",
         ),
-        (["--largest"], "--largest needs --hardware and --devices"),
         (["--validate", "none.csv"], "none.csv: cannot be read as a CSV file"),
     ],
 )

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from stack.config import Config, ConfigError, load
-from stack.planner import hardware as chips
+from stack.hardware import chip as chips
 from stack.planner import report
-from stack.planner.compile import has_plugin
+from stack.planner.compiled.compile import has_plugin
 from stack.planner.plan import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,17 +8,17 @@ import pytest
 from stack import load
 from stack.config import ModelConfig
 from stack.parallel import mesh as meshes
-from stack.planner.formulas import (
+from stack.planner.formula.memory import layers_in_flight
+from stack.planner.formula.published import (
     activation_bytes_per_layer,
     gpt_parameters,
     interleaving_factor,
     zero_bytes_per_parameter,
     zero_elements_sent,
 )
-from stack.planner.memory import layers_in_flight
-from stack.planner.shapes import parameters
-from stack.planner.workload import Workload
-from stack.train import program as programs
+from stack.planner.formula.shapes import parameters
+from stack.planner.formula.workload import Workload
+from stack.step import program as programs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

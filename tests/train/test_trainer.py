@@ -16,8 +16,8 @@ import pytest
 from jax._src.array import ArrayImpl
 
 from stack import Config, StackError, Trainer
-from stack.train import state as states
-from stack.train.listeners import Listener
+from stack.step import state as states
+from stack.train.watch.listeners import Listener
 
 FIELDS = {
     "model": {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "max_length": 32, "dtype": "float32"},

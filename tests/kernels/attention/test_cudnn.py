@@ -16,8 +16,8 @@ from stack.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfi
 from stack.kernels.attention import Mask, attend
 from stack.parallel import mesh as meshes
 from stack.parallel.rules import ONE_DEVICE, Layout
-from stack.planner.collectives import collectives
-from stack.planner.compile import compile_step, devices, traced_for, without_cache
+from stack.planner.compiled.collectives import collectives
+from stack.planner.compiled.compile import compile_step, devices, traced_for, without_cache
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 8, 64, 4, 2, 64
 HOPPER, AMPERE = (SimpleNamespace(compute_capability=capability) for capability in ("9.0", "8.0"))

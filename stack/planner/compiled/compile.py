@@ -1,0 +1,262 @@
+"""Compiling the training step for GPUs on a machine that has none.
+
+Needs the extra `plan`: JAX's CUDA plugin and NVIDIA's compilers, no CUDA libraries and no driver.
+"""
+
+import dataclasses
+import importlib.util
+import logging
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as checks
+from jax.experimental import topologies
+
+from stack.config import Config, StackError
+from stack.parallel.mesh import set_compilation_cache
+from stack.step import program as programs
+from stack.step import state as states
+from stack.step.step import compiler_options, train_step
+
+OLDEST_CUDNN = 91_200
+"""cuDNN 9.12, the oldest that JAX's CUDA packages allow."""
+
+DEVICES_PER_HOST = 8
+"""Of an HGX or DGX machine."""
+
+MISSING_PLUGIN = "compiling for GPUs that are not here needs the extra plan: pip install 'stack[plan]'"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Abort:
+    """A compilation that kills the process, which no `except` catches."""
+
+    pattern: str
+    """What in the lowered program makes it happen."""
+    versions: tuple[str, ...] | None = None
+    """Of JAX; None: all."""
+    below_capability: float = math.inf
+    """It happens for GPUs below this compute capability."""
+    reason: str
+    avoid: dict[str, str] | None = None
+    """Compiler options under which it does not happen; None: the program is refused."""
+
+
+ABORTS = (
+    Abort(
+        pattern=r"",
+        versions=("0.12.0", "0.12.0.1"),
+        reason="its own kernels of small all-reduces stop LLVM: size mismatch when packing elements",
+        avoid={"xla_gpu_experimental_use_collective_kernels": ""},
+    ),
+    Abort(
+        pattern=r"\bmosaic_gpu",
+        below_capability=9.0,
+        reason="a Mosaic kernel written for Hopper stops LLVM: cannot select llvm.nvvm.elect.sync",
+    ),
+)
+"""Known aborts of XLA's GPU compiler, seen in compilations without a GPU."""
+
+
+def has_plugin() -> bool:
+    """Whether JAX's CUDA plugin is installed."""
+    return any(_installed(f"jax_plugins.xla_cuda{version}") for version in (13, 12))
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def targets() -> tuple[str, ...]:
+    """The chips that can be compiled for."""
+    folder = files("stack.hardware") / "targets"
+    return tuple(sorted(file.name.removesuffix(".txtpb") for file in folder.iterdir()))
+
+
+def devices(target: str, num_devices: int, *, per_host: int = DEVICES_PER_HOST) -> list[Any]:
+    """Devices to compile for that are not here.
+
+    Args:
+      target: name of a file in `stack/hardware/targets`, such as `h200`.
+      num_devices: a multiple of `per_host`, or less than it.
+      per_host: devices of one host, which share its fast links.
+
+    Raises:
+      StackError: no such target, the last host would be filled in part, or the plugin is missing.
+    """
+    if target not in targets():
+        raise StackError(
+            f"compile_target={target}: there is none of that name; one of {', '.join(targets())}"
+        )
+    per_host = min(per_host, num_devices)
+    if num_devices < 1 or num_devices % per_host:
+        below = num_devices // per_host * per_host
+        raise StackError(
+            f"{num_devices} devices fill the last host of {per_host} in part; "
+            f"compile for {below} or {below + per_host}"
+        )
+    if not has_plugin():
+        raise StackError(MISSING_PLUGIN)
+    description = (files("stack.hardware") / "targets" / f"{target}.txtpb").read_text()
+    text = "\n".join(line for line in description.splitlines() if not line.startswith("#"))
+    shape = f"1x{num_devices // per_host}x{per_host}"
+    try:
+        with _quiet_discovery():
+            return topologies.get_topology_desc(
+                "", platform="cuda", target_config=text, topology=shape
+            ).devices
+    except NotImplementedError as error:
+        raise StackError(
+            "JAX looks for a GPU before it compiles for one that is not here; set JAX_PLATFORMS=cpu"
+        ) from error
+
+
+@contextmanager
+def _quiet_discovery() -> Iterator[None]:
+    """Where plugins for two versions of CUDA are installed, the second one is an error that is logged."""
+    logger = logging.getLogger("jax._src.xla_bridge")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def compile_step(config: Config, target_devices: list[Any]) -> jax.stages.Compiled:
+    """The training step of a config, exactly as the trainer runs it, compiled for devices not here."""
+    return compile_lowered(lower_step(programs.build(config, target_devices)), target_devices[0])
+
+
+def lower_step(program: programs.Program) -> jax.stages.Lowered:
+    """The training step, traced and typed for the devices of the program's mesh."""
+    mesh = states.concrete(program)
+    with jax.set_mesh(mesh), traced_for(mesh.devices.flat[0]):
+        step = jax.jit(
+            lambda state, batch: train_step(program, state, batch),
+            donate_argnums=0,
+            compiler_options=compiler_options("cuda"),
+        )
+        return step.lower(states.abstract(program), abstract_batch(program))
+
+
+def compile_lowered(
+    lowered: jax.stages.Lowered, device: Any, options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
+    """A program lowered for devices like this one, compiled; `options` come on top of its own.
+
+    Raises:
+      StackError: this compilation is known to kill the process, or the compilers are missing.
+    """
+    avoid = avoid_aborts(lowered.as_text(), jax.__version__, float(device.compute_capability))
+    try:
+        return lowered.compile(compiler_options=avoid | (options or {}))
+    except jax.errors.JaxRuntimeError as error:
+        if re.search(r"No PTX compilation provider|libdevice", str(error)):
+            raise StackError(f"{MISSING_PLUGIN} (NVIDIA's compilers are not found)") from error
+        raise
+
+
+def avoid_aborts(lowered: str, jax_version: str, compute_capability: float) -> dict[str, str]:
+    """Compiler options that keep a program away from known aborts.
+
+    Raises:
+      StackError: nothing does.
+    """
+    options: dict[str, str] = {}
+    for abort in ABORTS:
+        if abort.versions is not None and jax_version not in abort.versions:
+            continue
+        if compute_capability >= abort.below_capability or not re.search(abort.pattern, lowered):
+            continue
+        if abort.avoid is None:
+            raise StackError(
+                f"jax {jax_version} would abort while it compiles for compute capability "
+                f"{compute_capability}: {abort.reason}; plan for another chip, or without that kernel"
+            )
+        options |= abort.avoid
+    return options
+
+
+def abstract_batch(program: programs.Program) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a training batch."""
+    rows, length = program.config.train.batch_size, program.config.data.sequence_length
+    layout = program.layout
+    whole = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=layout.sharding("batch", "length"))
+    example = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=layout.sharding("batch"))
+    return dict.fromkeys(("tokens", "labels", "segments", "positions"), whole) | {"example": example}
+
+
+@contextmanager
+def traced_for(device: jax.Device) -> Iterator[None]:
+    """What is traced within is for a GPU that is not here.
+
+    JAX checks the call against this machine's cuDNN and GPU and cannot be told of others; the
+    compiler then needs neither.
+    """
+    here = checks.check_cudnn_version, checks.check_compute_capability
+
+    def has_capability(capability: str) -> bool:
+        return _version(device.compute_capability) >= _version(capability)
+
+    checks.check_cudnn_version, checks.check_compute_capability = lambda: OLDEST_CUDNN, has_capability
+    try:
+        yield
+    finally:
+        checks.check_cudnn_version, checks.check_compute_capability = here
+
+
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """No persistent cache within: a hit prints none of the compiler's warnings."""
+    enabled = jax.config.jax_enable_compilation_cache
+    set_compilation_cache(enabled=False)
+    try:
+        yield
+    finally:
+        set_compilation_cache(enabled=enabled)
+
+
+@contextmanager
+def captured() -> Iterator[list[str]]:
+    """Lines written to the standard error by anyone, the compiler's C++ included, once it is left.
+
+    They are shown after all where an exception passes that is not of the user's making.
+    """
+    lines: list[str] = []
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        failed = True
+        try:
+            yield lines
+            failed = False
+        except StackError:
+            failed = False
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+            lines += text.splitlines()
+            if failed:
+                sys.stderr.write(text)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))

@@ -1,0 +1,169 @@
+"""The gate: what a compiled step may communicate, by a formula of its layout, never by a recording.
+
+A layout needs so many bytes of each collective over each mesh axis. A step that moves more than
+`SLACK` times that, or sums gradients in less than float32, holds the batch of all devices on one, makes
+an array whole because the compiler found no other way, or does not fit, is not what was designed.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from stack.config import Config
+from stack.parallel import mesh as meshes
+from stack.parallel.rules import MATRICES
+from stack.planner.compiled.findings import Finding, Kind
+from stack.planner.compiled.report import Compiled
+from stack.step import program as programs
+from stack.step.program import Program
+
+SLACK = 1.1
+"""A step may move this many times what the formula says."""
+
+SCALARS = 2**16
+"""Bytes a step may move over any axis besides: sums of the loss per chunk, norms, counts, indices."""
+
+REFUSED: frozenset[Kind] = frozenset(
+    {"involuntary rematerialization", "memory", "global batch", "reduced precision"}
+)
+"""Findings of the compiled report that do not pass."""
+
+Limits = Mapping[tuple[str, str], float]
+"""Bytes per step by kind of collective and mesh axis, of the larger side of each operation."""
+
+
+def check(compiled: Compiled, config: Config) -> list[Finding]:
+    """What keeps a compiled step from passing; empty: it passes.
+
+    Args:
+      compiled: the report of `compile_plan`.
+      config: the config it was compiled from.
+    """
+    mesh = meshes.abstract(config.mesh, compiled.devices)
+    allowed = limits(programs.on_mesh(config, mesh, "gpu"))
+    found = [finding for finding in compiled.findings if finding.kind in REFUSED]
+    return found + over_limits(compiled, allowed)
+
+
+def over_limits(compiled: Compiled, allowed: Limits) -> list[Finding]:
+    """Collectives that move more than they are allowed, each with the line that moves most of them."""
+    moved: dict[tuple[str, str], float] = defaultdict(float)
+    worst: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for collective in compiled.collectives:
+        for axis in collective.axes or tuple(compiled.mesh):
+            size = collective.bytes * collective.times
+            moved[collective.kind, axis] += size
+            worst[collective.kind, axis][collective.source] += size
+    found = []
+    for (kind, axis), size in moved.items():
+        limit = SLACK * allowed.get((kind, axis), 0) + SCALARS
+        if size > limit:
+            lines = worst[kind, axis]
+            text = f"{kind} over {axis} moves {size / 1e6:,.1f} MB a step, the layout needs "
+            text += f"{allowed.get((kind, axis), 0) / 1e6:,.1f} MB"
+            found.append(Finding(kind="traffic", text=text, source=max(lines, key=lines.__getitem__)))
+    return found
+
+
+def limits(program: Program) -> Limits:
+    """Bytes per step that a layout needs, by kind of collective and mesh axis.
+
+    ZeRO (arXiv 1910.02054): with P the bytes of the matrices in the compute dtype and G in that of
+    reduction, `fsdp` gathers P and scatters G; stage 3 does so every micro-batch and gathers the layers
+    twice; stage 2 scatters every micro-batch; `data` sums G / fsdp once. Vectors are whole, and may
+    be summed every micro-batch. Tensor parallelism (arXiv 1909.08053): with A the bytes of
+    a micro-batch's hidden states, two sums a layer forward and two backward; `sequence_parallel`
+    (arXiv 2205.05198) has a gather and a scatter for each sum; layers computed again repeat those of
+    their forward pass.
+    """
+    total: dict[tuple[str, str], float] = defaultdict(float)
+    for kind, axes, size in (*_parameters(program), *_activations(program)):
+        for axis in axes:
+            if program.layout.size(axis) > 1:
+                total[kind, axis] += size
+    return dict(total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parameter:
+    """One leaf of the parameters as the layout treats it."""
+
+    elements: int
+    """On one place of `tensor`."""
+    matrix: bool
+    stacked: bool
+    """One for each layer."""
+    split: bool
+    """Over `fsdp`, at rest."""
+    whole: bool
+    """On all of `tensor`."""
+
+
+def _leaves(program: Program) -> Iterator[_Parameter]:
+    layout = program.layout
+    paths = jax.tree_util.tree_flatten_with_path(program.parameters)[0]
+    names = jax.tree.leaves(program.axes, is_leaf=lambda node: isinstance(node, tuple))
+    for (path, leaf), axes in zip(paths, names, strict=True):
+        ways = math.prod(layout.size(axis) for name in axes for axis in layout.mesh_axes(name))
+        yield _Parameter(
+            elements=leaf.size // ways,
+            matrix=path[-1].key in MATRICES,
+            stacked=axes[0] == "layers",
+            split="fsdp" in leaf.sharding.spec,
+            whole=ways == 1,
+        )
+
+
+def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """(kind, axes, bytes per step) of what parameters and their gradients need."""
+    layout, train = program.layout, program.config.train
+    compute, reduce = _itemsize(program.config.model.dtype), _itemsize(train.grad_reduce_dtype)
+    scatters = 1 if layout.zero < 2 else train.accumulation
+    for leaf in _leaves(program):
+        if not leaf.matrix:
+            # Of a norm's scale, each device of `tensor` has seen its heads or its part of the sequence.
+            axes = ("data", "fsdp", "tensor") if leaf.whole else ("data", "fsdp")
+            yield "all-reduce", axes, leaf.elements * 4 * train.accumulation
+            continue
+        if leaf.whole and layout.sequence_parallel:
+            yield "all-reduce", ("tensor",), leaf.elements * reduce * train.accumulation
+        if not leaf.split:
+            yield "all-reduce", ("data", "fsdp"), leaf.elements * reduce
+            continue
+        passes = 1 if layout.zero < 3 else train.accumulation * (2 if leaf.stacked else 1)
+        yield "all-gather", ("fsdp",), leaf.elements * compute * passes
+        yield "reduce-scatter", ("fsdp",), leaf.elements * reduce * scatters
+        yield "all-reduce", ("data",), leaf.elements * reduce / layout.size("fsdp")
+
+
+def _activations(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """(kind, axes, bytes per step) of what `tensor` needs, for the tokens of one replica."""
+    config, layout = program.config, program.layout
+    tokens = config.train.batch_size * config.data.sequence_length / _replicas(program)
+    hidden = tokens * config.model.embed_dim * _itemsize(config.model.dtype)
+    layers = config.model.num_layers
+    # Nothing gathered is ever saved; sums are, by remat `dots`.
+    gathered_again = 0 if config.train.remat == "none" else 2
+    summed_again = 0 if config.train.remat == "dots" else gathered_again
+    # The embedding and the final norm have one each; the loss has a plain sum of the hidden gradient.
+    if layout.sequence_parallel:
+        yield "all-gather", ("tensor",), hidden * (layers * (4 + gathered_again) + 2)
+        yield "reduce-scatter", ("tensor",), hidden * (layers * (4 + summed_again) + 2)
+        yield "all-reduce", ("tensor",), hidden
+    else:
+        # What a layer adds last is not needed again: one sum less than its forward pass has.
+        yield "all-reduce", ("tensor",), hidden * (layers * (4 + summed_again // 2) + 2)
+    # Highest score, sum of exponentials and score of the label, float32.
+    yield "all-reduce", ("tensor",), tokens * 3 * 4
+
+
+def _replicas(program: Program) -> int:
+    return math.prod(program.layout.size(axis) for axis in program.layout.replicas)
+
+
+def _itemsize(dtype: str) -> int:
+    return np.dtype(jax.numpy.dtype(dtype)).itemsize

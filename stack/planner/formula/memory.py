@@ -1,0 +1,410 @@
+"""Bytes per device of a training step, by category, by formula.
+
+`memory` is of Stack's own compiled step, which is followed through its phases: the loss, the backward
+pass of a layer, the scattering of gradients, the update. What is always held is added to the worst of
+them. `published_memory` is of the usual layout of other frameworks.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import cast
+
+from stack.models.decoder import Remat
+from stack.planner.formula.residuals import Kept, kept
+from stack.planner.formula.result import Memory
+from stack.planner.formula.shapes import Parameter, parameters
+from stack.planner.formula.workload import Workload
+
+MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 1}
+"""Float32 numbers that an optimizer keeps per parameter; adafactor only of what it does not factor."""
+
+FACTORED = 128
+"""Adafactor keeps rows and columns of what has two axes as long as this (Optax's default), whose own
+size rounds to nothing."""
+
+RESERVE = 1.5 * 2**30
+"""The runtime's context, its libraries' workspaces and the network's buffers."""
+
+STREAMS = 7
+"""Arrays as wide as the model, and as many as wide as the heads, alive in attention's backward pass:
+inputs, norms, results and their gradients; read off the buffers of compiled steps."""
+
+BEGUN = 1.2
+"""Matrices that exist at once in what they are summed in, the next one begun; read off compiled steps too."""
+
+AHEAD = 0.2
+"""Of what a layer's backward pass works on, what the next one's has begun with by then at stage 3, where
+no barrier keeps them apart and it has something to begin with: what was saved, or a gather along the
+sequence; read off compiled steps too."""
+
+
+def memory(workload: Workload) -> Memory:
+    """Bytes per device of Stack's compiled step, on the pipeline stage that holds most.
+
+    Args:
+        workload: the step.
+    """
+    work = workload.as_run()
+    ends = [(True, True)] if work.stage == 1 else [(True, False), (False, True)]
+    return max((_of_stage(work, first=first, last=last) for first, last in ends), key=lambda m: m.total)
+
+
+def layers_in_flight(workload: Workload, rank: int) -> float:
+    """Layers whose activations a pipeline stage holds at once, each of one micro-batch.
+
+    1F1B holds `stage - rank` micro-batches; interleaving (stage - rank - 1) x 2 + (v - 1) x stage + 1
+    of the v times smaller parts, which on the first stage is 1 + (stage - 1) / (stage v) times as much
+    (arXiv 2205.05198, section 4.2.3); GPipe all of them.
+    """
+    w, v = workload, workload.virtual_stages
+    parts = w.stage - rank
+    if w.schedule == "interleaved" and v > 1:
+        parts = 2 * (w.stage - rank - 1) + (v - 1) * w.stage + 1
+    if w.schedule == "gpipe":
+        parts = v * w.accumulation
+    return min(parts, v * w.accumulation) * w.model.num_layers / (w.stage * v)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Bytes on one device of what the step is made of."""
+
+    shard: float
+    """All parameters in float32, as they lie at rest."""
+    layers_shard: float
+    """Those of the layers."""
+    whole: float
+    """Matrices in the compute dtype, whole over `fsdp`."""
+    layers_whole: float
+    layer: float
+    """One layer's matrices in the compute dtype, whole over `fsdp`."""
+    table: float
+    """The head's table in float32, whole over `fsdp`; 0 where there is no head."""
+    tables: float
+    """Word tables in the compute dtype, whole over `fsdp`."""
+    largest: float
+    """The largest matrix in float32, of all layers together, whole over `fsdp`."""
+    compute: int
+
+
+def _of_stage(w: Workload, *, first: bool, last: bool) -> Memory:
+    layers, ends = parameters(w.model).layers, _ends(w, first=first, last=last)
+    sizes = _sizes(w, layers, ends, last=last)
+    optimizer = 4 * (_moments(w, layers) / w.stage + _moments(w, ends))
+    residuals, stacked = _residuals(w, rank=0 if first else w.stage - 1)
+    always = {
+        "parameters": sizes.shard + _compute_copies(w, sizes),
+        "optimizer": 0.0 if w.offload_optimizer else optimizer,
+        "reserve": RESERVE,
+        "host": (optimizer if w.offload_optimizer else 0.0) + (stacked if w.offload_activations else 0.0),
+    }
+    always |= dict.fromkeys(_CATEGORIES, 0.0)
+    phases = [always | held for held in _phases(w, sizes, residuals, last=last)]
+    return Memory(**max(phases, key=lambda held: sum(held.values())))
+
+
+def _ends(w: Workload, *, first: bool, last: bool) -> tuple[Parameter, ...]:
+    """The parameters of a pipeline stage that are in no layer."""
+    found = parameters(w.model)
+    if first and last:
+        return (*found.embedding, *found.head)
+    if first:
+        return found.embedding
+    return (*found.head, found.embedding[0]) if w.model.tied_embeddings else found.head
+
+
+def optimizer_numbers(workload: Workload) -> float:
+    """Float32 numbers of the optimizer's state on one device; of a pipeline, with half of both ends."""
+    found = parameters(workload.model)
+    ends = (*found.embedding, *found.head)
+    layers = _moments(workload, found.layers) / workload.stage
+    return layers + _moments(workload, ends) / min(workload.stage, 2)
+
+
+def _moments(w: Workload, parts: Iterable[Parameter]) -> float:
+    """Numbers of the optimizer's state on one device."""
+    kept_of = [p for p in parts if w.optimizer != "adafactor" or not _factored(p)]
+    fsdp = w.fsdp if w.zero else 1
+    return MOMENTS[w.optimizer] * sum(p.shard(fsdp=fsdp, tensor=w.tensor) for p in kept_of)
+
+
+def _factored(part: Parameter) -> bool:
+    return sum(size >= FACTORED for _, size in part.axes) >= 2
+
+
+def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ...], *, last: bool) -> _Sizes:
+    compute = 4 if w.model.dtype == "float32" else 2
+    fsdp = w.fsdp if w.zero else 1
+
+    def shard(parts: tuple[Parameter, ...]) -> float:
+        return 4 * sum(p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
+
+    def whole(parts: tuple[Parameter, ...]) -> float:
+        return compute * sum(p.shard(tensor=w.tensor) for p in parts if p.matrix)
+
+    return _Sizes(
+        shard=shard(layers) / w.stage + shard(ends),
+        layers_shard=shard(layers) / w.stage,
+        whole=whole(layers) / w.stage + whole(ends),
+        layers_whole=whole(layers) / w.stage,
+        layer=whole(layers) / w.model.num_layers,
+        table=4 * parameters(w.model).embedding[0].shard(tensor=w.tensor) if last else 0.0,
+        tables=whole(ends),
+        largest=4 / w.stage * max(p.shard(tensor=w.tensor) for p in layers),
+        compute=compute,
+    )
+
+
+_CATEGORIES = ("gradients", "activations", "logits", "temporaries", "collectives")
+
+
+def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable[dict[str, float]]:
+    """What is held besides parameters and moments, in each phase of a step that can be the worst."""
+    several = w.accumulation > 1
+    summed = s.whole * w.reduce_bytes / s.compute
+    # The sums over micro-batches.
+    carried = 0.0
+    if several:
+        carried = summed if w.zero < 2 else s.shard
+    activations = {"activations": residuals}
+    ahead = AHEAD if w.zero == 3 and (w.remat != "full" or w.sequence_parallel) else 0.0
+    layer = _layer_temporaries(w) * (1 + ahead)
+    turned_scores, turned_inputs = _laid_out_anew(w)
+    yield activations | {
+        "gradients": carried,
+        "logits": s.table,
+        "temporaries": turned_scores + turned_inputs,
+    }
+    if last:
+        yield activations | {
+            "gradients": carried,
+            "logits": 2 * s.table + _logits(w),
+            "temporaries": w.micro_tokens * w.model.embed_dim * s.compute,
+            "collectives": s.tables if w.zero == 3 else 0.0,
+        }
+    stack = s.layers_shard if w.zero == 3 else s.layers_whole
+    in_flight = 0.0
+    if w.zero == 3:
+        # Weights of two layers, one of them the next, and gradients of one that are being summed.
+        in_flight = 2 * s.layer + w.reduce_bytes / s.compute * s.layer
+    yield activations | {
+        "gradients": carried + stack,
+        "logits": s.table,
+        "temporaries": layer + turned_inputs,
+        "collectives": in_flight,
+    }
+    if w.zero == 2 or (w.zero == 1 and not several):
+        # Scattered matrix by matrix in what they are summed in, beside the weights for the next
+        # micro-batch; after the last, half of it lies where those were.
+        begun = BEGUN * s.largest / (1 if several else 2)
+        yield {"gradients": carried + s.whole, "collectives": min(summed, begun)}
+    # The update, which needs no copies of the weights.
+    yield {
+        "parameters": s.shard,
+        "gradients": s.shard + (carried if w.zero == 1 and w.fsdp > 1 else 0.0),
+    }
+
+
+def _compute_copies(w: Workload, s: _Sizes) -> float:
+    """Copies of the weights in the compute dtype that live as long as the step.
+
+    Layers in one piece of code have each other's gradients in their place.
+    """
+    if w.zero == 3 or _unrolled(w) or (s.compute == 4 and (w.zero == 0 or w.fsdp == 1)):
+        return 0.0
+    return s.whole
+
+
+def _residuals(w: Workload, *, rank: int) -> tuple[float, float]:
+    """Saved activations on the device, and what of them offloading moves to the host."""
+    found = _saved(w)
+    rows = w.micro_batch / w.context
+    stacked = rows * layers_in_flight(w, rank) * found.per_layer(w.tensor)
+    rest = rows * found.once
+    if w.offload_activations:
+        # Two layers are on their way at a time.
+        return rest + 2 * rows * found.per_layer(w.tensor), stacked
+    return rest + stacked, stacked
+
+
+def _layer_temporaries(w: Workload) -> float:
+    """What one layer's backward pass works on.
+
+    As much as the layer keeps when nothing is computed again, whether it was saved or is computed again.
+    Under sequence parallelism the gradients of what was gathered besides, until they are scattered. Without
+    a fused kernel that of the scores, or what their backward pass alone works on.
+    """
+    if _unrolled(w):
+        return 0.0
+    model, bytes_each = w.model, 4 if w.model.dtype == "float32" else 2
+    gathered = 2 * w.micro_tokens * model.embed_dim * bytes_each if w.sequence_parallel else 0.0
+    everything = w.micro_batch / w.context * _kept(w, "none").per_layer(w.tensor) + gathered
+    if w.fused_attention:
+        return everything
+    scores = w.length * model.num_heads / w.tensor
+    # Softmax and its gradient in float32, both in the compute dtype too, and what dropout kept.
+    per_score = 2 * 4 + 2 * bytes_each + (1 if model.attention_dropout else 0)
+    stream = STREAMS * model.embed_dim / (w.tensor if w.sequence_parallel else 1)
+    heads = STREAMS * model.num_heads * model.head_width / w.tensor
+    attention = w.micro_tokens * (scores * per_score + bytes_each * (stream + heads))
+    return max(attention, everything + bytes_each * w.micro_tokens * scores)
+
+
+def _laid_out_anew(w: Workload) -> tuple[float, float]:
+    """Copies of saved activations that the backward pass wants with their axes in another order.
+
+    Without recomputation, of float32 scores, whose first version is then freed; and under sequence
+    parallelism of what was gathered along the sequence, which puts the sequence before the rows; at
+    stage 3, whose matmuls stand each by itself, of half of that.
+    """
+    if w.remat != "none" or _unrolled(w):
+        return 0.0, 0.0
+    rows, layers = w.micro_batch / w.context, w.model.num_layers / w.stage
+    scores = 0.0 if w.fused_attention else 4 * w.length**2 * w.model.num_heads / w.tensor
+    gathered = _kept(w, "none").whole if w.sequence_parallel and w.micro_batch > 1 else 0.0
+    gathered *= 0.5 if w.zero == 3 else 1
+    return rows * layers * scores, rows * layers * gathered
+
+
+def _logits(w: Workload) -> float:
+    """Scores of a chunk in float32 and their gradient in the compute dtype."""
+    vocab = w.model.padded_vocab_size / w.tensor
+    chunk = min(w.loss_chunk or w.micro_tokens, w.micro_tokens)
+    return chunk * vocab * (4 + (4 if w.model.dtype == "float32" else 2))
+
+
+def _unrolled(w: Workload) -> bool:
+    return w.remat == "none" and w.model.scan_unroll >= w.model.num_layers
+
+
+def _saved(w: Workload) -> Kept:
+    if _unrolled(w):
+        # In one piece of code the compiler makes the gate's activation and slope anew.
+        found = _kept(w, "none")
+        gates = 2 * w.model.mlp_width * w.length * (4 if w.model.dtype == "float32" else 2)
+        return dataclasses.replace(found, split=found.split - gates) if w.model.gated else found
+    return _kept(w, _policy(w))
+
+
+def _policy(w: Workload) -> Remat:
+    # Megatron's selective recomputation leaves out the scores, which a fused kernel never keeps.
+    return "none" if w.remat == "selective" else cast("Remat", w.remat)
+
+
+def _kept(w: Workload, remat: Remat) -> Kept:
+    return kept(
+        w.model,
+        length=w.length,
+        remat=remat,
+        tensor=w.tensor,
+        sequence_parallel=w.sequence_parallel,
+        fused_attention=w.fused_attention,
+    )
+
+
+# The usual layout of other frameworks (Megatron-LM, nanotron, torchtitan, NeMo), in bytes per element.
+WEIGHT, MASTER, GRADIENT = 2, 4, 4
+"""Weights in bfloat16, master weights, each moment and summed gradients in float32."""
+
+PENDING_GRADIENT = 1
+"""Of a parameter: its bfloat16 gradient until it is added to the float32 sum, half of them at a time."""
+
+LOGIT = 2 + 4 + 4
+"""Of a score of the vocabulary: in bfloat16 from the matmul, in float32 for the loss, its gradient."""
+
+FRAGMENTATION = 0.04
+"""Of what is allocated: what a caching allocator holds besides; 2 to 10 % is usual."""
+
+RUNTIME = 1.5e9
+"""Bytes of context, workspaces and the network's buffers on every device; 1 to 3 GB is usual."""
+
+
+def published_memory(workload: Workload) -> Memory:
+    """Bytes per device under the usual layout of other frameworks, on the stage that holds most.
+
+    Bfloat16 weights; float32 master weights and moments, split over fsdp x context from ZeRO stage 1;
+    float32 sums of gradients, split from stage 2; at stage 3 only float32 shards at rest. Nothing of
+    the logits is chunked. Stages of a pipeline are
+    balanced by their matrix products, the head's included.
+
+    Args:
+        workload: the step.
+    """
+    work = workload.as_run()
+    return max((_published_stage(work, rank) for rank in range(work.stage)), key=lambda memory: memory.total)
+
+
+def _published_stage(w: Workload, rank: int) -> Memory:
+    layers = _balanced_layers(w)[rank]
+    found = parameters(w.model)
+    layer = sum(p.shard(tensor=w.tensor) for p in found.layers) / w.model.num_layers
+    table = found.embedding[0].shard(tensor=w.tensor)
+    first, last = rank == 0, rank == w.stage - 1
+    held = layers * layer
+    if first:
+        held += sum(p.shard(tensor=w.tensor) for p in found.embedding)
+    if last and not (first and w.model.tied_embeddings):
+        held += table
+    ways = w.fsdp * w.context
+    alone = w.data * w.expert * ways == 1
+    weights = held * (MASTER / ways if w.zero == 3 else WEIGHT)
+    states = MOMENTS[w.optimizer] * MASTER + (0 if w.zero == 3 else MASTER)
+    optimizer = held * states / (ways if w.zero else 1)
+    gradients = held * GRADIENT / (ways if w.zero >= 2 else 1)
+    pending = held * PENDING_GRADIENT if w.zero < 3 and not alone else 0.0
+    in_flight = 2 * (WEIGHT + GRADIENT) * layer if w.zero == 3 else 0.0
+    per_layer = w.micro_tokens * _published_activations(w, w.remat)
+    saved = per_layer * layers_in_flight(w, rank) * layers * w.stage / w.model.num_layers
+    again = w.micro_tokens * _published_activations(w, "none") - per_layer
+    logits = w.micro_tokens * w.model.padded_vocab_size / w.tensor * LOGIT if last else 0.0
+    everything = weights + optimizer + gradients + pending + in_flight + saved + again + logits
+    offloaded = optimizer if w.offload_optimizer else 0.0
+    return Memory(
+        parameters=weights,
+        gradients=gradients + pending,
+        optimizer=optimizer - offloaded,
+        activations=saved,
+        logits=logits,
+        temporaries=again,
+        collectives=in_flight,
+        reserve=RUNTIME + FRAGMENTATION * (everything - offloaded),
+        host=offloaded,
+    )
+
+
+def _balanced_layers(w: Workload) -> list[int]:
+    """Layers of each stage, such that none does much more than its share of the matrix products."""
+    count = w.model.num_layers
+    head = w.model.padded_vocab_size * w.model.embed_dim
+    layer = sum(p.size for p in parameters(w.model).layers if p.matrix) / count
+    if w.virtual_stages > 1:
+        # Parts of equal size, as many on each stage.
+        return [math.ceil(count / w.stage)] * w.stage
+    share = (count + head / layer) / w.stage
+    bounds = [min(count, math.ceil(share * (rank + 1))) for rank in range(w.stage)]
+    return [end - start for start, end in zip([0, *bounds[:-1]], [*bounds[:-1], count], strict=True)]
+
+
+def _published_activations(w: Workload, remat: str) -> float:
+    """Bytes per token that one layer keeps in 16 bits, matrix products' inputs and what else is read again.
+
+    Per token of width h: the inputs of two norms and their results, 8h; queries, keys and values, twice
+    for what the rotation writes, and the attention's result; the MLP's projections, its activation and
+    their product. Without a fused kernel five bytes per score besides, for softmax, dropout and its mask
+    (arXiv 2205.05198). Tensor parallelism splits all but the 8h, sequence parallelism those too.
+    """
+    model, tensor = w.model, w.tensor
+    queries, keys = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    stream = 2 * model.embed_dim / (tensor if w.sequence_parallel else 1)
+    projections = 2 * (queries + 2 * keys) / tensor
+    if remat == "full":
+        return stream
+    if remat == "save_qkv_proj":
+        return stream + projections
+    rotated = 2 * (queries + keys) / tensor if model.position == "rotary" else 0.0
+    mlp = 2 * (4 if model.gated else 2) * model.mlp_width / tensor
+    if remat == "dots":
+        return stream + projections + 2 * model.embed_dim + mlp / 2
+    scores = 0.0 if w.fused_attention or remat == "selective" else 5 * model.num_heads * w.length / tensor
+    return 4 * stream + projections + rotated + 2 * queries / tensor + mlp + scores

@@ -1,0 +1,153 @@
+"""What the forward pass of one layer keeps for its backward pass, read from the model itself.
+
+The layers are traced without arrays and differentiated; what the derivative holds is counted. It is the
+same for every ZeRO stage: stage 3 keeps nothing that it gathered.
+"""
+
+import dataclasses
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import Jaxpr, Var
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from stack.config.mesh import AXES
+from stack.config.model import ModelConfig
+from stack.kernels.attention import Mask
+from stack.layers.dropout import example_keys
+from stack.models.decoder import Decoder, Remat
+from stack.parallel.mesh import use
+from stack.parallel.rules import MATRICES, Layout
+from stack.parallel.zero import axis_names, is_variable, parameter_name
+from stack.planner.compiled.compile import traced_for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Bytes per row of one micro-batch."""
+
+    whole: float
+    """Of one layer: on every device of `tensor`."""
+    split: float
+    """Of one layer: divided over the devices of `tensor`."""
+    once: float
+    """Of all layers together, such as a mask."""
+
+    def per_layer(self, tensor: int) -> float:
+        """Bytes of one layer and one row on one of `tensor` devices."""
+        return self.whole + self.split / tensor
+
+
+_HOPPER: Any = SimpleNamespace(compute_capability="9.0")
+
+# A number of layers that no other axis of a model is as long as: it tells what is kept of every layer.
+_LAYERS = 7919
+
+
+def kept(
+    model: ModelConfig,
+    *,
+    length: int,
+    remat: Remat,
+    tensor: int,
+    sequence_parallel: bool,
+    fused_attention: bool,
+) -> Kept:
+    """What one layer keeps.
+
+    Args:
+        model: shapes and kinds.
+        length: tokens per row.
+        remat: the policy.
+        tensor: ways of tensor parallelism, only whether it is 1 matters for what is counted.
+        sequence_parallel: of norms and residuals.
+        fused_attention: a kernel that never writes the scores to memory.
+    """
+    kernel = "cudnn" if fused_attention else "xla"
+    ways = 1 if tensor == 1 else 2 if tensor % 2 == 0 else tensor
+    parts = (model.num_heads, model.kv_heads, model.mlp_width, length if sequence_parallel else ways)
+    if any(size % ways for size in parts):
+        whole = _kept(model, length, remat, 1, False, kernel)
+        return Kept(whole=0.0, split=whole.whole + whole.split, once=whole.once)
+    return _kept(model, length, remat, ways, sequence_parallel and tensor > 1, kernel)
+
+
+@cache
+def _kept(
+    model: ModelConfig,
+    length: int,
+    remat: Remat,
+    tensor: int,
+    sequence_parallel: bool,
+    kernel: str,
+) -> Kept:
+    small = model.model_copy(
+        update={"num_layers": _LAYERS, "vocab_size": 1, "vocab_multiple": tensor, "scan_unroll": 1}
+    )
+    mesh = AbstractMesh(
+        tuple({"data": 2, "tensor": tensor}.get(axis, 1) for axis in AXES),
+        AXES,
+        axis_types=(AxisType.Explicit,) * len(AXES),
+    )
+    layout = Layout(
+        mesh=mesh,
+        sequence_parallel=sequence_parallel and tensor > 1,
+        dtype=model.dtype,
+    )
+    with use(mesh):
+        jaxpr = _backward(small, layout, length, remat, kernel)
+    given = set(jaxpr.invars)
+    whole = split = once = 0.0
+    for variable in {v for v in jaxpr.outvars if isinstance(v, Var)} - given:
+        aval: Any = variable.aval
+        axes = _mesh_axes(aval)
+        if "data" not in axes:
+            continue  # Weights: only what has rows is split over them.
+        size = aval.size * aval.dtype.itemsize / 2
+        if aval.shape[0] != _LAYERS:
+            once += size / (tensor if "tensor" in axes else 1)
+        elif "tensor" in axes:
+            split += size / _LAYERS
+        else:
+            whole += size / _LAYERS
+    return Kept(whole=whole, split=split, once=once)
+
+
+def _backward(model: ModelConfig, layout: Layout, length: int, remat: Remat, kernel: str) -> Jaxpr:
+    """A program whose results are what the backward pass of a model is given."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
+
+    def shaped(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        assert layout.mesh is not None
+        names, matrix = axis_names(variable), parameter_name(path) in MATRICES
+        spec = layout.parameter_spec(names, variable.shape, matrix=matrix)
+        dtype = model.dtype if matrix else "float32"
+        return variable.replace(
+            jax.ShapeDtypeStruct(variable.shape, dtype, sharding=NamedSharding(layout.mesh, spec))
+        )
+
+    weights = jax.tree_util.tree_map_with_path(shaped, state, is_leaf=is_variable)
+    ids = jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=layout.sharding("batch", "length"))
+    drops = model.embedding_dropout or model.attention_dropout or model.residual_dropout
+
+    def backward(weights: Any, ids: jax.Array) -> Any:
+        mask = Mask(ids, ids, ids, ids)
+        keys = example_keys(0, jnp.zeros((), jnp.int32), ids[:, 0]) if drops else None
+
+        def hidden(weights: Any) -> jax.Array:
+            decoder = nnx.merge(graph, weights)
+            return decoder(ids, mask, layout=layout, kernel=kernel, keys=keys, remat=remat).hidden
+
+        return jax.vjp(hidden, weights)[1]
+
+    with traced_for(_HOPPER):
+        return jax.make_jaxpr(backward)(weights, ids).jaxpr
+
+
+def _mesh_axes(aval: Any) -> set[str]:
+    entries = aval.sharding.spec.partitions
+    return {axis for entry in entries if entry for axis in (entry if isinstance(entry, tuple) else (entry,))}

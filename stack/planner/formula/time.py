@@ -1,0 +1,351 @@
+"""Seconds of one training step, from shapes, a layout and a chip.
+
+Every part is a physical estimate: matrix products at a share of the peak that grows with the width of
+the weights, attention at a share of its own, elementwise work at the memory's bandwidth, collectives at
+a share of the links, and a gap before every kernel. The shares are those of the chip's generation
+(`Efficiency`); nothing here knows a model or a source by name.
+
+Pipelines follow arXiv 2104.04473 (section 2.2). Ring collectives move (n - 1) / n of the data over each
+link, an all-reduce twice that; over several nodes, all chips of a group in a node share the traffic
+between nodes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from stack.hardware.chip import Hardware, Precision
+from stack.planner.formula.memory import optimizer_numbers
+from stack.planner.formula.result import Communication, Time
+from stack.planner.formula.shapes import parameters
+from stack.planner.formula.workload import Workload
+
+_BYTES = 2
+"""Of an activation, and of a weight as it is used."""
+
+_KERNELS = 12
+"""Kernels of a layer's forward pass: four products or five, attention, two norms, the rest fused."""
+
+_LOGIT_BYTES = 16
+"""Traffic per score in the loss: written in float32, read for the softmax, its gradient written and read."""
+
+_SCORE_BYTES = 16
+"""The same per attention score, forward, where the kernel writes them all to memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spent:
+    """Seconds on one device, by what they are spent on, one after the other."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    launch: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.matmul + self.attention + self.memory + self.launch
+
+    def __add__(self, other: "Spent") -> "Spent":
+        """One, then the other."""
+        return Spent(
+            matmul=self.matmul + other.matmul,
+            attention=self.attention + other.attention,
+            memory=self.memory + other.memory,
+            launch=self.launch + other.launch,
+        )
+
+    def __mul__(self, times: float) -> "Spent":
+        """Several times."""
+        return Spent(
+            matmul=self.matmul * times,
+            attention=self.attention * times,
+            memory=self.memory * times,
+            launch=self.launch * times,
+        )
+
+
+def step_time(work: Workload, chip: Hardware) -> Time:
+    """The time of one optimizer step, by what it is spent on."""
+    work = work.as_run()
+    forward, head = _layer_forward(work, chip), _head(work, chip)
+    recomputed, backward = _recomputed(work, forward), _backward(work, forward)
+    layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
+    layer = forward + recomputed + backward
+    # All stages run side by side; the last has the head as well and sets the pace.
+    busy = (layer * layers + head) * micro_batches
+    inside = {
+        "tensor": _tensor(
+            work, chip, passes=2 if work.remat == "none" else 2 + recomputed.matmul / forward.matmul
+        ),
+        "context": _context(work, chip, layer.attention),
+    }
+    per_micro_batch = layer.total * layers + sum(part.exposed for part in inside.values()) * layers
+    communication = {name: _times(part, layers * micro_batches) for name, part in inside.items()}
+    communication["stage"] = _stage(work, chip)
+    communication["fsdp"] = _fsdp(work, chip, forward.total, (recomputed + backward).total, head.total)
+    communication["data"] = _data(work, chip, backward.total * layers)
+    communication["host"] = _host_memory(work, chip, layer.total)
+    return Time(
+        matmul=busy.matmul,
+        attention=busy.attention,
+        memory_bound=busy.memory,
+        communication={name: part for name, part in communication.items() if part.bytes},
+        bubble=(work.stage - 1) * per_micro_batch / _chunks(work),
+        optimizer=_optimizer(work, chip),
+        host=busy.launch,
+    )
+
+
+def _layer_forward(work: Workload, chip: Hardware) -> Spent:
+    """One layer, forward, one micro-batch, on one device; collectives left out."""
+    model, tokens = work.model, work.micro_tokens
+    queries = model.num_heads * model.head_width / work.tensor
+    keys = model.kv_heads * model.head_width / work.tensor
+    embed, mlp, gates = model.embed_dim, model.mlp_width / work.tensor, 2 if model.gated else 1
+    products = (
+        (queries + 2 * keys, embed),
+        (embed, queries),
+        (gates * mlp, embed),
+        (embed, mlp),
+    )
+    matmul = sum(product_seconds(tokens, n, k, work.precision, chip) for n, k in products)
+    # Two norms and two residual sums: ten arrays read or written. Under plain tensor parallelism every
+    # device does all of it.
+    elements = 10 * embed / (work.tensor if work.sequence_parallel else 1) + (gates + 1) * mlp
+    if model.position == "rotary":
+        elements += 2 * (queries + keys)
+    traffic = elements * _BYTES
+    if work.precision == "float8":  # Each operand is read in 16 bits and written in 8, both ways round.
+        traffic += 4 * (embed + queries + embed + mlp)
+    scores = tokens * queries / model.head_width * _mean_keys(work)
+    attention = 4 * scores * model.head_width / (_peak(chip, "bfloat16") * chip.efficiency.attention)
+    if not work.fused_attention:
+        attention += scores * 2 * _SCORE_BYTES / _bandwidth(chip)  # No half of the mask is left out.
+    return Spent(
+        matmul=matmul,
+        attention=attention,
+        memory=tokens * traffic / _bandwidth(chip),
+        launch=_KERNELS * chip.efficiency.launch_seconds,
+    )
+
+
+def product_seconds(rows: float, columns: float, inner: float, precision: Precision, chip: Hardware) -> float:
+    """A product [rows, inner] x [inner, columns] with a weight, in seconds.
+
+    The share of the peak is that of the largest products over 1 + half (1 / columns + 1 / inner): what
+    surrounds a product, prologues, partial waves and unfused neighbours, weighs more the narrower the
+    weight. Few rows are bound by reading the weight.
+    """
+    share = chip.efficiency.matmul / (1 + chip.efficiency.matmul_half * (1 / columns + 1 / inner))
+    read = (rows * inner + inner * columns + rows * columns) * _BYTES / _bandwidth(chip)
+    return max(2 * rows * columns * inner / (_peak(chip, precision) * share), read)
+
+
+def ring_seconds(size: float, members: int, stride: int, chip: Hardware) -> float:
+    """An all-gather whose result has `size` bytes, or a reduce-scatter of so many.
+
+    Args:
+      size: bytes.
+      members: devices that take part.
+      stride: distance between them in the order of devices; those within a domain share fast links.
+      chip: its links.
+    """
+    if members == 1:
+        return 0.0
+    inside = max(1, min(members, chip.domain_size // stride))
+    nodes = math.ceil(members / inside)
+    seconds = size * (members - 1) / members / chip.domain_bandwidth if inside > 1 else 0.0
+    if nodes > 1:
+        seconds = max(seconds, size * (nodes - 1) / nodes / (chip.network_bandwidth * inside))
+    latency = chip.domain_latency * (inside - 1) + chip.network_latency * (nodes - 1)
+    return seconds / chip.efficiency.link + latency
+
+
+def _mean_keys(work: Workload) -> float:
+    window = min(work.model.sliding_window or work.length, work.length)
+    return window - window**2 / (2 * work.length)
+
+
+def _peak(chip: Hardware, precision: Precision) -> float:
+    if precision in chip.peak_flops:
+        return chip.peak_flops[precision]
+    return chip.peak_flops["float16" if "float16" in chip.peak_flops else "float32"]
+
+
+def _bandwidth(chip: Hardware) -> float:
+    return chip.memory_bandwidth * chip.efficiency.memory
+
+
+def _recomputed(work: Workload, forward: Spent) -> Spent:
+    """What the backward pass computes again of a layer."""
+    model = work.model
+    if work.remat == "none":
+        return Spent()
+    if work.remat == "full":
+        return forward
+    if work.remat == "selective":
+        return Spent(attention=forward.attention, launch=forward.launch / _KERNELS)
+    saved = 1.0  # dots
+    if work.remat == "save_qkv_proj":
+        heads = model.num_heads + 2 * model.kv_heads
+        mlp = (3 if model.gated else 2) * model.mlp_width
+        saved = (
+            heads * model.head_width / (heads * model.head_width + model.num_heads * model.head_width + mlp)
+        )
+    return dataclasses.replace(forward, matmul=forward.matmul * (1 - saved))
+
+
+def _backward(work: Workload, forward: Spent) -> Spent:
+    """Two products for each, attention's five for its two (arXiv 2307.08691), twice the traffic."""
+    attention = 2.5 if work.fused_attention else 2
+    return dataclasses.replace(forward * 2, attention=forward.attention * attention)
+
+
+def _head(work: Workload, chip: Hardware) -> Spent:
+    """Logits, loss and their gradients of one micro-batch; never in float8."""
+    rows, tokens = work.model.padded_vocab_size / work.tensor, work.micro_tokens
+    precision = "bfloat16" if work.precision == "float8" else work.precision
+    return Spent(
+        matmul=3 * product_seconds(tokens, rows, work.model.embed_dim, precision, chip),
+        memory=tokens * rows * _LOGIT_BYTES / _bandwidth(chip),
+    )
+
+
+def _chunks(work: Workload) -> int:
+    """Parts of the model a stage holds; interleaving needs two at least."""
+    if work.stage > 1 and work.schedule == "interleaved":
+        return max(2, work.virtual_stages)
+    return 1
+
+
+def _tensor(work: Workload, chip: Hardware, *, passes: float) -> Communication:
+    """One layer, one micro-batch: two all-reduces each pass (arXiv 1909.08053), or as much in halves."""
+    size = work.micro_tokens * work.model.embed_dim * _BYTES
+    seconds = 2 * passes * 2 * ring_seconds(size, work.tensor, 1, chip)
+    hidden = chip.efficiency.overlap if work.overlapped_tensor_parallel else 0.0
+    sent = 2 * passes * 2 * size * (work.tensor - 1) / work.tensor
+    return Communication(bytes=sent, seconds=seconds, exposed=seconds * (1 - hidden))
+
+
+def _context(work: Workload, chip: Hardware, attention: float) -> Communication:
+    """One layer, one micro-batch: keys and values go round, and their gradients come back."""
+    heads = 2 * work.model.kv_heads * work.model.head_width / work.tensor
+    size = 3 * work.micro_batch * work.length * heads * _BYTES
+    seconds = ring_seconds(size, work.context, work.tensor, chip)
+    return _beside(size * (work.context - 1) / work.context, seconds, attention, chip)
+
+
+def _stage(work: Workload, chip: Hardware) -> Communication:
+    """A step's activations from stage to stage and their gradients back."""
+    if work.stage == 1:
+        return Communication(bytes=0.0, seconds=0.0, exposed=0.0)
+    ways = work.tensor if work.sequence_parallel else 1
+    size = work.micro_tokens * work.model.embed_dim * _BYTES / ways
+    inside = 2 * work.tensor * work.context <= chip.domain_size
+    bandwidth = chip.domain_bandwidth if inside else chip.network_bandwidth
+    latency = chip.domain_latency if inside else chip.network_latency
+    one = size / (bandwidth * chip.efficiency.link) + latency
+    times = 2 * _chunks(work) * work.accumulation
+    # 1F1B waits for its neighbours at each turn; interleaved, there is other work meanwhile.
+    hidden = chip.efficiency.overlap if work.schedule == "interleaved" else 0.0
+    exposed = one * times * (1 - hidden) + 2 * (work.stage - 1) * one
+    return Communication(bytes=size * times, seconds=one * times, exposed=exposed)
+
+
+def _held(work: Workload) -> tuple[float, float]:
+    """Elements of the matrices of one layer, and of the embedding and the head, split over tensor."""
+    held = parameters(work.model)
+    layer = sum(p.shard(tensor=work.tensor) for p in held.layers if p.matrix) / work.model.num_layers
+    ends = sum(p.shard(tensor=work.tensor) for p in (*held.embedding, *held.head) if p.matrix)
+    return layer, ends
+
+
+def _on_device(work: Workload) -> float:
+    """Elements of the matrices of the fullest pipeline stage."""
+    layer, ends = _held(work)
+    return layer * work.model.num_layers / work.stage + ends / min(work.stage, 2)
+
+
+def _fsdp(work: Workload, chip: Hardware, forward: float, rest: float, head: float) -> Communication:
+    """A step's gathers of weights and scatters of gradients (arXiv 1910.02054), by ZeRO stage."""
+    stride = work.tensor * work.context * work.expert * work.stage
+    ways = work.fsdp
+    kept = (ways - 1) / ways
+    layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
+    if work.zero == 0:
+        size = _on_device(work) * work.reduce_bytes
+        seconds = 2 * ring_seconds(size, ways, stride, chip)
+        return _beside(2 * size * kept, seconds, rest * layers, chip)
+    if work.zero < 3:
+        size, scatters = _on_device(work), micro_batches if work.zero == 2 else 1
+        gather = ring_seconds(size * _BYTES, ways, stride, chip)
+        scatter = ring_seconds(size * work.reduce_bytes, ways, stride, chip)
+        one = _beside(size * _BYTES * kept, gather, forward * layers, chip)
+        return _sum(
+            (one, _times(_beside(size * work.reduce_bytes * kept, scatter, rest * layers, chip), scatters))
+        )
+    layer, ends = _held(work)
+    parts = []
+    for size, before, after, times in ((layer, forward, rest, layers), (ends, 0.0, head, 1)):
+        gather = ring_seconds(size * _BYTES, ways, stride, chip)
+        scatter = ring_seconds(size * work.reduce_bytes, ways, stride, chip)
+        both = size * (_BYTES + work.reduce_bytes) * kept
+        parts.append(_times(_beside(size * _BYTES * kept, gather, before, chip), times * micro_batches))
+        parts.append(_times(_beside(both, gather + scatter, after, chip), times * micro_batches))
+    return _sum(parts)
+
+
+def _data(work: Workload, chip: Hardware, backward: float) -> Communication:
+    """An all-reduce of what each device holds of the gradient, beside the last backward pass."""
+    ways = work.data * work.expert
+    stride = work.tensor * work.context * work.stage * work.fsdp
+    size = _on_device(work) * work.reduce_bytes / (work.fsdp if work.zero else 1)
+    seconds = 2 * ring_seconds(size, ways, stride, chip)
+    return _beside(2 * size * (ways - 1) / ways, seconds, backward, chip)
+
+
+def _host_memory(work: Workload, chip: Hardware, layer: float) -> Communication:
+    """What goes to host memory and comes back: moments once a step, a layer's input every micro-batch."""
+    none = Communication(bytes=0.0, seconds=0.0, exposed=0.0)
+    parts = [none]
+    if work.offload_optimizer:
+        size = 2 * 4 * optimizer_numbers(work)
+        seconds = size / chip.host_bandwidth
+        parts.append(Communication(bytes=size, seconds=seconds, exposed=seconds))
+    if work.offload_activations:
+        ways = work.tensor if work.sequence_parallel else 1
+        size = 2 * work.micro_tokens * work.model.embed_dim * _BYTES / ways
+        one = _beside(size, size / chip.host_bandwidth, layer, chip)
+        parts.append(_times(one, work.model.num_layers / work.stage * work.accumulation))
+    return _sum(parts)
+
+
+def _optimizer(work: Workload, chip: Hardware) -> float:
+    """The update reads weight, gradient and moments in float32, and writes all but the gradient.
+
+    The weight is written once more as it is used.
+    """
+    weights = _on_device(work) / (work.fsdp if work.zero else 1)
+    return (weights * (3 * 4 + _BYTES) + optimizer_numbers(work) * 2 * 4) / _bandwidth(chip)
+
+
+def _beside(sent: float, seconds: float, arithmetic: float, chip: Hardware) -> Communication:
+    """A collective that runs beside arithmetic: what goes on longer shows, and a share of what does not."""
+    longer = max(0.0, seconds - arithmetic)
+    exposed = longer + (seconds - longer) * (1 - chip.efficiency.overlap)
+    return Communication(bytes=sent, seconds=seconds, exposed=exposed)
+
+
+def _times(part: Communication, times: float) -> Communication:
+    return Communication(bytes=part.bytes * times, seconds=part.seconds * times, exposed=part.exposed * times)
+
+
+def _sum(parts: Iterable[Communication]) -> Communication:
+    parts = tuple(parts)
+    return Communication(
+        bytes=sum(part.bytes for part in parts),
+        seconds=sum(part.seconds for part in parts),
+        exposed=sum(part.exposed for part in parts),
+    )

@@ -1,0 +1,163 @@
+"""What is planned: one training step of a model over devices, as numbers."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from stack.config import Config, ConfigError, ModelConfig
+from stack.hardware.chip import Hardware, Precision
+from stack.kernels.attention.choice import choose
+from stack.parallel.mesh import check_divides, resolve
+
+Remat = Literal["none", "full", "dots", "save_qkv_proj", "selective"]
+Schedule = Literal["1f1b", "interleaved", "gpipe"]
+Axis = Literal["data", "fsdp", "stage", "context", "expert", "tensor"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One optimizer step. Wider than what the trainer runs: see `why_modelled`."""
+
+    model: ModelConfig
+    """Shapes only."""
+    length: int
+    """Tokens per row."""
+    batch: int
+    """Rows per optimizer step over all devices."""
+    micro_batch: int
+    """Rows per micro-batch of one replica (one place on data x fsdp x expert)."""
+    data: int = 1
+    fsdp: int = 1
+    stage: int = 1
+    context: int = 1
+    expert: int = 1
+    """For a model without experts: replicas, like `data`."""
+    tensor: int = 1
+    zero: int = 3
+    sequence_parallel: bool = False
+    virtual_stages: int = 1
+    """Parts of the model each pipeline stage holds (arXiv 2104.04473, section 2.2)."""
+    schedule: Schedule = "1f1b"
+    overlapped_tensor_parallel: bool = False
+    """Tensor-parallel collectives are split and run beside the matmul that needs them."""
+    remat: Remat = "none"
+    precision: Precision = "bfloat16"
+    """Of the layers' matrix products; attention and the head are never in float8."""
+    fused_attention: bool = True
+    """False: attention scores are written to memory, as XLA's kernel does."""
+    loss_chunk: int | None = None
+    """Tokens per device whose logits exist at once; None: those of the whole micro-batch."""
+    optimizer: str = "adamw"
+    offload_optimizer: bool = False
+    offload_activations: bool = False
+    reduce_bytes: int = 4
+    """Of one element of a gradient while it is summed: 4 float32, 2 bfloat16."""
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return math.prod((self.data, self.fsdp, self.stage, self.context, self.expert, self.tensor))
+
+    @property
+    def replicas(self) -> int:
+        """Places that see different rows."""
+        return self.data * self.fsdp * self.expert
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step of each replica."""
+        return self.batch // (self.replicas * self.micro_batch)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step over all devices."""
+        return self.batch * self.length
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one micro-batch on one device, split over `context`, whole over `tensor`."""
+        return self.micro_batch * self.length // self.context
+
+    def as_run(self) -> "Workload":
+        """Itself, a pipeline's ZeRO 2 and 3 as 1.
+
+        A pipeline gathers its weights once and adds up the gradients of its micro-batches before it
+        scatters them, as torch.distributed.pipelining does under FSDP: both again for each of many small
+        micro-batches would take as long as the arithmetic.
+        """
+        return self if self.stage == 1 else dataclasses.replace(self, zero=min(self.zero, 1))
+
+    def why_modelled(self) -> str | None:
+        """Why the trainer cannot run it, so that it is only modelled; None: it runs."""
+        for name in ("stage", "context", "expert"):
+            if getattr(self, name) > 1:
+                return f"{name}={getattr(self, name)} is not built yet"
+        if self.precision == "float8":
+            return "float8 matrix products are not built yet"
+        if self.precision == "float16":
+            return "float16 is not built: chips without bfloat16 cannot train it yet"
+        if self.overlapped_tensor_parallel:
+            return "overlapped tensor parallelism is not built yet"
+        if self.remat == "selective":
+            return "remat selective is Megatron's; save_qkv_proj is the nearest here"
+        return None
+
+
+def from_config(config: Config, num_devices: int, chip: Hardware | None = None) -> Workload:
+    """The step the trainer makes of a config.
+
+    Args:
+      config: what is trained; its mesh must fit.
+      num_devices: how many devices it is laid over.
+      chip: decides the attention kernel, and the arithmetic of a chip without bfloat16; None: one
+        that has both.
+
+    Raises:
+      ConfigError: the mesh or the batch does not divide, or the planner has yet to choose them.
+    """
+    model, train, data = config.model, config.train, config.data
+    if config.mesh.auto or train.remat == "auto":
+        raise ConfigError(
+            "mesh or train.remat is auto: there is no layout yet; `stack plan --search` finds one"
+        )
+    sizes = resolve(config.mesh, num_devices)
+    check_divides(config, sizes)
+    capability = 9.0 if chip is None else chip.compute_capability
+    attention = choose(
+        model,
+        platform="cpu" if capability is None else "gpu",
+        compute_capability=capability,
+        packed_length=data.sequence_length if data.packed else None,
+    )
+    replicas = sizes["data"] * sizes["fsdp"]
+    return Workload(
+        model=model,
+        length=data.sequence_length,
+        batch=train.batch_size,
+        micro_batch=train.batch_size // (replicas * train.accumulation),
+        data=sizes["data"],
+        fsdp=sizes["fsdp"],
+        stage=sizes["stage"],
+        context=sizes["context"],
+        expert=sizes["expert"],
+        tensor=sizes["tensor"],
+        zero=config.mesh.zero,
+        sequence_parallel=config.mesh.sequence_parallel,
+        remat=train.remat,
+        precision=_precision(model.dtype, chip),
+        fused_attention=attention.kernel == "cudnn",
+        loss_chunk=train.loss_chunk,
+        optimizer=config.optimizer.kind,
+        offload_optimizer=train.offload_optimizer,
+        offload_activations=train.offload_activations,
+        reduce_bytes=4 if train.grad_reduce_dtype == "float32" else 2,
+    )
+
+
+def _precision(dtype: Literal["bfloat16", "float32"], chip: Hardware | None) -> Precision:
+    """What the products of a model are computed in on a chip."""
+    if dtype == "float32":  # XLA multiplies float32 in TensorFloat-32 on NVIDIA chips that have it.
+        return "tensorfloat32" if chip is not None and "tensorfloat32" in chip.peak_flops else "float32"
+    if chip is not None and "bfloat16" not in chip.peak_flops and "float16" in chip.peak_flops:
+        return "float16"
+    return dtype

@@ -1,0 +1,1 @@
+"""Layouts: all that can be, the best, and how they scale."""

@@ -1,0 +1,210 @@
+"""Every layout of a model over some devices, and why the others cannot be.
+
+Layouts that only repeat another are left out: `zero: 0` with `fsdp` above 1 is plain data parallelism
+over both axes; stages 1 and 2 without `fsdp` split nothing; stage 2 is stage 1 where there is one
+micro-batch; the GPipe schedule has the bubble of 1F1B
+and more activations; a model without experts has nothing for `expert` to split.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, Literal
+
+from stack.config.model import ModelConfig
+from stack.planner.formula.shapes import parameters
+from stack.planner.formula.workload import Remat, Workload
+
+REMATS: tuple[Remat, ...] = ("full", "save_qkv_proj", "dots", "none")
+"""From the least memory to the least arithmetic."""
+
+SHORTEST_CONTEXT = 1024
+"""Tokens: a sequence is split into no shorter parts, whose attention could not hide the exchange."""
+
+_OFFLOADED = ("full", "save_qkv_proj")
+"""What goes with `offload_activations`."""
+
+Unit = Literal["meshes", "layouts"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Rejection:
+    """What one reason has ruled out."""
+
+    unit: Unit
+    """`meshes`: sizes of the axes, with all that could be done on them; `layouts`: one by one."""
+    count: int
+    example: str
+
+
+class Rejections(dict[str, Rejection]):
+    """Reasons, how many each has ruled out, and the first of them."""
+
+    def add(self, reason: str, example: str, *, unit: Unit, count: int = 1) -> None:
+        """Counts what a reason rules out."""
+        known = self.setdefault(reason, Rejection(unit=unit, count=0, example=example))
+        known.count += count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Space:
+    """What of a layout is free to choose."""
+
+    axes: Sequence[str] = ("tensor", "stage", "context", "fsdp")
+    """Axes that may be more than 1 beside `data`, which takes what they leave."""
+    zero: Sequence[int] = (0, 1, 2, 3)
+    sequence_parallel: Sequence[bool] = (False, True)
+    overlapped_tensor_parallel: Sequence[bool] = (False,)
+    virtual_stages: bool = True
+    accumulation: int | None = None
+    """Micro-batches per step; None: any number that divides."""
+    remat: Sequence[Remat] = REMATS
+
+
+def meshes(start: Workload, devices: int, space: Space, rejections: Rejections) -> Iterator[Workload]:
+    """The sizes of the axes that divide what they split, data x fsdp x stage x context x tensor = devices.
+
+    Args:
+      start: the model, the length and the global batch.
+      devices: how many.
+      space: the axes that may be used.
+      rejections: counts, by reason, the meshes that are left out.
+    """
+    order = [axis for axis in ("tensor", "stage", "context", "fsdp") if axis in space.axes]
+
+    def split(sizes: dict[str, int], left: int, axes: list[str]) -> Iterator[Workload]:
+        if not axes:
+            fields: dict[str, Any] = _ONE | sizes | {"data": left, "micro_batch": 1}
+            work = dataclasses.replace(start, **fields)
+            if why := _batch_obstacle(work, space.accumulation):
+                rejections.add(*why, unit="meshes")
+            else:
+                yield work
+            return
+        axis, *rest = axes
+        for size in divisors(left):
+            if why := _obstacle(start, axis, size, sizes):
+                rejections.add(*why, unit="meshes", count=_factorizations(left // size, len(rest) + 1))
+            else:
+                yield from split(sizes | {axis: size}, left // size, rest)
+
+    return split({}, devices, order)
+
+
+def variants(mesh: Workload, space: Space) -> Iterator[list[Workload]]:
+    """All that can be done on one mesh, in lists that differ in the micro-batch alone, smallest first."""
+    rows = mesh.batch // mesh.replicas
+    micro_batches = divisors(rows) if space.accumulation is None else [rows // space.accumulation]
+    split = mesh.tensor > 1
+    parallel = split and mesh.length // mesh.context % mesh.tensor == 0
+    layers = mesh.model.num_layers // mesh.stage
+    choices = {
+        "zero": _stages(mesh.fsdp, space.zero),
+        "sequence_parallel": space.sequence_parallel if parallel else (False,),
+        "overlapped_tensor_parallel": space.overlapped_tensor_parallel if split else (False,),
+        "virtual_stages": divisors(layers) if space.virtual_stages and mesh.stage > 1 else (1,),
+        "remat": [remat for remat in space.remat if remat in _OFFLOADED or not mesh.offload_activations],
+    }
+    for values in itertools.product(*choices.values()):
+        chosen: dict[str, Any] = dict(zip(choices, values, strict=True))
+        chosen["schedule"] = "interleaved" if chosen["virtual_stages"] > 1 else "1f1b"
+        works = [dataclasses.replace(mesh, **chosen, micro_batch=size) for size in micro_batches]
+        yield [work for work in works if not _repeats(work, space)]
+
+
+def describe(work: Workload) -> str:
+    """A layout in one phrase: `data 8 x fsdp 16 x tensor 4, zero 1, remat full, micro-batch 2 x 4`."""
+    axes = ("data", "fsdp", "stage", "context", "expert", "tensor")
+    sizes = [f"{axis} {getattr(work, axis):,}" for axis in axes if getattr(work, axis) > 1]
+    parts = [" x ".join(sizes) or "one device", f"zero {work.zero}"]
+    if work.sequence_parallel:
+        parts.append("sequence parallel")
+    if work.overlapped_tensor_parallel:
+        parts.append("overlapped tensor parallel")
+    if work.stage > 1:
+        virtual = f", {work.virtual_stages} virtual stages" if work.virtual_stages > 1 else ""
+        parts.append(f"{work.schedule}{virtual}")
+    parts += [f"remat {work.remat}", f"micro-batch {work.micro_batch} x {work.accumulation}"]
+    parts += ["optimizer in host memory"] * work.offload_optimizer
+    parts += ["activations in host memory"] * work.offload_activations
+    return ", ".join([*parts, work.precision] if work.precision == "float8" else parts)
+
+
+@cache
+def divisors(number: int) -> list[int]:
+    """Of a number, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+_ONE = {"fsdp": 1, "stage": 1, "context": 1, "expert": 1, "tensor": 1}
+
+
+def _obstacle(start: Workload, axis: str, size: int, sizes: dict[str, int]) -> tuple[str, str] | None:
+    """Why an axis cannot have a size: the reason, and this case of it. None: it can."""
+    if size == 1:
+        return None
+    model = start.model
+    if axis == "tensor":
+        for name, whole in _split_by_tensor(model).items():
+            if whole % size:
+                return f"tensor does not divide the {name}", f"tensor={size} does not divide {whole} {name}"
+    elif axis == "stage" and model.num_layers % size:
+        return "stage does not divide the layers", f"stage={size} does not divide {model.num_layers} layers"
+    elif axis == "context":
+        tokens = start.length / size
+        if start.length % (size * sizes.get("tensor", 1)) or tokens < SHORTEST_CONTEXT:
+            return (
+                f"context leaves parts that tensor cannot split, or under {SHORTEST_CONTEXT:,} tokens",
+                f"context={size} of {start.length:,} tokens",
+            )
+    elif axis == "fsdp":
+        for part in parameters(model):
+            if part.matrix and part.shard(fsdp=size) == part.size:
+                shape = " x ".join(f"{name} {extent}" for name, extent in part.axes)
+                return "fsdp leaves a matrix whole", f"fsdp={size} splits no axis of {shape}"
+    return None
+
+
+def divides_by_tensor(model: ModelConfig, tensor: int) -> bool:
+    """Whether heads, MLP and vocabulary split over `tensor`."""
+    return not any(whole % tensor for whole in _split_by_tensor(model).values())
+
+
+def _split_by_tensor(model: ModelConfig) -> dict[str, int]:
+    return {
+        "heads": model.num_heads,
+        "kv heads": model.kv_heads,
+        "MLP channels": model.mlp_width,
+        "words of the padded vocabulary": model.padded_vocab_size,
+    }
+
+
+def _batch_obstacle(work: Workload, accumulation: int | None) -> tuple[str, str] | None:
+    ways = work.replicas * (accumulation or 1)
+    if work.batch % ways == 0:
+        return None
+    text = f"{work.replicas} replicas" + (f" x {accumulation} micro-batches" if accumulation else "")
+    return "the batch does not divide over the replicas", f"{work.batch} rows over {text}"
+
+
+def _repeats(work: Workload, space: Space) -> bool:
+    """Whether a layout is another one by a different name, or its schedule cannot be."""
+    # Interleaving hands micro-batches on in groups of as many as there are stages.
+    broken = work.virtual_stages > 1 and work.accumulation % work.stage
+    # Stage 2 is stage 1 where there is one micro-batch.
+    return bool(broken) or (work.zero == 2 and work.accumulation == 1 and 1 in space.zero)
+
+
+def _stages(fsdp: int, wanted: Sequence[int]) -> list[int]:
+    """The ZeRO stages that differ from one another; one of those wanted in any case."""
+    distinct = [zero for zero in wanted if zero in ((0, 3) if fsdp == 1 else (1, 2, 3))]
+    return distinct or [wanted[0]]
+
+
+@cache
+def _factorizations(number: int, axes: int) -> int:
+    """In how many ways a number is a product of so many ordered factors."""
+    return 1 if axes == 1 else sum(_factorizations(number // d, axes - 1) for d in divisors(number))

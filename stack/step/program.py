@@ -1,0 +1,140 @@
+"""Everything static about a run's computation: what the trainer turns and the planner compiles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from stack.config import Config, ConfigError
+from stack.kernels.attention import Choice, choose
+from stack.models.decoder import Decoder
+from stack.parallel import mesh as meshes
+from stack.parallel.rules import MATRICES, Layout
+from stack.parallel.zero import axis_names, is_variable
+from stack.step import optimizer as optimizers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A config on a mesh: the model's definition, how it lies, its kernels and its optimizer."""
+
+    config: Config
+    mesh: Mesh | AbstractMesh
+    layout: Layout
+    attention: Choice
+
+    @cached_property
+    def model(self) -> Decoder:
+        """Abstract: shapes, dtypes and axes, no arrays."""
+        return nnx.eval_shape(lambda: Decoder(self.config.model, rngs=nnx.Rngs(self.config.seed)))
+
+    @cached_property
+    def axes(self) -> dict[str, Any]:
+        """A tree like the parameters with the logical axes of each."""
+        names = jax.tree.map(lambda v: v.replace(axis_names(v)), self.model, is_leaf=is_variable)
+        return nnx.to_pure_dict(nnx.state(names))
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """A tree like the parameters with the shape, dtype and sharding of each."""
+
+        def abstract(path: tuple, names: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            spec = self.layout.parameter_spec(names, leaf.shape, matrix=path[-1].key in MATRICES)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
+
+        shapes = nnx.to_pure_dict(nnx.state(self.model))
+        return jax.tree_util.tree_map_with_path(abstract, self.axes, shapes, is_leaf=optimizers.is_names)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Clipping, rule, decay and schedule."""
+        return optimizers.build(self.config.optimizer, steps=self.config.train.steps, axes=self.axes)
+
+    @cached_property
+    def graph(self) -> nnx.GraphDef:
+        """The model without its parameters."""
+        return nnx.graphdef(self.model)
+
+    def merge(self, params: dict[str, Any]) -> Decoder:
+        """The model with these parameters."""
+        return nnx.merge(self.graph, params)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, the padding of the vocabulary left out."""
+        model = self.config.model
+        tables = 1 if model.tied_embeddings else 2
+        padding = tables * (model.padded_vocab_size - model.vocab_size) * model.embed_dim
+        return sum(leaf.size for leaf in jax.tree.leaves(self.model)) - padding
+
+
+def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Program:
+    """The program of a config on these devices, by default all of them; nothing is allocated.
+
+    Raises:
+      ConfigError: the config does not fit the devices, or a kernel that was asked for cannot run.
+    """
+    mesh = meshes.build(config.mesh, devices)
+    device = mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", None)  # "9.0"; AMD's are like "gfx942"
+    if capability and capability.startswith("gfx"):
+        return on_mesh(config, mesh, "rocm")
+    return on_mesh(config, mesh, device.platform, float(capability) if capability else None)
+
+
+def on_mesh(
+    config: Config, mesh: Mesh | AbstractMesh, platform: str, compute_capability: float | None = None
+) -> Program:
+    """The same on a mesh, which may be abstract: shapes and shardings of devices that are not here."""
+    train, data = config.train, config.data
+    _check_resolved(config)
+    check_offload(config, _memory_kinds(mesh))
+    meshes.check_divides(config, dict(mesh.shape))
+    return Program(
+        config=config,
+        mesh=mesh,
+        layout=Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype),
+        attention=choose(
+            config.model,
+            platform=platform,
+            compute_capability=compute_capability,
+            packed_length=data.sequence_length if data.packed else None,
+        ),
+    )
+
+
+def _check_resolved(config: Config) -> None:
+    for name, auto in (("mesh", config.mesh.auto), ("train.remat", config.train.remat == "auto")):
+        if auto:
+            raise ConfigError(f"{name}: auto names no layout yet; name one, or let the trainer choose")
+
+
+def _memory_kinds(mesh: Mesh | AbstractMesh) -> set[str]:
+    """Of its devices; none if they are not here."""
+    if isinstance(mesh, AbstractMesh):
+        return set()
+    return {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
+
+
+def check_offload(config: Config, memory_kinds: set[str]) -> None:
+    """Refuses to keep in host memory what cannot be kept there.
+
+    Raises:
+      ConfigError: the devices have no pinned host memory, or the optimizer no moments worth moving.
+    """
+    asked = [name for name in ("offload_optimizer", "offload_activations") if getattr(config.train, name)]
+    if asked and memory_kinds and "pinned_host" not in memory_kinds:
+        raise ConfigError(
+            f"train.{asked[0]}: these devices reach no pinned host memory, only "
+            f"{', '.join(sorted(memory_kinds))}; set it to false"
+        )
+    if config.train.offload_optimizer and config.optimizer.kind == "adafactor":
+        raise ConfigError(
+            "train.offload_optimizer: adafactor's state is a thousandth of the parameters, there is nothing "
+            "to gain; set it to false, or take another optimizer.kind"
+        )

@@ -1,0 +1,1 @@
+"""Who hears a run: the log, the screen, the speed, the plan."""

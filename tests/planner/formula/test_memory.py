@@ -1,0 +1,270 @@
+"""Memory by formula is what the model's own shapes and the compiled step say."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stack import load
+from stack.config import Config, ModelConfig
+from stack.parallel import mesh as meshes
+from stack.planner.compiled.compile import compile_step, devices, without_cache
+from stack.planner.formula.memory import layers_in_flight, memory, published_memory
+from stack.planner.formula.residuals import kept
+from stack.planner.formula.result import Memory
+from stack.planner.formula.shapes import parameters
+from stack.planner.formula.workload import Workload, from_config
+from stack.step import program as programs
+from stack.step import state as states
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+LLAMA = load(CONFIGS / "llama3_8b.yaml").model
+GPT = ModelConfig(vocab_size=50304, num_layers=24, embed_dim=1024, num_heads=16)
+
+
+def recipe(name: str, *changes: str) -> Config:
+    return load(CONFIGS / f"{name}.yaml", list(changes))
+
+
+def shard_elements(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def work(**changes: Any) -> Workload:
+    sizes: dict[str, Any] = {
+        "model": GPT,
+        "length": 1024,
+        "batch": 512,
+        "micro_batch": 4,
+        "fsdp": 8,
+        "loss_chunk": 1024,
+    }
+    return Workload(**(sizes | changes))
+
+
+def held(**changes: Any) -> float:
+    return memory(work(**changes)).program
+
+
+# Parameters, by shape
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_parameters_by_shape_are_those_of_the_model(name: str) -> None:
+    one = ("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1", "mesh.sequence_parallel=false")
+    config = recipe(name, *one)
+    program = programs.on_mesh(config, meshes.abstract(config.mesh, 1), "cpu")
+    found = sorted(part.size for part in parameters(config.model))
+    assert found == sorted(leaf.size for leaf in jax.tree.leaves(program.parameters))
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("name", ["gpt2_124m", "llama3_8b", "qwen3_0_6b", "turing_nlg_small"])
+def test_shards_by_shape_are_those_of_the_program(name: str, zero: int) -> None:
+    mesh = ("mesh.data=2", "mesh.fsdp=4", "mesh.tensor=2", f"mesh.zero={zero}")
+    config = recipe(name, *mesh)
+    program = programs.on_mesh(config, meshes.abstract(config.mesh, 16), "cpu")
+    fsdp = 4 if zero else 1
+    found = sorted(part.shard(fsdp=fsdp, tensor=2) for part in parameters(config.model))
+    assert found == sorted(map(shard_elements, jax.tree.leaves(program.parameters)))
+
+
+def test_a_size_that_does_not_divide_stays_whole_over_fsdp() -> None:
+    (word_table,) = parameters(LLAMA).embedding
+    assert word_table.shard(fsdp=16) == word_table.size / 16
+    assert word_table.shard(fsdp=5) == word_table.size
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "lion", "adafactor"])
+def test_moments_are_those_of_the_optimizers_state(kind: str) -> None:
+    config = recipe("gpt2_124m", "mesh.fsdp=8", "mesh.zero=3", f"optimizer.kind={kind}")
+    program = programs.on_mesh(config, meshes.abstract(config.mesh, 8), "cpu")
+    state = jax.tree.leaves(states.abstract(program)["opt_state"])
+    bytes_of_state = sum(4 * shard_elements(leaf) for leaf in state)
+    counted = memory(from_config(config, 8))
+    # Counters, and Adafactor's rows and columns.
+    assert counted.optimizer == pytest.approx(bytes_of_state, abs=0.01 * counted.parameters)
+
+
+# What is saved for the backward pass, by trace
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "llama3_8b", "turing_nlg_17b"])
+def test_full_remat_keeps_the_input_of_each_layer(name: str) -> None:
+    model = recipe(name).model
+    asked: Any = {"length": 256, "remat": "full", "fused_attention": False}
+    layer_input = 256 * model.embed_dim * 2
+    assert kept(model, tensor=1, sequence_parallel=False, **asked).per_layer(1) == layer_input
+    assert kept(model, tensor=4, sequence_parallel=False, **asked).per_layer(4) == layer_input
+    assert kept(model, tensor=4, sequence_parallel=True, **asked).per_layer(4) == layer_input / 4
+
+
+def test_llama_keeps_queries_keys_and_values_besides() -> None:
+    found = kept(
+        LLAMA,
+        length=64,
+        remat="save_qkv_proj",
+        tensor=2,
+        sequence_parallel=False,
+        fused_attention=True,
+    )
+    assert found.whole == 64 * 4096 * 2
+    assert found.split == 64 * (32 + 2 * 8) * 128 * 2
+
+
+def test_more_is_kept_the_less_is_computed_again() -> None:
+    def per_layer(remat: str) -> float:
+        return memory(work(remat=remat)).activations
+
+    assert per_layer("full") < per_layer("save_qkv_proj") < per_layer("dots") < per_layer("none")
+
+
+def test_only_an_unfused_kernel_keeps_the_scores() -> None:
+    fused, unfused = (memory(work(fused_attention=choice)).activations for choice in (True, False))
+    scores = 4 * 24 * 16 * 1024**2
+    assert unfused - fused > 4 * scores
+
+
+# The whole step
+
+
+def test_categories_add_up() -> None:
+    found = memory(work(zero=2, tensor=2, micro_batch=8))
+    fields = dataclasses.asdict(found)
+    assert found.total == pytest.approx(sum(fields.values()) - found.host)
+    assert found.program == found.total - found.reserve
+    assert all(value >= 0 for value in fields.values())
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "save_qkv_proj"])
+@pytest.mark.parametrize("micro_batch", [4, 64])
+def test_each_stage_of_zero_holds_less_state_than_the_one_below(remat: str, micro_batch: int) -> None:
+    def state(zero: int) -> float:
+        found = memory(work(zero=zero, remat=remat, micro_batch=micro_batch, model=LLAMA))
+        return found.program - found.activations - found.logits - found.temporaries
+
+    assert state(3) < state(2) <= state(1) < state(0)
+
+
+@settings(deadline=None)
+@given(
+    zero=st.integers(0, 3),
+    remat=st.sampled_from(["none", "full", "dots"]),
+    fsdp=st.sampled_from([1, 2, 8]),
+    micro_batch=st.sampled_from([1, 2, 4]),
+)
+def test_more_devices_hold_no_more_each_and_more_rows_no_less(
+    zero: int, remat: str, fsdp: int, micro_batch: int
+) -> None:
+    base = {"zero": zero, "remat": remat, "fsdp": fsdp, "micro_batch": micro_batch}
+    now = held(**base)
+    assert held(**base | {"fsdp": 2 * fsdp}) <= now
+    assert held(**base | {"micro_batch": 2 * micro_batch}) >= now
+    assert held(**base | {"tensor": 2}) < now
+    assert held(**base | {"tensor": 2, "sequence_parallel": True, "micro_batch": 1}) <= held(
+        **base | {"tensor": 2, "micro_batch": 1}
+    )
+
+
+def test_context_parallelism_splits_what_is_saved() -> None:
+    one, four = memory(work()).activations, memory(work(context=4)).activations
+    assert four == pytest.approx(one / 4)
+
+
+def test_offloaded_moments_lie_in_the_host() -> None:
+    here, away = memory(work(zero=3)), memory(work(zero=3, offload_optimizer=True))
+    assert away.host == here.optimizer > 0
+    assert away.optimizer == 0
+    assert here.program - away.program == pytest.approx(here.optimizer)
+
+
+def test_offloaded_activations_leave_two_layers_on_the_device() -> None:
+    here = memory(work(remat="full", micro_batch=32))
+    away = memory(work(remat="full", micro_batch=32, offload_activations=True))
+    one_layer = 32 * 1024 * 1024 * 2
+    assert away.host == 24 * one_layer
+    assert here.activations - away.activations == 22 * one_layer
+
+
+def test_a_pipelines_first_stage_holds_as_many_micro_batches_as_there_are_stages() -> None:
+    pipeline = work(stage=4, fsdp=2)
+    assert [layers_in_flight(pipeline, rank) for rank in range(4)] == [24, 18, 12, 6]
+    assert layers_in_flight(work(stage=4, batch=2 * 4 * 8), 0) == 2 * 6
+    assert layers_in_flight(work(stage=4, schedule="gpipe", batch=16 * 4 * 8), 0) == 16 * 6
+    assert memory(pipeline).parameters < memory(work(fsdp=2)).parameters
+
+
+# The usual layout of other frameworks
+
+
+def test_the_usual_layout_is_16_bytes_of_state_per_parameter_without_zero() -> None:
+    found = published_memory(work(zero=0, fsdp=1))
+    count = sum(part.size for part in parameters(GPT))
+    assert found.parameters + found.optimizer + found.gradients == pytest.approx(18 * count, rel=0.001)
+
+
+def published(**changes: Any) -> Memory:
+    return published_memory(work(**changes))
+
+
+def test_the_usual_layout_splits_the_optimizer_at_stage_1_and_gradients_at_stage_2() -> None:
+    assert published(zero=1).optimizer == published(zero=0).optimizer / 8
+    assert published(zero=2).gradients < published(zero=1).gradients
+    assert published(zero=3).parameters < published(zero=2).parameters
+
+
+def test_the_usual_layout_keeps_five_bytes_per_score_unless_fused_or_computed_again() -> None:
+    def activations(remat: str, fused: bool) -> float:
+        return published(remat=remat, fused_attention=fused).activations
+
+    scores = 4 * 24 * 16 * 1024**2
+    assert activations("none", False) - activations("none", True) == 5 * scores
+    assert activations("selective", False) == activations("none", True)
+
+
+def test_a_pipeline_of_the_usual_layout_holds_every_layer_once() -> None:
+    whole = published(zero=0, fsdp=1, model=LLAMA).parameters
+    parts = [published(zero=0, fsdp=1, model=LLAMA, stage=stages).parameters for stages in (2, 4, 8)]
+    shares = [part * stages / whole for stages, part in zip((2, 4, 8), parts, strict=True)]
+    assert all(1 < share < 1.7 for share in shares), shares
+
+
+# The compiled step, for 8 H200 that are not here
+
+
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    with without_cache():
+        yield
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gpt2_355m", ("mesh.zero=3", "train.remat=none", "train.batch_size=128")),
+        ("gpt2_774m", ("mesh.zero=1", "train.remat=dots", "train.batch_size=128")),
+        ("qwen3_0_6b", ("mesh.zero=3", "train.remat=save_qkv_proj", "mesh.tensor=4", "mesh.fsdp=2")),
+        # Half as much again where the compiler unrolls the loop over two micro-batches.
+        ("qwen3_0_6b", ("mesh.zero=3", "train.remat=none", "train.batch_size=128", "train.accumulation=2")),
+        # Twice as much where layers that are computed again are unrolled.
+        ("nanogpt_cpu", ("mesh.zero=2", "train.remat=full", "mesh.fsdp=8", "train.batch_size=96")),
+        ("llama3_8b", ("mesh.zero=2", "train.remat=full", "mesh.tensor=2", "mesh.fsdp=4")),
+        ("llama3_8b", ("mesh.zero=3", "train.remat=dots", "mesh.data=2", "mesh.fsdp=4")),
+    ],
+)
+def test_the_compiled_step_holds_what_the_formula_says(name: str, changes: tuple[str, ...]) -> None:
+    config = recipe(name, *changes)
+    plan = compile_step(config, devices("h200", 8)).memory_analysis()
+    assert plan is not None
+    state = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    # The block of temporaries is allocated whole when the step starts.
+    assert memory(from_config(config, 8)).program == pytest.approx(state + plan.temp_size_in_bytes, rel=0.05)

@@ -1,0 +1,152 @@
+"""Optimizers, schedules and decay."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from stack.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from stack.step import optimizer as optimizers
+from stack.step import program as programs
+
+KINDS = ("adamw", "sgd", "lion", "adafactor")
+LAYERS = 3
+AXES = {
+    "embed": {"table": ("vocab", "embed")},
+    "layers": {
+        "query": {
+            "kernel": ("layers", "embed", "heads", "head_dim"),
+            "bias": ("layers", "heads", "head_dim"),
+        },
+        "mlp": {"kernel": ("layers", "embed", "mlp")},
+        "norm": {"scale": ("layers", "embed")},
+    },
+}
+SIZES = {"vocab": 160, "embed": 144, "heads": 2, "head_dim": 72, "mlp": 256, "layers": LAYERS}
+
+
+def tree(seed: int) -> dict:
+    """Random arrays of AXES; Adafactor factors those with two dimensions of 128 or more."""
+    rng = np.random.default_rng(seed)
+    scale = np.array([1e-3, 1.0, 10.0])  # layers of different size: a rule over the stack would mix them
+
+    def make(names):
+        values = rng.normal(size=[SIZES[name] for name in names]).astype(np.float32)
+        if names[0] == "layers":
+            values *= scale.reshape(-1, *[1] * (values.ndim - 1)).astype(np.float32)
+        return jnp.asarray(values)
+
+    return jax.tree.map(make, AXES, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def unstack(stacked: dict, axes: bool = False) -> dict:
+    """The layers as separate parameters, each under a number."""
+    take = (lambda _: lambda leaf: leaf[1:]) if axes else (lambda i: lambda leaf: leaf[i])
+    is_leaf = (lambda node: isinstance(node, tuple)) if axes else None
+    layers = {str(i): jax.tree.map(take(i), stacked["layers"], is_leaf=is_leaf) for i in range(LAYERS)}
+    return {"embed": stacked["embed"], "layers": layers}
+
+
+def train(tx, params, gradients):
+    state = tx.init(params)
+    for gradient in gradients:
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacked_and_unstacked_layers_train_alike(kind):
+    config = OptimizerConfig(kind=kind, learning_rate=0.1, schedule=ScheduleConfig(warmup_steps=1))
+    params, gradients = tree(0), [tree(1), tree(2), tree(3)]
+    stacked = train(optimizers.build(config, steps=10, axes=AXES), params, gradients)
+    apart = train(
+        optimizers.build(config, steps=10, axes=unstack(AXES, axes=True)),
+        unstack(params),
+        [unstack(gradient) for gradient in gradients],
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), unstack(stacked), apart)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_matrices_decay(kind):
+    moved = {}
+    for decay in (0.0, 0.5):
+        config = OptimizerConfig(
+            kind=kind, weight_decay=decay, decay_embeddings=False, schedule=ScheduleConfig(warmup_steps=0)
+        )
+        moved[decay] = train(optimizers.build(config, steps=10, axes=AXES), tree(0), [tree(1)])
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), moved[0.0], moved[0.5])
+    layers = same["layers"]
+    assert all([same["embed"]["table"], layers["norm"]["scale"], layers["query"]["bias"]])
+    assert not any([layers["query"]["kernel"], layers["mlp"]["kernel"]])
+
+
+def test_clipping_bounds_the_global_norm():
+    config = OptimizerConfig(
+        kind="sgd",
+        beta1=0.0,
+        learning_rate=1.0,
+        weight_decay=0.0,
+        clip_norm=0.5,
+        schedule=ScheduleConfig(kind="constant", warmup_steps=0),
+    )
+    params = tree(0)
+    after = train(optimizers.build(config, steps=10, axes=AXES), params, [tree(1)])
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, params, after))
+    assert moved == pytest.approx(0.5, rel=1e-4)
+
+
+def rates(kind: str, **options) -> list[float]:
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule=ScheduleConfig(kind=kind, warmup_steps=10, **options)
+    )
+    schedule = optimizers.schedule(config, steps=110)
+    return [float(np.asarray(schedule(step))) for step in range(110)]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+def test_warmup_rises_to_the_peak_and_the_first_step_moves(kind):
+    values = rates(kind)
+    assert values[0] == pytest.approx(0.1)
+    assert values[9] == pytest.approx(1.0)
+    assert values[:10] == sorted(values[:10])
+
+
+def test_decays_end_at_the_final_fraction():
+    assert rates("cosine", final_fraction=0.1)[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates("linear", final_fraction=0.1)[-1] == pytest.approx(0.1, abs=1e-6)
+    assert rates("constant")[-1] == 1.0
+
+
+def test_wsd_is_flat_then_falls():
+    values = rates("wsd", decay_fraction=0.2, final_fraction=0.0)
+    assert values[10:89] == [1.0] * 79
+    assert values[-1] == pytest.approx(0.0, abs=1e-6)
+    assert values[99] == pytest.approx(0.5, abs=0.02)
+
+
+def test_padded_words_stay_zero_under_every_optimizer():
+    from stack.doctor.numerics import ONE_DEVICE, config_of, example_batch
+    from stack.step import state as states
+    from stack.step.step import train_step
+
+    for kind in KINDS:
+        config = config_of(ONE_DEVICE, "llama", "float32").model_copy(
+            update={"optimizer": OptimizerConfig(kind=kind, schedule=ScheduleConfig(warmup_steps=1))}
+        )
+        program = programs.build(config, jax.devices()[:1])
+        state = states.init(program)
+        batch = {name: jnp.asarray(values) for name, values in example_batch().items()}
+        with jax.set_mesh(states.concrete(program)):
+            state, _ = jax.jit(lambda s, b, program=program: train_step(program, s, b))(state, batch)
+        for name in ("embed", "head"):
+            table = np.asarray(state["params"][name]["table"])
+            assert (table[config.model.vocab_size :] == 0).all()
+            assert table[: config.model.vocab_size].any(axis=1).all()
+
+
+def test_config_of_a_whole_run_builds():
+    config = Config(model=ModelConfig(num_layers=1), train=TrainConfig(steps=200))
+    assert programs.build(config, jax.devices()[:1]).optimizer.init
