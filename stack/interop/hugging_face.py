@@ -1,4 +1,4 @@
-"""Weights and configs of Hugging Face transformers: GPT-2, Llama 2 and 3, Qwen 2, 2.5 and 3.
+"""Weights of Hugging Face transformers, in and out: GPT-2, Llama 2 and 3, Qwen 2, 2.5 and 3.
 
 A state dict is a mapping from names, as transformers writes them, to arrays; it may read lazily (every
 array is asked for by name and dropped after it is copied). Only numpy is needed here.
@@ -11,40 +11,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
-from stack.config import ModelConfig, RopeConfig
+from stack.config import DecoderConfig
 from stack.config.errors import StackError
+from stack.interop.hugging_face_config import config_from_hf
 
-_FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
-_GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+__all__ = ["config_from_hf", "params_from_hf", "params_to_hf"]
+
+# What float32 holds the meaning of; 8-bit floats and integers mean something only with a scale.
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 # Constants that older checkpoints carry beside the weights: causal masks and rotary wavelengths.
 _BUFFER = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 
 
-def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
-    """The model that a transformers `config.json` describes.
-
-    Absent keys have transformers' defaults, dropout included. How the model is computed (`dtype`,
-    `attention`, `scan_unroll`, `vocab_multiple`) is left at Stack's defaults.
-
-    Raises:
-        StackError: an architecture or an option that Stack does not have.
-    """
-    family = hf_config.get("model_type")
-    if family not in _FAMILIES:
-        raise StackError(
-            f"Hugging Face config: model_type={family} is not supported; Stack reads {', '.join(_FAMILIES)}"
-        )
-    _require(hf_config, quantization_config=None)
-    try:
-        return _config_from_gpt2(hf_config) if family == "gpt2" else _config_from_llama(hf_config, family)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
-        raise StackError(f"Hugging Face config: {problems}") from error
-
-
-def params_from_hf(state: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+def params_from_hf(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
     """Stack's parameters, float32, from a transformers state dict of the model `config` describes.
 
     Kernels become `[inputs, outputs]`, heads get an axis of their own, layers are stacked on a leading
@@ -52,8 +32,9 @@ def params_from_hf(state: Mapping[str, Any], config: ModelConfig) -> dict[str, A
     linear, so it takes gradients too.
 
     Raises:
-        StackError: a name that is missing or unknown, a shape that does not fit, or a config that
-            transformers has no model for.
+        StackError: a name that is missing, unknown or there twice, a shape that does not fit, a tensor that
+            is not of 16 to 64-bit floats or not finite in float32, or a config that transformers has no
+            model for.
     """
     leaves = _leaves(config)
     sources = _sources(state, config)
@@ -63,7 +44,10 @@ def params_from_hf(state: Mapping[str, Any], config: ModelConfig) -> dict[str, A
     for leaf in leaves:
         whole = np.zeros(leaf.shape(config), np.float32)
         for target, name in zip(leaf.slices(whole), leaf.names(config), strict=True):
-            target[...] = leaf.read(np.asarray(state[sources[name]]), name)
+            tensor = _tensor(state, sources[name])
+            with np.errstate(over="ignore"):
+                target[...] = leaf.read(tensor, name)
+            _check_finite(name, target)
         *parents, last = leaf.path.split("/")
         node = params
         for key in parents:
@@ -72,150 +56,29 @@ def params_from_hf(state: Mapping[str, Any], config: ModelConfig) -> dict[str, A
     return params
 
 
-def params_to_hf(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
+def params_to_hf(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, np.ndarray]:
     """The state dict that transformers saves for Stack's parameters: the inverse of `params_from_hf`.
 
     Vocabulary padding is cut off; tied embeddings are written once, under the embedding's name.
 
     Raises:
-        StackError: a parameter that is missing or unknown, a shape that does not fit, or a config that
-            transformers has no model for.
+        StackError: a parameter that is missing or unknown, a shape that does not fit, numbers that are no
+            floats or not finite in float32, or a config that transformers has no model for.
     """
     leaves = _leaves(config)
     flat = dict(_flatten(params))
     _check_names("the parameter tree", found=set(flat), expected={leaf.path for leaf in leaves})
     state: dict[str, np.ndarray] = {}
     for leaf in leaves:
-        whole = np.asarray(flat[leaf.path], np.float32)
+        with np.errstate(over="ignore"):
+            whole = _tensor(flat, leaf.path).astype(np.float32, copy=False)
         _check_shape(leaf.path, found=whole.shape, expected=leaf.shape(config))
+        _check_finite(leaf.path, whole)
         for source, name in zip(leaf.slices(whole), leaf.names(config), strict=True):
             if name not in state:
                 state[name] = np.empty(leaf.tensor_shape, np.float32)
             leaf.part_of(state[name])[...] = source.reshape(leaf.matrix)
     return state
-
-
-def _config_from_gpt2(hf: Mapping[str, Any]) -> ModelConfig:
-    _require(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    activation = hf.get("activation_function", "gelu_new")
-    if activation not in _GELU:
-        raise StackError(
-            f"Hugging Face config: activation_function={activation} is not supported; "
-            f"Stack's GPT-2 has {', '.join(_GELU)}"
-        )
-    init_std = hf.get("initializer_range", 0.02)
-    return ModelConfig(
-        vocab_size=hf.get("vocab_size", 50257),
-        max_length=hf.get("n_positions", 1024),
-        num_layers=hf.get("n_layer", 12),
-        embed_dim=hf.get("n_embd", 768),
-        num_heads=hf.get("n_head", 12),
-        mlp_dim=hf.get("n_inner"),
-        norm="layernorm",
-        norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
-        mlp=_GELU[activation],
-        position="learned",
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        tied_embeddings=hf.get("tie_word_embeddings", True),
-        embedding_dropout=hf.get("embd_pdrop", 0.1),
-        attention_dropout=hf.get("attn_pdrop", 0.1),
-        residual_dropout=hf.get("resid_pdrop", 0.1),
-        init_std=init_std,
-        position_init_std=init_std,
-        scale_residual_init=True,
-    )
-
-
-def _config_from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
-    _require(hf, hidden_act="silu")
-    attention_bias = hf.get("attention_bias", False) if family != "qwen2" else False
-    return ModelConfig(
-        vocab_size=_get(hf, "vocab_size"),
-        max_length=hf.get("max_position_embeddings", 2048 if family == "llama" else 32768),
-        num_layers=_get(hf, "num_hidden_layers"),
-        embed_dim=_get(hf, "hidden_size"),
-        num_heads=_get(hf, "num_attention_heads"),
-        num_kv_heads=hf.get("num_key_value_heads"),
-        head_dim=hf.get("head_dim", 128 if family == "qwen3" else None),
-        mlp_dim=_get(hf, "intermediate_size"),
-        norm="rmsnorm",
-        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
-        mlp="swiglu",
-        position="rotary",
-        rope=_rope(hf),
-        qkv_bias=attention_bias or family == "qwen2",
-        out_bias=attention_bias,
-        mlp_bias=hf.get("mlp_bias", False) if family == "llama" else False,
-        qk_norm=family == "qwen3",
-        tied_embeddings=hf.get("tie_word_embeddings", False),
-        sliding_window=_sliding_window(hf) if family != "llama" else None,
-        attention_dropout=hf.get("attention_dropout", 0.0),
-        init_std=hf.get("initializer_range", 0.02),
-        scale_residual_init=False,
-    )
-
-
-def _rope(hf: Mapping[str, Any]) -> RopeConfig:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    options = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = options.get("rope_theta", hf.get("rope_theta", 10_000.0))
-    kind = options.get("rope_type", options.get("type", "default"))
-    if options.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise StackError(
-            "Hugging Face config: partial_rotary_factor is not supported; Stack rotates whole heads"
-        )
-    match kind:
-        case "default":
-            return RopeConfig(theta=theta)
-        case "linear":
-            return RopeConfig(theta=theta, scaling="linear", factor=_get(options, "factor"))
-        case "llama3":
-            return RopeConfig(
-                theta=theta,
-                scaling="llama3",
-                factor=_get(options, "factor"),
-                low_frequency_factor=_get(options, "low_freq_factor"),
-                high_frequency_factor=_get(options, "high_freq_factor"),
-                original_length=_get(options, "original_max_position_embeddings"),
-            )
-    raise StackError(
-        f"Hugging Face config: rope_type={kind} is not supported; Stack has default, linear, llama3"
-    )
-
-
-def _sliding_window(hf: Mapping[str, Any]) -> int | None:
-    """Qwen's window, which must hold for every layer or for none: Stack's layers are alike."""
-    if not hf.get("use_sliding_window", False):
-        return None
-    num_layers = _get(hf, "num_hidden_layers")
-    first = hf.get("max_window_layers", 28)
-    kinds = hf.get("layer_types") or [
-        "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
-    ]
-    if set(kinds) == {"full_attention"}:
-        return None
-    if set(kinds) == {"sliding_attention"}:
-        return hf.get("sliding_window", 4096)
-    raise StackError(
-        "Hugging Face config: layer_types mixes sliding and full attention, which Stack does not have; "
-        "set use_sliding_window=false if the text is shorter than the window"
-    )
-
-
-def _get(hf: Mapping[str, Any], key: str) -> Any:
-    if key not in hf:
-        raise StackError(f"Hugging Face config: {key} is missing; take the model's own config.json")
-    return hf[key]
-
-
-def _require(hf: Mapping[str, Any], **options: Any) -> None:
-    for key, value in options.items():
-        if hf.get(key, value) != value:
-            raise StackError(
-                f"Hugging Face config: {key}={hf[key]} is not supported; Stack has {key}={value}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,11 +98,11 @@ class _Leaf:
     parts: int = 1
     """GPT-2 keeps queries, keys and values side by side on the last axis of one tensor."""
 
-    def names(self, config: ModelConfig) -> list[str]:
+    def names(self, config: DecoderConfig) -> list[str]:
         """The tensors, layer by layer."""
         return [self.name.format(layer) for layer in range(config.num_layers if self.stacked else 1)]
 
-    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+    def shape(self, config: DecoderConfig) -> tuple[int, ...]:
         """Of the whole leaf: layers stacked, vocabulary padded."""
         if self.stacked:
             return (config.num_layers, *self.slice_shape)
@@ -274,7 +137,7 @@ class _Leaf:
         return self.part_of(tensor).reshape(self.slice_shape)
 
 
-def _leaves(config: ModelConfig) -> list[_Leaf]:
+def _leaves(config: DecoderConfig) -> list[_Leaf]:
     """Every leaf of the model."""
     _check_family(config)
     embedding = _embedding_name(config)
@@ -284,7 +147,7 @@ def _leaves(config: ModelConfig) -> list[_Leaf]:
     return leaves + (_gpt2_leaves(config) if config.position == "learned" else _llama_leaves(config))
 
 
-def _gpt2_leaves(config: ModelConfig) -> list[_Leaf]:
+def _gpt2_leaves(config: DecoderConfig) -> list[_Leaf]:
     width, inner, heads = (config.embed_dim,), (config.mlp_width,), (config.num_heads, config.head_width)
     block = "transformer.h.{}."
     leaves = [_table("position", "transformer.wpe.weight", config.max_length, config)]
@@ -306,7 +169,7 @@ def _gpt2_leaves(config: ModelConfig) -> list[_Leaf]:
     return leaves
 
 
-def _llama_leaves(config: ModelConfig) -> list[_Leaf]:
+def _llama_leaves(config: DecoderConfig) -> list[_Leaf]:
     width, inner, head = (config.embed_dim,), (config.mlp_width,), (config.head_width,)
     queries, keys = (config.num_heads, *head), (config.kv_heads, *head)
     leaves: list[_Leaf] = []
@@ -332,7 +195,7 @@ def _llama_leaves(config: ModelConfig) -> list[_Leaf]:
     return [*leaves, _vector("final_norm/scale", "model.norm.weight", width)]
 
 
-def _table(key: str, name: str, rows: int, config: ModelConfig) -> _Leaf:
+def _table(key: str, name: str, rows: int, config: DecoderConfig) -> _Leaf:
     shape = (rows, config.embed_dim)
     return _Leaf(path=f"{key}/table", name=name, slice_shape=shape, matrix=shape)
 
@@ -362,9 +225,9 @@ def _linear(
     return [kernel, _vector(f"{path}/bias", f"{name}.bias", outputs, **layout)] if bias else [kernel]
 
 
-def _check_family(config: ModelConfig) -> None:
+def _check_family(config: DecoderConfig) -> None:
     """Refuses a model that no class of transformers computes."""
-    required: dict[str, Any] = {"attention_softcap": None, "logit_softcap": None}
+    required: dict[str, Any] = {"kind": "decoder", "attention_softcap": None, "logit_softcap": None}
     if config.position == "learned":
         family = "GPT-2"
         required |= {
@@ -395,7 +258,7 @@ def _check_family(config: ModelConfig) -> None:
             )
 
 
-def _sources(state: Mapping[str, Any], config: ModelConfig) -> dict[str, str]:
+def _sources(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, str]:
     """Full name of every weight -> its name in the checkpoint.
 
     Checkpoints saved from a model without a head (the first GPT-2 ones) leave out the leading
@@ -403,14 +266,21 @@ def _sources(state: Mapping[str, Any], config: ModelConfig) -> dict[str, str]:
     """
     embedding = _embedding_name(config)
     prefix = embedding.split(".")[0] + "."
-    sources = {
-        name if name.startswith((prefix, "lm_head.")) else prefix + name: name
-        for name in state
-        if not _BUFFER.search(name)
-    }
+    sources: dict[str, str] = {}
+    for name in state:
+        if _BUFFER.search(name):
+            continue
+        full_name = name if name.startswith((prefix, "lm_head.")) else prefix + name
+        if full_name in sources:
+            raise StackError(
+                f"the checkpoint holds one tensor twice, as {sources[full_name]} and as {name}; "
+                "leave out the wrong one"
+            )
+        sources[full_name] = name
     if config.tied_embeddings and "lm_head.weight" in sources and embedding in sources:
-        head, table = state[sources.pop("lm_head.weight")], state[sources[embedding]]
-        if not np.array_equal(np.asarray(head), np.asarray(table)):
+        head, table = _tensor(state, sources.pop("lm_head.weight")), _tensor(state, sources[embedding])
+        # NaN is refused where the table is read, under its name.
+        if not np.array_equal(head, table, equal_nan=True):
             raise StackError(
                 f"the checkpoint's lm_head.weight differs from its {embedding}; "
                 "set model.tied_embeddings=false"
@@ -418,7 +288,7 @@ def _sources(state: Mapping[str, Any], config: ModelConfig) -> dict[str, str]:
     return sources
 
 
-def _embedding_name(config: ModelConfig) -> str:
+def _embedding_name(config: DecoderConfig) -> str:
     return "transformer.wte.weight" if config.position == "learned" else "model.embed_tokens.weight"
 
 
@@ -436,6 +306,22 @@ def _check_names(where: str, *, found: set[str], expected: set[str]) -> None:
             first, *others = sorted(names)
             more = f" and {len(others)} more" if others else ""
             raise StackError(f"{where} {problem} {first}{more}; it is not of the model the config describes")
+
+
+def _tensor(tensors: Mapping[str, Any], name: str) -> np.ndarray:
+    """The tensor of a name, as it is stored."""
+    tensor = np.asarray(tensors[name])
+    if tensor.dtype.name not in _FLOATS:
+        raise StackError(
+            f"{name} is of {tensor.dtype.name}, but weights are {', '.join(_FLOATS)}; "
+            "convert the checkpoint, with its scales if it is quantized"
+        )
+    return tensor
+
+
+def _check_finite(name: str, numbers: np.ndarray) -> None:
+    if not np.isfinite(numbers).all():
+        raise StackError(f"{name} holds NaN or infinity in float32; take a checkpoint from before it broke")
 
 
 def _check_shape(name: str, *, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

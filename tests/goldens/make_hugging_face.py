@@ -81,6 +81,23 @@ CONFIGS = {
         tie_word_embeddings=True,
         **COMMON,
     ),
+    # What the published models leave off.
+    "qwen3_window": transformers.Qwen3Config(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=0,
+        tie_word_embeddings=False,
+        **COMMON,
+    ),
 }
 
 
@@ -152,7 +169,7 @@ def golden(config: transformers.PretrainedConfig, seed: int) -> dict[str, np.nda
 
 
 def main() -> None:
-    """Writes the four files, each from the first seed with a telling continuation."""
+    """Writes a file for each config, from the first seed with a telling continuation."""
     for family, config in CONFIGS.items():
         path = Path(__file__).parent / f"hugging_face_{family}.npz"
         for seed in itertools.count():

@@ -1,9 +1,10 @@
-"""Weights and configs of Hugging Face transformers come in and go out."""
+"""Weights of Hugging Face transformers come in and go out."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from stack.config import ModelConfig, RopeConfig
+from stack.config import DecoderConfig, ParallelDecoderConfig
 from stack.config.errors import StackError
 from stack.interop.hugging_face import config_from_hf, params_from_hf, params_to_hf
 
@@ -56,11 +57,51 @@ def test_the_first_gpt2_checkpoints_load_without_prefix_with_masks_and_a_repeate
         params_from_hf(old, config)
 
 
-def test_half_precision_checkpoints_become_float32(golden):
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_checkpoints_of_other_floats_become_float32(golden, dtype):
     config = config_from_hf(golden.config)
-    halves = {name: weight.astype(np.float16) for name, weight in golden.weights.items()}
-    table = params_from_hf(halves, config)["embed"]["table"]
-    assert table.dtype == np.float32
+    stored = {name: weight.astype(dtype) for name, weight in golden.weights.items()}
+    restored = params_to_hf(params_from_hf(stored, config), config)
+    for name, weight in stored.items():
+        np.testing.assert_array_equal(restored[name], weight.astype(np.float32), strict=True, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.bool, np.uint8, ml_dtypes.float8_e4m3fn, np.complex64])
+def test_numbers_that_mean_nothing_without_a_scale_are_refused_by_name(golden, dtype):
+    name = next(name for name in golden.weights if "mlp" in name)
+    weights = golden.weights | {name: np.ones_like(golden.weights[name]).astype(dtype)}
+    message = (
+        f"{name} is of {np.dtype(dtype).name}, but weights are float16, bfloat16, float32, float64; convert"
+    )
+    with pytest.raises(StackError, match=message):
+        params_from_hf(weights, config_from_hf(golden.config))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e300])
+def test_numbers_that_are_not_finite_in_float32_are_refused_by_name(golden, number):
+    for name in golden.weights:
+        broken = golden.weights[name].astype(np.float64)
+        broken.flat[-1] = number
+        with pytest.raises(StackError, match=f"{name} holds NaN or infinity in float32; take a checkpoint"):
+            params_from_hf(golden.weights | {name: broken}, config_from_hf(golden.config))
+
+
+def test_a_repeated_head_that_is_not_finite_is_refused_under_the_name_of_the_embedding(gpt2):
+    table = gpt2.weights["transformer.wte.weight"].copy()
+    table[3, 1] = np.nan
+    weights = gpt2.weights | {"transformer.wte.weight": table, "lm_head.weight": table}
+    with pytest.raises(StackError, match=r"transformer\.wte\.weight holds NaN"):
+        params_from_hf(weights, config_from_hf(gpt2.config))
+
+
+def test_two_names_of_one_tensor_are_refused(golden):
+    config, name = config_from_hf(golden.config), list(golden.weights)[3]
+    _, _, bare = name.partition(".")
+    for other in (golden.weights[name], golden.weights[name] + 1):
+        with pytest.raises(
+            StackError, match=f"one tensor twice, as {name} and as {bare}; leave out the wrong"
+        ):
+            params_from_hf(golden.weights | {bare: other}, config)
 
 
 def test_a_missing_weight_is_named(golden):
@@ -98,115 +139,16 @@ def test_a_wrong_parameter_tree_is_refused_on_the_way_out(golden):
         params_to_hf(params, config)
 
 
-def test_gpt2_config():
-    config = config_from_hf({"model_type": "gpt2", "n_layer": 24, "n_embd": 1024, "n_head": 16})
-    assert config == ModelConfig(
-        vocab_size=50257,
-        max_length=1024,
-        num_layers=24,
-        embed_dim=1024,
-        num_heads=16,
-        embedding_dropout=0.1,
-        attention_dropout=0.1,
-        residual_dropout=0.1,
-        position_init_std=0.02,
-    )
-
-
-LLAMA_3_1_8B = {
-    "model_type": "llama",
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-}
-LLAMA_3_1_8B_HERE = ModelConfig(
-    vocab_size=128256,
-    max_length=131072,
-    num_layers=32,
-    embed_dim=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    mlp_dim=14336,
-    norm="rmsnorm",
-    norm_epsilon=1e-5,
-    mlp="swiglu",
-    position="rotary",
-    rope=RopeConfig(theta=500_000, scaling="llama3", factor=8),
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    tied_embeddings=False,
-    scale_residual_init=False,
-)
-
-
-def test_llama_config_as_transformers_4_and_5_write_it():
-    assert config_from_hf(LLAMA_3_1_8B) == LLAMA_3_1_8B_HERE
-    newer = {key: value for key, value in LLAMA_3_1_8B.items() if not key.startswith("rope")}
-    newer["rope_parameters"] = LLAMA_3_1_8B["rope_scaling"] | {"rope_theta": 500000.0}
-    assert config_from_hf(newer) == LLAMA_3_1_8B_HERE
-
-
-def test_linear_rope_config():
-    config = config_from_hf(LLAMA_3_1_8B | {"rope_scaling": {"type": "linear", "factor": 4.0}})
-    assert config.rope == RopeConfig(theta=500_000, scaling="linear", factor=4)
-
-
-def test_qwen_configs_have_their_own_biases_norms_and_head_width():
-    shape = {key: LLAMA_3_1_8B[key] for key in LLAMA_3_1_8B if "size" in key or key.startswith("num")}
-    qwen2 = config_from_hf(shape | {"model_type": "qwen2"})
-    assert (qwen2.qkv_bias, qwen2.out_bias, qwen2.qk_norm, qwen2.head_width) == (True, False, False, 128)
-    qwen3 = config_from_hf(shape | {"model_type": "qwen3", "hidden_size": 1024})
-    assert (qwen3.qkv_bias, qwen3.out_bias, qwen3.qk_norm, qwen3.head_width) == (False, False, True, 128)
-
-
-def test_a_sliding_window_must_hold_for_all_layers_or_none():
-    qwen = {**LLAMA_3_1_8B, "model_type": "qwen2", "rope_scaling": None, "sliding_window": 4096}
-    assert config_from_hf(qwen).sliding_window is None
-    sliding = qwen | {"use_sliding_window": True}
-    assert config_from_hf(sliding | {"max_window_layers": 0}).sliding_window == 4096
-    assert config_from_hf(sliding | {"max_window_layers": 32}).sliding_window is None
-    with pytest.raises(StackError, match="mixes sliding and full attention"):
-        config_from_hf(sliding | {"max_window_layers": 28})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "bert"}, "model_type=bert is not supported; Stack reads gpt2, llama, qwen2, qwen3"),
-        ({"model_type": None}, "model_type=None is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported; Stack has hidden_act=silu"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type=yarn is not supported"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
-        ({"num_key_value_heads": 5}, "num_heads=32 is not a multiple of num_kv_heads=5"),
-        ({"model_type": "gpt2", "activation_function": "relu"}, "activation_function=relu is not supported"),
-        (
-            {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
-            "scale_attn_by_inverse_layer_idx=True",
-        ),
-    ],
-)
-def test_what_stack_does_not_have_is_refused_by_name(changes, message):
-    with pytest.raises(StackError, match=message):
-        config_from_hf(LLAMA_3_1_8B | changes)
+def test_parameters_that_are_no_finite_floats_are_refused_on_the_way_out(golden):
+    config = config_from_hf(golden.config)
+    params = params_from_hf(golden.weights, config)
+    scale = params["final_norm"]["scale"]
+    params["final_norm"]["scale"] = np.ones_like(scale, dtype=np.int8)
+    with pytest.raises(StackError, match="final_norm/scale is of int8"):
+        params_to_hf(params, config)
+    params["final_norm"]["scale"] = np.full_like(scale, np.inf)
+    with pytest.raises(StackError, match="final_norm/scale holds NaN or infinity"):
+        params_to_hf(params, config)
 
 
 @pytest.mark.parametrize(
@@ -224,4 +166,12 @@ def test_what_stack_does_not_have_is_refused_by_name(changes, message):
 )
 def test_a_model_that_transformers_cannot_compute_is_not_exported(changes, message):
     with pytest.raises(StackError, match=message):
-        params_to_hf({}, ModelConfig(**changes))
+        params_to_hf({}, DecoderConfig(**changes))
+
+
+def test_a_parallel_decoder_is_neither_read_nor_exported():
+    config = ParallelDecoderConfig()
+    message = r"model\.kind=parallel_decoder: transformers' GPT-2 has kind=decoder"
+    for convert in (params_from_hf, params_to_hf):
+        with pytest.raises(StackError, match=message):
+            convert({}, config)

@@ -1,0 +1,314 @@
+"""Configs of Hugging Face transformers: GPT-2, Llama 2 and 3, Qwen 2, 2.5 and 3.
+
+One rule holds for every key of a `config.json`: it is read, or it is known not to change what the model
+computes, or it is refused by name. A key means what it means to transformers 5.23; two keys that
+contradict each other are refused, as its versions do not agree on which one wins.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stack.config import DecoderConfig, RopeConfig
+from stack.config.errors import ConfigError, StackError
+from stack.interop.config_reader import ConfigReader
+
+_GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+_HARMLESS = frozenset(
+    (
+        # Where the config comes from, and what it is stored and computed in: Stack has settings of its own.
+        *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
+        *("torch_dtype", "dtype", "use_bfloat16", "torchscript", "unsloth_fixed", "unsloth_version"),
+        # Tokens, which belong to the tokenizer. transformers gives the row of Llama's and Qwen's padding
+        # token no gradient where it is read; Stack packs text and reads no padding.
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+        *("tokenizer_class", "prefix"),
+        # What a call returns, remembers or recomputes.
+        *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "output_past"),
+        *("gradient_checkpointing", "chunk_size_feed_forward", "is_decoder"),
+        *("_attn_implementation_autoset", "_flash_attn_2_enabled"),
+        # Heads of other tasks: `architectures` is that of a language model.
+        *("num_labels", "_num_labels", "id2label", "label2id", "problem_type", "finetuning_task"),
+        *("task_specific_params", "classifier_dropout", "tf_legacy_loss"),
+        # Generation, of which Stack takes the settings with each call.
+        *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+        *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty"),
+        *("length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+        *("num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values"),
+        *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+        *("suppress_tokens", "begin_suppress_tokens"),
+    )
+)
+"""Keys that change no number of a causal language model, at any value."""
+
+_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "auto_map": (None, {}),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "attn_implementation": _ATTENTION,
+    "_attn_implementation": _ATTENTION,
+}
+"""Keys that change numbers, and the values at which they do not."""
+
+
+def config_from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
+    """The model that a transformers `config.json` describes.
+
+    Absent keys have transformers' defaults, dropout included. How the model is computed (`dtype`,
+    `attention`, `scan_unroll`, `vocab_multiple`) is left at Stack's defaults.
+
+    Raises:
+        StackError: an architecture or an option that Stack does not have, a key that it does not know, a
+            value of the wrong type, or two keys that contradict each other.
+    """
+    name = ConfigReader(hf_config).word("model_type", tuple(_FAMILIES))
+    family = _FAMILIES[name]
+    keys = ConfigReader(hf_config, aliases=family.aliases)
+    keys.allow({"model_type"} | _HARMLESS | family.harmless)
+    for key, values in {**_NEUTRAL, **family.neutral}.items():
+        keys.require(key, *values)
+    try:
+        config = family.read(keys)
+    except ConfigError as error:
+        raise StackError(f"Hugging Face config: {error}") from None
+    keys.refuse_the_rest()
+    return config
+
+
+def _gpt2(keys: ConfigReader) -> DecoderConfig:
+    max_length = keys.integer("n_positions", 1024)
+    # The size of the causal mask in transformers before 4; read nowhere since.
+    keys.require("n_ctx", max_length)
+    init_std = keys.number("initializer_range", 0.02)
+    return DecoderConfig(
+        vocab_size=keys.integer("vocab_size", 50257),
+        max_length=max_length,
+        num_layers=keys.integer("n_layer", 12),
+        embed_dim=keys.integer("n_embd", 768),
+        num_heads=keys.integer("n_head", 12),
+        mlp_dim=keys.optional_integer("n_inner"),
+        norm="layernorm",
+        norm_epsilon=keys.number("layer_norm_epsilon", 1e-5),
+        mlp=_GELU[keys.word("activation_function", tuple(_GELU), "gelu_new")],
+        position="learned",
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tied_embeddings=keys.boolean("tie_word_embeddings", True),
+        embedding_dropout=keys.number("embd_pdrop", 0.1),
+        attention_dropout=keys.number("attn_pdrop", 0.1),
+        residual_dropout=keys.number("resid_pdrop", 0.1),
+        init_std=init_std,
+        position_init_std=init_std,
+        scale_residual_init=True,
+    )
+
+
+def _llama(keys: ConfigReader) -> DecoderConfig:
+    attention_bias = keys.boolean("attention_bias", False)
+    return DecoderConfig(
+        **_rotary(keys),
+        max_length=keys.integer("max_position_embeddings", 2048),
+        num_kv_heads=keys.optional_integer("num_key_value_heads"),
+        head_dim=keys.optional_integer("head_dim"),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=keys.boolean("mlp_bias", False),
+    )
+
+
+def _qwen2(keys: ConfigReader) -> DecoderConfig:
+    return DecoderConfig(
+        **_rotary(keys),
+        max_length=keys.integer("max_position_embeddings", 32768),
+        num_kv_heads=keys.optional_integer("num_key_value_heads", 32),
+        head_dim=keys.optional_integer("head_dim"),
+        qkv_bias=True,
+        out_bias=False,
+        mlp_bias=False,
+        sliding_window=_sliding_window(keys),
+    )
+
+
+def _qwen3(keys: ConfigReader) -> DecoderConfig:
+    attention_bias = keys.boolean("attention_bias", False)
+    return DecoderConfig(
+        **_rotary(keys),
+        max_length=keys.integer("max_position_embeddings", 32768),
+        num_kv_heads=keys.optional_integer("num_key_value_heads", 32),
+        head_dim=keys.integer("head_dim", 128),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=False,
+        qk_norm=True,
+        sliding_window=_sliding_window(keys),
+    )
+
+
+def _rotary(keys: ConfigReader) -> dict[str, Any]:
+    """What Llama and Qwen share."""
+    # ACT2FN has SiLU under both names.
+    keys.word("hidden_act", ("silu", "swish"), "silu")
+    return {
+        "vocab_size": keys.integer("vocab_size"),
+        "num_layers": keys.integer("num_hidden_layers"),
+        "embed_dim": keys.integer("hidden_size"),
+        "num_heads": keys.integer("num_attention_heads"),
+        "mlp_dim": keys.integer("intermediate_size"),
+        "norm": "rmsnorm",
+        "norm_epsilon": keys.number("rms_norm_eps", 1e-6),
+        "mlp": "swiglu",
+        "position": "rotary",
+        "rope": _rope(keys),
+        "tied_embeddings": keys.boolean("tie_word_embeddings", False),
+        "attention_dropout": keys.number("attention_dropout", 0.0),
+        "init_std": keys.number("initializer_range", 0.02),
+        "scale_residual_init": False,
+    }
+
+
+def _rope(keys: ConfigReader) -> RopeConfig:
+    """The rotation of `rope_parameters` (transformers 5) or of `rope_theta` with `rope_scaling` (before).
+
+    transformers 4 reads the second alone, and 5 the second first, so where both are there they must agree.
+    """
+    keys.require("partial_rotary_factor", 1.0, None)
+    sections = (
+        keys.section(key, aliases={"rope_type": "type"}) for key in ("rope_parameters", "rope_scaling")
+    )
+    ropes = [_rope_of(options, keys) for options in sections if options] or [_rope_of(ConfigReader({}), keys)]
+    if ropes[0] != ropes[-1]:
+        raise keys.error("rope_scaling", "and rope_parameters describe two rotations; keep the right one")
+    return ropes[0]
+
+
+def _rope_of(options: ConfigReader, keys: ConfigReader) -> RopeConfig:
+    """The rotation that one group of options describes, with what stands beside them."""
+    options.require("partial_rotary_factor", 1.0)
+    theta = _inside_or_beside(ConfigReader.number, options, keys, "rope_theta", 10_000.0)
+    match options.word("rope_type", ("default", "linear", "llama3"), "default"):
+        case "llama3":
+            rope = RopeConfig(
+                theta=theta,
+                scaling="llama3",
+                factor=options.number("factor"),
+                low_frequency_factor=options.number("low_freq_factor"),
+                high_frequency_factor=options.number("high_freq_factor"),
+                original_length=_inside_or_beside(
+                    ConfigReader.integer, options, keys, "original_max_position_embeddings"
+                ),
+            )
+        case "linear":
+            rope = RopeConfig(theta=theta, scaling="linear", factor=options.number("factor"))
+        case _:
+            rope = RopeConfig(theta=theta)
+    # Beside the options only `llama3` reads it.
+    keys.allow(["original_max_position_embeddings"])
+    options.refuse_the_rest()
+    return rope
+
+
+def _inside_or_beside[Number](
+    read: Callable[..., Number], options: ConfigReader, keys: ConfigReader, key: str, *default: Number
+) -> Number:
+    """A number that transformers looks for in the options, then beside them; both must agree."""
+    values = {read(reader, key) for reader in (options, keys) if reader.has(key)}
+    if len(values) > 1:
+        raise options.error(key, f"and {key} beside it name one thing; keep the right one")
+    return values.pop() if values else read(options, key, *default)
+
+
+def _sliding_window(keys: ConfigReader) -> int | None:
+    """Qwen's window, which must hold for every layer or for none: Stack's layers are alike."""
+    num_layers = keys.integer("num_hidden_layers")
+    first = keys.integer("max_window_layers", 28, least=0)
+    window = keys.optional_integer("sliding_window", 4096)
+    if not keys.boolean("use_sliding_window", False):
+        window = None
+    kinds = keys.words("layer_types", ("full_attention", "sliding_attention"))
+    if kinds is None:
+        sliding = 0 if window is None else max(0, num_layers - first)
+    elif len(kinds) != num_layers:
+        raise keys.error("layer_types", f"has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
+    else:
+        sliding = kinds.count("sliding_attention")
+    if sliding not in (0, num_layers):
+        raise StackError(
+            "Hugging Face config: layer_types mixes sliding and full attention, which Stack does not have; "
+            "set use_sliding_window=false without layer_types if the text is shorter than the window"
+        )
+    if sliding and window is None:
+        raise keys.error(
+            "layer_types",
+            "needs a window, but use_sliding_window is false or sliding_window null; keep the right one",
+        )
+    return window if sliding else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Family:
+    """How the keys of one `model_type` are read."""
+
+    read: Callable[[ConfigReader], DecoderConfig]
+    """Makes the model, asking for every key it depends on."""
+    neutral: Mapping[str, tuple[Any, ...]]
+    """As `_NEUTRAL`."""
+    harmless: frozenset[str] = frozenset()
+    """As `_HARMLESS`."""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Key -> its other name: transformers' `attribute_map`, turned round."""
+
+
+_FAMILIES = {
+    "gpt2": _Family(
+        read=_gpt2,
+        neutral={
+            "architectures": (None, ["GPT2LMHeadModel"], ["GPT2Model"]),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "n_special": (0,),
+        },
+        harmless=frozenset(
+            (
+                # The head of GPT2DoubleHeadsModel.
+                *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
+                *("summary_first_dropout", "summary_last_dropout", "predict_special_tokens"),
+                # The order of two multiplications, for half precision.
+                "reorder_and_upcast_attn",
+            )
+        ),
+        aliases={
+            "n_embd": "hidden_size",
+            "n_positions": "max_position_embeddings",
+            "n_head": "num_attention_heads",
+            "n_layer": "num_hidden_layers",
+        },
+    ),
+    "llama": _Family(
+        read=_llama,
+        neutral={
+            "architectures": (None, ["LlamaForCausalLM"], ["LlamaModel"]),
+            "sliding_window": (None,),
+            "rope_interleaved": (False,),
+            "is_llama_config": (True,),
+        },
+        # Old versions split matrix products into this many parts; the sums are the same.
+        harmless=frozenset(["pretraining_tp"]),
+    ),
+    "qwen2": _Family(
+        read=_qwen2,
+        neutral={
+            "architectures": (None, ["Qwen2ForCausalLM"], ["Qwen2Model"]),
+            "use_mrope": (False,),
+        },
+    ),
+    "qwen3": _Family(read=_qwen3, neutral={"architectures": (None, ["Qwen3ForCausalLM"], ["Qwen3Model"])}),
+}
