@@ -59,8 +59,11 @@ def generate(
       The new tokens of each prompt, up to `eos`, which is left out.
 
     Raises:
-      StackError: a prompt is empty, has a token the model does not know, or fills the context.
+      StackError: no token is asked for, or a prompt is empty, has a token the model does not know, or
+        fills the context.
     """
+    if length < 1:
+        raise StackError(f"length={length} asks for no new token; ask for at least 1")
     config = program.config.model
     for number, prompt in enumerate(prompts):
         _check(prompt, number, config)

@@ -181,6 +181,12 @@ def test_a_prompt_that_cannot_be_continued_is_refused(prompt, message):
         generate(*one_device("gpt"), [[1, 2], prompt], length=4)
 
 
+@pytest.mark.parametrize("length", [0, -3])
+def test_no_new_tokens_are_refused(length):
+    with pytest.raises(StackError, match=f"length={length} asks for no new token; ask for at least 1"):
+        generate(*one_device("gpt"), PROMPTS, length=length)
+
+
 def test_few_prompt_lengths_are_compiled():
     widths = {pad([[1] * length], 200)[0].shape[1] for length in range(1, 201)}
     assert widths == {16, 32, 64, 128, 200}
