@@ -27,7 +27,6 @@ def measure(variant: str, num_devices: int) -> dict[str, float]:
     import jax
 
     from stack.config import Config
-    from stack.planner.compiled.compile import abstract_batch
     from stack.step import program as programs
     from stack.step import state as states
     from stack.step.step import train_step
@@ -53,7 +52,7 @@ def measure(variant: str, num_devices: int) -> dict[str, float]:
     program = programs.build(config)
     with jax.set_mesh(states.concrete(program)):
         step = jax.jit(partial(train_step, program), donate_argnums=0)
-        lowered = step.lower(states.abstract(program), abstract_batch(program))
+        lowered = step.lower(states.abstract(program), program.abstract_batch())
         traced = time.perf_counter()
         lowered.compile()
     end = time.perf_counter()

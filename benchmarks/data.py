@@ -19,12 +19,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from stack.config import Config
+from stack.config import Config, MeshConfig
 from stack.data import Dataset, open_data
 from stack.data.loader import training_batches
 from stack.data.packing import best_fit
+from stack.objectives.causal import Causal
+from stack.parallel import mesh as meshes
+from stack.parallel.rules import Layout
 
 SEQUENCE_LENGTH = 1024
 BATCH_SIZE = 64
@@ -67,10 +69,14 @@ def report(train: Dataset) -> None:
     """Reading, from rows to device arrays."""
     tokens = BATCH_SIZE * SEQUENCE_LENGTH
     draw = np.random.default_rng(0)
-    rows = seconds(lambda: train.read(draw.integers(0, train.num_rows, BATCH_SIZE)))
+    rows = seconds(lambda: train.read(draw.integers(0, train.num_rows, BATCH_SIZE), Causal.fields))
     print(f"read rows: {tokens / rows / 1e6:.1f} M tokens/s")
-    sharding = NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec("data"))
-    make = training_batches(train, batch_size=BATCH_SIZE, seed=0, shuffle=True, sharding=sharding)
+    config = MeshConfig(fsdp=1)
+    layout = Layout.of(meshes.build(config, jax.devices()[:1]), config)
+    loader = partial(
+        training_batches, train, fields=Causal.fields, batch_size=BATCH_SIZE, seed=0, shuffle=True
+    )
+    make = loader(layout=layout)
     batches = map(make, itertools.count())
     batch = seconds(lambda: jax.block_until_ready(next(batches)))
     print(f"whole batch (order, rows, arrays on the device): {tokens / batch / 1e6:.1f} M tokens/s")
@@ -78,7 +84,7 @@ def report(train: Dataset) -> None:
         batches = map(make, itertools.count(step))
         print(f"batch of step {step:,}: {1e3 * seconds(partial(next, batches)):.2f} ms")
     start = time.perf_counter()
-    make = training_batches(train, batch_size=BATCH_SIZE, seed=0, shuffle=True, sharding=sharding)
+    make = loader(layout=layout)
     jax.block_until_ready(make(10**6))
     print(f"new loader straight to step 1,000,000: {1e3 * (time.perf_counter() - start):.2f} ms")
 

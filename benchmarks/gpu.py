@@ -1,6 +1,6 @@
 """One NVIDIA GPU: is the training step right, how fast is it, and how much memory does it take.
 
-    PYTHONPATH=. python benchmarks/gpu.py [parity] [speed] [--seconds 540] [--json gpu.json]
+    PYTHONPATH=. python benchmarks/gpu.py [speed] [rows] [parity] [--seconds 540] [--json gpu.json]
 
 Needs jax with CUDA, flax, optax, orbax and pydantic; no network and no data. Where pydantic is missing,
 carry its wheels: on a machine with a network
@@ -15,9 +15,10 @@ and on the one with the GPU
 
 Parity: loss and gradients of one step, in float32 at full matmul precision against the CPU, and in
 bfloat16 with each attention kernel as the error against float32 over the CPU's bfloat16 error; packed
-rows and whole ones, GPT-2's shapes and Llama's (grouped keys, rotary, gated). Speed: GPT-2 124M and 1.5B
-on random tokens. Every case is a process of its own, so what one leaves behind, memory or a crash, is
-not the next one's; no case is begun after --seconds. `--tiny` tries the script out, on a CPU too.
+rows and whole ones, GPT-2's shapes and Llama's (grouped keys, rotary, gated). Rows: the gradient of a word
+table, summed in an order that stays, beside a plain scatter. Speed: GPT-2 124M and 1.5B on random tokens.
+Every case is a process of its own, so what one leaves behind, memory or a crash, is not the next one's; no
+case is begun after --seconds. `--tiny` tries the script out, on a CPU too.
 """
 
 import argparse
@@ -41,7 +42,8 @@ import numpy as np
 
 from stack.config import Config, StackError, load
 from stack.doctor.numerics import Numbers, distance, errors
-from stack.hardware.chip import mfu
+from stack.layers.embedding import scan_rows
+from stack.models.flops import mfu
 from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import compiler_options, loss_gradient, train_step
@@ -74,7 +76,18 @@ class Speed:
     tiny: bool = False
 
 
-Case = Parity | Speed
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The gradient of a table of words: `stack.layers.embedding.scan_rows` beside a scatter."""
+
+    tokens: int
+    width: int
+    words: int
+    packed: bool = False
+    tiny: bool = False
+
+
+Case = Parity | Speed | Rows
 Row = dict[str, Any]
 """What a case found, or under `failed` or `not run` why it found nothing."""
 
@@ -94,6 +107,11 @@ SPEED = [
     Speed(recipe="gpt2_1_5b", kernel="cudnn", rows=32, remat="full"),
 ]
 """What matters most comes first: time may run out."""
+
+ROWS = [Rows(tokens=32_768, width=768, words=50_304), Rows(tokens=8_192, width=4_096, words=128_256)]
+"""GPT-2 124M's and Llama 3 8B's, of one micro-batch."""
+
+PARTS: dict[str, list[Case]] = {"speed": [*SPEED], "rows": [*ROWS], "parity": [*PARITY]}
 
 
 def random_batch(rows: int, length: int, words: int, *, packed: bool) -> dict[str, Any]:
@@ -170,14 +188,15 @@ def parity_config(case: Parity, dtype: str, kernel: Kernel) -> Config:
             "sliding_window": 100,
         },
     }
-    embed, length, rows = (64, 128, 4) if case.tiny else (512, 512, 8)
+    embed, length, rows = (64, 128, 4) if case.tiny else (256, 256, 8)
     model = {"vocab_size": 5003, "num_layers": 4, "embed_dim": embed, "num_heads": embed // 64}
     if case.tiny:
         model |= {"num_heads": 4}
     tree = {
         "model": model | families[case.family] | {"dtype": dtype, "attention": kernel},
         "data": {"sequence_length": length, "packed": case.packed},
-        "train": {"batch_size": rows, "remat": "full", "loss_chunk": 256},
+        "train": {"batch_size": rows, "remat": "full"},
+        "objective": {"logits_bytes": 256 * 4 * 5120},
     }
     return Config.model_validate(tree)
 
@@ -197,10 +216,10 @@ def gradient(config: Config, params: Any, device: jax.Device) -> Numbers:
         batch = jax.device_put(numbers, program.layout.sharding("batch"))
         placed = jax.device_put(params, program.layout.sharding())
         step = jax.device_put(np.int32(0), program.layout.sharding())
-        found, sums, tokens = jax.jit(partial(loss_gradient, program))(placed, step, batch)
+        found, sums = jax.jit(partial(loss_gradient, program))(placed, step, batch)
     leaves = jax.tree_util.tree_flatten_with_path(found)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x) for path, x in leaves}
-    return Numbers(loss=float(sums.loss / tokens), params={}, gradient=named)
+    return Numbers(loss=float(sums["loss"]), params={}, gradient=named)
 
 
 def speed(case: Speed) -> Row:
@@ -241,6 +260,35 @@ def speed(case: Speed) -> Row:
         "compile_seconds": compile_seconds,
         "loss": loss,
     }
+
+
+def sum_rows_twice(case: Rows) -> Row:
+    """Milliseconds of both, whether each gives the same bits again, and the error against float64."""
+    tokens, width, words = (1000, 16, 99) if case.tiny else (case.tokens, case.width, case.words)
+    rng = np.random.default_rng(0)
+    share = 1 / (np.arange(words) + 2.7)  # Zipf's law, as in text
+    ids = rng.choice(words, tokens, p=share / share.sum()).astype(np.int32)
+    values = rng.normal(size=(tokens, width)).astype("bfloat16")
+    exact = np.zeros((words, width))
+    np.add.at(exact, ids, values.astype(np.float64))
+
+    def scatter(values: jax.Array, ids: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(values.astype(jnp.float32), ids, words)
+
+    row: Row = {}
+    for name, add in (("scan", partial(scan_rows, number=words)), ("scatter", scatter)):
+        compiled, arrays, seconds = jax.jit(add), jax.device_put((values, ids)), []
+        results = [np.asarray(compiled(*arrays)) for _ in range(5)]
+        for _ in range(20):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*arrays))
+            seconds.append(time.perf_counter() - start)
+        row |= {
+            f"{name}_ms": 1e3 * statistics.median(seconds),
+            f"{name}_repeats": all((one == results[0]).all() for one in results),
+            f"{name}_error": float(np.abs(results[0] - exact).max() / np.abs(exact).max()),
+        }
+    return row
 
 
 def speed_config(case: Speed) -> Config:
@@ -323,6 +371,7 @@ def run_case(text: str) -> None:
     found = {
         None: lambda: [machine()],
         "Parity": lambda: parity(Parity(**fields)),
+        "Rows": lambda: [attempt(lambda: sum_rows_twice(Rows(**fields)))],
         "Speed": lambda: [attempt(lambda: speed(Speed(**fields)))],
     }
     for row in found[kind]():
@@ -334,6 +383,8 @@ def row_text(case: Case, row: Row) -> str:
     packed = "packed" if case.packed else "whole"
     if isinstance(case, Parity):
         title = f"{case.family:6} {packed:6} {row.get('variant', ''):15}"
+    elif isinstance(case, Rows):
+        title = f"{case.tokens:,} x {case.width:,} into {case.words:,} rows"
     else:
         title = f"{case.recipe} {case.kernel:5} {case.rows:3} rows, remat {case.remat:13} {packed:6}"
     for word in ("failed", "not run"):
@@ -343,6 +394,12 @@ def row_text(case: Case, row: Row) -> str:
         ratio = f"{row['ratio']:.3f} x the CPU's bfloat16 error" if "ratio" in row else f"worst: {row['of']}"
         verdict = "ok" if row["ok"] else "TOO FAR"
         return f"{title} {verdict:8} error {row['error']:.2e}, loss {row['loss_error']:.1e}, {ratio}"
+    if isinstance(case, Rows):
+        return f"{title} " + ", ".join(
+            f"{name} {row[f'{name}_ms']:.2f} ms, "
+            f"{'the same' if row[f'{name}_repeats'] else 'other'} bits, error {row[f'{name}_error']:.1e}"
+            for name in ("scan", "scatter")
+        )
     used = (
         f"MFU {row['mfu_full']:.1%} full {row['mfu_causal']:.1%} causal" if row["mfu_full"] else row["peak"]
     )
@@ -359,7 +416,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="part", help="parity, speed; both if none is named")
+    parser.add_argument("parts", nargs="*", metavar="part", help="speed, rows, parity; all if none is named")
     parser.add_argument("--seconds", type=float, default=540, help="no case is begun after this")
     parser.add_argument("--json", type=Path, help="file for everything measured")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script out")
@@ -368,11 +425,10 @@ def main() -> None:
     if arguments.case:
         run_case(arguments.case)
         return
-    if unknown := set(arguments.parts) - {"parity", "speed"}:
-        parser.error(f"no such part: {', '.join(unknown)}; there are parity and speed")
+    if unknown := set(arguments.parts) - PARTS.keys():
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
 
-    parts = arguments.parts or ["parity", "speed"]
-    cases: list[Case] = [*(PARITY if "parity" in parts else []), *(SPEED if "speed" in parts else [])]
+    cases = [case for part in arguments.parts or PARTS for case in PARTS[part]]
     begun = time.perf_counter()
     (about,) = rows_of(None)
     print(json.dumps(about, indent=2), flush=True)

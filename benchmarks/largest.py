@@ -16,11 +16,11 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from stack.config import Config, DataConfig, MeshConfig, ModelConfig, StackError, TrainConfig
+from stack.config import Config, DataConfig, DecoderConfig, MeshConfig, StackError, TrainConfig
 from stack.hardware import chip as chips
 from stack.hardware.chip import Hardware
+from stack.models.flops import train_flops_per_token
 from stack.planner.compiled import compile as compiling
-from stack.planner.formula.flops import train_flops_per_token
 from stack.planner.formula.memory import memory
 from stack.planner.formula.result import Memory
 from stack.planner.formula.shapes import num_parameters
@@ -83,7 +83,7 @@ class Row:
     """The largest member of the family that fits, and the next, which does not."""
 
     method: Method
-    model: ModelConfig
+    model: DecoderConfig
     parameters: int
     """Without the padding of the vocabulary."""
     use: Use
@@ -206,10 +206,10 @@ def largest(
     )
 
 
-def member(number: int, length: int) -> ModelConfig:
+def member(number: int, length: int) -> DecoderConfig:
     """One of the family, from 0: three of every width."""
     heads, more = number // 3 + 1, number % 3
-    return ModelConfig(
+    return DecoderConfig(
         vocab_size=VOCAB_SIZE,
         num_layers=heads + more,
         embed_dim=HEAD_WIDTH * heads,
@@ -309,7 +309,7 @@ _SIZES = ("argument", "output", "temp", "alias")
 
 def against_naive_tensor(chip: Hardware, num_layers: int, devices: int) -> Speed:
     """Two ways to lay a model over many chips, by the formulas of memory and time."""
-    model = ModelConfig(
+    model = DecoderConfig(
         vocab_size=VOCAB_SIZE,
         num_layers=num_layers,
         embed_dim=8192,

@@ -12,7 +12,7 @@ import child
 import jax
 import numpy as np
 
-from stack.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from stack.config import Config, DataConfig, DecoderConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from stack.parallel.host_memory import keep_freed_memory
 from stack.step import state as states
 from stack.step.program import build
@@ -22,7 +22,7 @@ from stack.step.step import train_step
 def config(setting: child.Setting, *, unrolled: bool) -> Config:
     """The setting as a Stack config."""
     return Config(
-        model=ModelConfig(
+        model=DecoderConfig(
             vocab_size=setting.vocab,
             vocab_multiple=1,
             max_length=setting.block,

@@ -3,7 +3,15 @@
 from stack.config.data import DataConfig, SourceConfig
 from stack.config.errors import ConfigError, StackError
 from stack.config.mesh import AXES, MeshConfig
-from stack.config.model import ModelConfig, RopeConfig
+from stack.config.model import (
+    BlockConfig,
+    DecoderConfig,
+    LanguageConfig,
+    ModelConfig,
+    ParallelDecoderConfig,
+    RopeConfig,
+)
+from stack.config.objective import CausalConfig, ObjectiveConfig
 from stack.config.optimizer import OptimizerConfig, ScheduleConfig
 from stack.config.reading import dump, load, parse, replace, schema
 from stack.config.target import TargetConfig
@@ -12,14 +20,20 @@ from stack.config.tree import Config
 
 __all__ = [
     "AXES",
+    "BlockConfig",
+    "CausalConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
     "DataConfig",
+    "DecoderConfig",
     "EvalConfig",
+    "LanguageConfig",
     "MeshConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
+    "ParallelDecoderConfig",
     "RopeConfig",
     "SampleConfig",
     "ScheduleConfig",

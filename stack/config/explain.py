@@ -24,6 +24,11 @@ EXPECTED = {
 }
 """pydantic's error type -> what should have been there, where its own words speak of Python."""
 
+RENAMED = {
+    ("train", "loss_chunk"): "write objective.logits_bytes, tokens x padded vocabulary x 4, or leave it out",
+}
+"""Fields that are no more -> what to write in their place, where no field has their name."""
+
 
 def explain(error: ValidationError, root: type[BaseModel], located: Located | None = None) -> str:
     """The first error in one line: `place: name=value must be ...; did you mean ...? (and 2 more)`.
@@ -34,7 +39,7 @@ def explain(error: ValidationError, root: type[BaseModel], located: Located | No
         located: the values it was built from; None when they come from Python.
     """
     errors = error.errors(include_url=False)
-    first = errors[0]
+    first = _without_tags(errors[0], root)
     line = _describe(first, root)
     where = root.__name__ if located is None else _where(first, root, located)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -55,15 +60,48 @@ def annotation_at(root: Any, path: Keys) -> Any:
     """The type at a path (`null` aside), None where there is no such field."""
     here = _without_null(root)
     for key in path:
-        inside = get_args(here)
-        if isinstance(here, type) and issubclass(here, BaseModel):
-            field = here.model_fields.get(str(key))
-            here = _without_null(field.annotation) if field else None
-        elif inside and str(key).isdigit():
-            here = inside[0]
-        else:
-            return None
+        here = _inside(here, key)
     return here
+
+
+def kind_of(section: Any) -> str:
+    """The kind of a section that stands in a union; empty for any other."""
+    field = section.model_fields.get("kind")
+    return str(field.default) if field else ""
+
+
+def _inside(annotation: Any, key: str | int) -> Any:
+    """The type of what a type holds under a key, None if it holds nothing there."""
+    for section in sections_of(annotation):
+        if field := section.model_fields.get(str(key)):
+            return _without_null(field.annotation)
+    inside = get_args(annotation)
+    return inside[0] if inside and str(key).isdigit() else None
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section that a type is, or those that it is one of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    members = (get_args(member)[0] if get_args(member) else member for member in get_args(annotation))
+    return [one for one in members if isinstance(one, type) and issubclass(one, BaseModel)]
+
+
+def _without_tags(error: Any, root: Any) -> dict[str, Any]:
+    """An error whose path names fields only: pydantic puts the kind of a union's member into it too."""
+    here, path = _without_null(root), []
+    for key in error["loc"]:
+        kinds = {kind_of(section): section for section in sections_of(here)}
+        if len(kinds) > 1 and key in kinds:
+            here = kinds[key]
+        else:
+            path.append(key)
+            here = _inside(here, key)
+    if error["type"] != "union_tag_invalid":
+        return error | {"loc": tuple(path)}
+    kinds = ", ".join(kind_of(section) for section in sections_of(here))
+    given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
+    return {"loc": (*path, "kind"), "type": "literal_error", "input": given, "msg": f"one of {kinds}"}
 
 
 def field_names(root: type[BaseModel]) -> Iterator[Keys]:
@@ -74,8 +112,8 @@ def field_names(root: type[BaseModel]) -> Iterator[Keys]:
         index: Keys = ()
         if getattr(inside, "__origin__", None) is tuple:
             inside, index = get_args(inside)[0], (0,)
-        if isinstance(inside, type) and issubclass(inside, BaseModel):
-            yield from ((name, *index, *rest) for rest in field_names(inside))
+        below = dict.fromkeys(rest for section in sections_of(inside) for rest in field_names(section))
+        yield from ((name, *index, *rest) for rest in below)
 
 
 def _without_null(annotation: Any) -> Any:
@@ -99,11 +137,11 @@ def _describe(error: Any, root: type[BaseModel]) -> str:
     if kind == "too_long":
         return f"{name} has more than {error['ctx']['max_length']} entries"
     expected = EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
-    return f"{name}={_shown(value)} must be {expected}{_remedy(kind, value, annotation_at(root, path))}"
+    return f"{name}={_shown(value)} must be {expected}{_remedy(kind, value, _choices(root, path))}"
 
 
-def _remedy(kind: str, value: Any, annotation: Any) -> str:
-    if kind == "literal_error" and (choice := nearest(str(value), [str(c) for c in get_args(annotation)])):
+def _remedy(kind: str, value: Any, choices: list[str]) -> str:
+    if kind == "literal_error" and (choice := nearest(str(value), choices)):
         return f"; did you mean {choice}?"
     if value == "None":
         return "; write null"
@@ -114,17 +152,29 @@ def _remedy(kind: str, value: Any, annotation: Any) -> str:
     return ""
 
 
+def _choices(root: type[BaseModel], path: Keys) -> list[str]:
+    """What a field that holds one of several words may hold."""
+    *owner, name = path or ("",)
+    sections = sections_of(annotation_at(root, tuple(owner)))
+    if name == "kind" and len(sections) > 1:
+        return [kind_of(section) for section in sections]
+    return [str(choice) for choice in get_args(annotation_at(root, path))]
+
+
 def _meant(path: Keys, root: type[BaseModel]) -> str:
     """The same name elsewhere in the tree, else the closest name beside it, else the closest of all."""
-    *section, leaf = path
+    if path in RENAMED:
+        return RENAMED[path]
+    *owner, leaf = path
     names = list(field_names(root))
     elsewhere = [other for other in names if other[-1] == leaf]
     if elsewhere:
         best = max(elsewhere, key=lambda other: len({*other} & {*path}))
         return f"did you mean {dotted(best)}?"
-    parent = annotation_at(root, tuple(section))
-    if beside := nearest(str(leaf), list(getattr(parent, "model_fields", ()))):
-        return f"did you mean {dotted((*section, beside))}?"
+    parent = annotation_at(root, tuple(owner))
+    beside_it = [name for section in sections_of(parent) for name in section.model_fields]
+    if beside := nearest(str(leaf), beside_it):
+        return f"did you mean {dotted((*owner, beside))}?"
     if anywhere := nearest(dotted(path), [dotted(other) for other in names]):
         return f"did you mean {anywhere}?"
     return "`stack config schema` lists every field"
@@ -135,7 +185,7 @@ def _where(error: Any, root: type[BaseModel], located: Located) -> str:
     path = error["loc"]
     candidates = [path]
     if error["type"] == "value_error":
-        fields = getattr(annotation_at(root, path), "model_fields", {})
+        fields = {name for section in sections_of(annotation_at(root, path)) for name in section.model_fields}
         words = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", str(error["ctx"]["error"]))
         mentioned = [(*path, *word.split(".")) for word in words if word.split(".")[0] in fields]
         candidates = [other for other in mentioned if located.find(other)] or candidates

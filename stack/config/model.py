@@ -1,10 +1,10 @@
 """What the model is. Nothing here depends on how many devices run it."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from stack.config.section import Section
+from stack.config.section import Section, one_of
 
 
 class RopeConfig(Section):
@@ -36,15 +36,9 @@ class RopeConfig(Section):
         return self
 
 
-class ModelConfig(Section):
-    """A decoder of the GPT-2 / Turing-NLG family or of the Llama / Qwen family."""
+class BlockConfig(Section):
+    """A stack of transformer blocks, of whatever model."""
 
-    vocab_size: PositiveInt = 257
-    """Words of the tokenizer; 257 is every byte and one end of document."""
-    vocab_multiple: PositiveInt = 128
-    """The embedding has vocab_size rounded up to a multiple of this, so that any tensor degree up
-    to 128 divides it; a property of the model, so a checkpoint fits every mesh. The added rows are
-    zero, masked and never trained or exported."""
     max_length: PositiveInt = 1024
     """Longest sequence in tokens: rows of a learned position table, limit of generation."""
     num_layers: PositiveInt = 12
@@ -77,24 +71,16 @@ class ModelConfig(Section):
     """Biases inside the MLP."""
     qk_norm: bool = False
     """RMSNorm of every query and key head before the rotation (Qwen 3, arXiv 2302.05442)."""
-    tied_embeddings: bool = True
-    """The output projection is the embedding table (arXiv 1608.05859)."""
     sliding_window: PositiveInt | None = None
     """Each token sees this many tokens, itself included (arXiv 2310.06825); null: all before it."""
     attention_softcap: PositiveFloat | None = None
     """Scores become c x tanh(score / c) (Gemma 2, arXiv 2408.00118); null: as they are."""
-    logit_softcap: PositiveFloat | None = None
-    """The same for the logits."""
-    embedding_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the embedding dropped in training; 0, as data is rarely seen twice."""
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of attention weights dropped in training."""
     residual_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of each block's two outputs dropped in training."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; 0.02 in GPT-2, Megatron, Llama and Qwen."""
-    position_init_std: NonNegativeFloat = 0.01
-    """The same for learned positions; 0.01 in GPT-2's code, 0.02 in Megatron."""
     scale_residual_init: bool = True
     """Divide the deviation of the two projections that write to the residual stream by
     sqrt(2 x num_layers) (GPT-2, section 2.3); Llama and Qwen do not."""
@@ -126,11 +112,6 @@ class ModelConfig(Section):
         """Whether the MLP has a gate."""
         return self.mlp in ("swiglu", "geglu")
 
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding table."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.head_dim is None and self.embed_dim % self.num_heads:
@@ -153,3 +134,53 @@ class ModelConfig(Section):
             if self.dtype != "bfloat16":
                 raise ValueError("attention=cudnn computes in bfloat16; set dtype=bfloat16 or attention=xla")
         return self
+
+
+class LanguageConfig(BlockConfig):
+    """What a model of words adds to its blocks."""
+
+    vocab_size: PositiveInt = 257
+    """Words of the tokenizer; 257 is every byte and one end of document."""
+    vocab_multiple: PositiveInt = 128
+    """The embedding has vocab_size rounded up to a multiple of this, so that any tensor degree up
+    to 128 divides it; a property of the model, so a checkpoint fits every mesh. The added rows are
+    zero, masked and never trained or exported."""
+    tied_embeddings: bool = True
+    """The output projection is the embedding table (arXiv 1608.05859)."""
+    logit_softcap: PositiveFloat | None = None
+    """The same for the logits."""
+    embedding_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the embedding dropped in training; 0, as data is rarely seen twice."""
+    position_init_std: NonNegativeFloat = 0.01
+    """The same for learned positions; 0.01 in GPT-2's code, 0.02 in Megatron."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class DecoderConfig(LanguageConfig):
+    """A decoder of the GPT-2 / Turing-NLG family or of the Llama / Qwen family."""
+
+    implementation: ClassVar[str] = "stack.models.decoder:Decoder"
+    """The class that computes it, as `module:class`: config imports no model."""
+
+    kind: Literal["decoder"] = "decoder"
+    """Attention, then the MLP, each from its own norm."""
+
+
+class ParallelDecoderConfig(LanguageConfig):
+    """A decoder whose attention and MLP stand side by side."""
+
+    implementation: ClassVar[str] = "stack.models.parallel_decoder:ParallelDecoder"
+
+    kind: Literal["parallel_decoder"] = "parallel_decoder"
+    """Attention and MLP from one norm, added together (GPT-J; PaLM, arXiv 2204.02311, section 2)."""
+
+
+type ModelConfig = DecoderConfig | ParallelDecoderConfig
+"""Any of the models: THE list, which alone names their classes."""
+
+AnyModel = one_of(DecoderConfig, ParallelDecoderConfig)
+"""The same as pydantic reads it, by `kind`; without one it is a decoder."""

@@ -1,11 +1,11 @@
 """The base of every part of the config tree."""
 
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
 
 from stack.config.errors import ConfigError
-from stack.config.explain import explain
+from stack.config.explain import explain, kind_of
 
 
 class _Reported(type(BaseModel)):
@@ -38,3 +38,23 @@ class Section(BaseModel, metaclass=_Reported):
         use_attribute_docstrings=True,
         validate_default=True,
     )
+
+
+def one_of(first: type[Section], *others: type[Section]) -> Any:
+    """The type of a field that holds one of several sections, told apart by their `kind`.
+
+    Args:
+        first: taken where no kind is given.
+        others: their classes, each with a literal field `kind` of its own.
+    """
+    classes = (first, *others)
+    default = kind_of(first)
+
+    def kind(value: Any) -> Any:
+        return value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", default)
+
+    members = [Annotated[section, Tag(kind_of(section))] for section in classes]
+    union: Any = members[0]
+    for member in members[1:]:
+        union |= member
+    return Annotated[union, Discriminator(kind)] if others else first

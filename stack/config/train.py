@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from stack.config.section import Section
 
@@ -25,11 +25,6 @@ class TrainConfig(Section):
     offload_activations: bool = False
     """Keep each layer's saved input in host memory between its forward and backward pass; needs
     remat full or save_qkv_proj."""
-    z_loss: NonNegativeFloat = 0.0
-    """Weight of the squared log-normaliser (arXiv 2204.02311, 1e-4 there)."""
-    loss_chunk: PositiveInt = 1024
-    """Tokens per device whose logits exist at one time; their memory is loss_chunk x vocabulary x 4
-    bytes."""
     grad_reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """What gradients are summed in over devices and micro-batches. A bfloat16 sum over 625 ranks
     can be off by 7%."""

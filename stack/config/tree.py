@@ -6,7 +6,8 @@ from pydantic import NonNegativeInt, model_validator
 
 from stack.config.data import DataConfig
 from stack.config.mesh import MeshConfig
-from stack.config.model import ModelConfig
+from stack.config.model import AnyModel, DecoderConfig
+from stack.config.objective import AnyObjective, CausalConfig
 from stack.config.optimizer import OptimizerConfig
 from stack.config.section import Section
 from stack.config.target import TargetConfig
@@ -22,7 +23,10 @@ class Config(Section):
     """Where run folders are made."""
     seed: NonNegativeInt = 0
     """The one seed of initialisation, data order and dropout."""
-    model: ModelConfig = ModelConfig()
+    model: AnyModel = DecoderConfig()
+    """What is trained, by `kind`."""
+    objective: AnyObjective = CausalConfig()
+    """What for, by `kind`."""
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,8 @@ from stack.config import Config
 from stack.config.errors import ConfigError, StackError
 from stack.data.atomic import cache_folder
 from stack.data.cache import open_corpus
-from stack.data.packing import PackedRows, pack_corpus
+from stack.data.fields import Field
+from stack.data.packing import FIELDS, PackedRows, pack_corpus
 from stack.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 
@@ -54,20 +55,32 @@ class Dataset:
         """Share of the rows' places that hold a token; the rest is padding."""
         return self.num_tokens / max(1, self.num_rows * self.sequence_length)
 
-    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows by number [rows]: tokens, labels, segments, positions, each int32 [rows, length].
+    def read(self, rows: np.ndarray, fields: Sequence[Field]) -> dict[str, np.ndarray]:
+        """The fields that have a length, of rows by number [rows]: each [rows, length].
 
         A row number of -1 gives a row of padding. See `PackedRows.read`.
+
+        Raises:
+            ValueError: the data has no such field.
         """
         shape = (len(rows), self.sequence_length)
-        padding = {"tokens": 0, "labels": -1, "segments": 0, "positions": 0}
-        batch = {name: np.full(shape, value, np.int32) for name, value in padding.items()}
+        padding = {field.name: field.padding for field in fields if "length" in field.axes}
+        if unknown := padding.keys() - FIELDS:
+            raise ValueError(
+                f"the data has no field {', '.join(sorted(unknown))}; it has {', '.join(FIELDS)}"
+            )
+        batch = {
+            field.name: np.full(shape, field.padding, field.dtype)
+            for field in fields
+            if field.name in padding
+        }
         start = 0
         for part in self.parts:
             here = np.flatnonzero((rows >= start) & (rows < start + part.num_rows))
             if len(here):
-                for name, values in part.read(rows[here] - start).items():
-                    batch[name][here] = values
+                values = part.read(rows[here] - start, padding)
+                for name in padding:
+                    batch[name][here] = values[name]
             start += part.num_rows
         return batch
 

@@ -1,28 +1,46 @@
 """Batches as global arrays: each process reads only the rows its own devices hold."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from stack.data.dataset import Dataset
+from stack.data.fields import Field, abstract_batch
 from stack.data.mixture import training_order
+from stack.parallel.rules import Layout
 
 type Batch = dict[str, jax.Array]
-"""tokens, labels, segments, positions: int32 [batch, length]; example: int32 [batch], the number of a
-row within the whole batch."""
+"""The fields of an objective. Of those that data has, tokens, labels, segments and positions are int32
+[batch, length]; example is int32 [batch], the number of a row within the whole batch."""
 
 
 def training_batches(
-    dataset: Dataset, *, batch_size: int, seed: int, shuffle: bool, sharding: NamedSharding
+    dataset: Dataset,
+    *,
+    fields: Sequence[Field],
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    layout: Layout,
 ) -> Callable[[int], Batch]:
-    """The function from a step to its batch of `batch_size` rows, laid out by `sharding` [batch, length].
+    """The function from a step to its batch.
 
     The global batch depends on (seed, step) alone: not on the steps asked for before, nor on the
     number of processes and devices.
+
+    Args:
+      dataset: the rows.
+      fields: what a batch holds.
+      batch_size: rows, over all devices.
+      seed: of the order.
+      shuffle: a new order every epoch; false reads in order.
+      layout: how a batch lies on the mesh.
+
+    Raises:
+      ValueError: the data has no such field.
     """
     order = training_order(dataset, seed=seed, shuffle=shuffle)
 
@@ -30,18 +48,23 @@ def training_batches(
         def rows(places: np.ndarray) -> np.ndarray:
             return np.array([order[step * batch_size + place] for place in places.tolist()], np.int64)
 
-        return _assemble(dataset, rows, batch_size, sharding)
+        return _assemble(dataset, fields, rows, batch_size, layout)
 
     return batch
 
 
 def heldout_batches(
-    dataset: Dataset, *, batch_size: int, sharding: NamedSharding
+    dataset: Dataset, *, fields: Sequence[Field], batch_size: int, layout: Layout
 ) -> tuple[Callable[[int], Batch], int]:
     """The function from a number to a batch, and how many there are: every row once, in order.
 
-    The last batch is filled up with rows of padding, whose labels are all -1. Every process counts the
-    same batches.
+    The last batch is filled up with rows of padding. Every process counts the same batches.
+
+    Args:
+      dataset: the rows.
+      fields: what a batch holds.
+      batch_size: rows, over all devices.
+      layout: how a batch lies on the mesh.
     """
 
     def batch(number: int) -> Batch:
@@ -49,7 +72,7 @@ def heldout_batches(
             wanted = number * batch_size + places
             return np.where(wanted < dataset.num_rows, wanted, -1)
 
-        return _assemble(dataset, rows, batch_size, sharding)
+        return _assemble(dataset, fields, rows, batch_size, layout)
 
     return batch, -(-dataset.num_rows // batch_size)
 
@@ -74,22 +97,25 @@ def prefetch(make: Callable[[int], Batch], numbers: Iterable[int], *, ahead: int
 
 
 def _assemble(
-    dataset: Dataset, rows: Callable[[np.ndarray], np.ndarray], batch_size: int, sharding: NamedSharding
+    dataset: Dataset,
+    fields: Sequence[Field],
+    rows: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+    layout: Layout,
 ) -> Batch:
     """`rows` maps places in the batch to row numbers; asked only for places of this process."""
-    shape = (batch_size, dataset.sequence_length)
-    indices = sharding.addressable_devices_indices_map(shape).values()
+    by_row = layout.sharding("batch")
+    indices = by_row.addressable_devices_indices_map((batch_size,)).values()
     everywhere = np.arange(batch_size)
     places = np.unique(np.concatenate([everywhere[index[0]] for index in indices if index]))
-    local = dataset.read(rows(places)) | {"example": places.astype(np.int32)}
-    by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    local = dataset.read(rows(places), fields) | {"example": places.astype(np.int32)}
+    abstract = abstract_batch(fields, batch_size=batch_size, length=dataset.sequence_length, layout=layout)
 
-    def spread(values: np.ndarray) -> jax.Array:
+    def spread(values: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             which, *columns = index or (slice(None),)
             return values[np.searchsorted(places, everywhere[which])][:, *columns]
 
-        target = sharding if values.ndim == 2 else by_row
-        return jax.make_array_from_callback((batch_size, *values.shape[1:]), target, shard)
+        return jax.make_array_from_callback(like.shape, like.sharding, shard, dtype=like.dtype)
 
-    return {name: spread(values) for name, values in local.items()}
+    return {name: spread(local[name], like) for name, like in abstract.items()}

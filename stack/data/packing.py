@@ -8,7 +8,7 @@ Attention and positions start anew with each piece.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from stack.config.errors import StackError
 from stack.data.atomic import publish_folder
 from stack.data.cache import Corpus
 from stack.data.split import heldout_mask
+
+FIELDS = ("tokens", "labels", "segments", "positions")
+"""What rows hold."""
 
 _FORMAT = 1  # raise it when rows change: old indexes are then not found
 
@@ -52,11 +55,15 @@ class PackedRows:
         """UTF-8 bytes of the documents' text."""
         return int(self.corpus.num_bytes[self.documents].sum())
 
-    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows by number [rows]: tokens, labels, segments, positions, each int32 [rows, length].
+    def read(self, rows: np.ndarray, padding: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """Rows by number [rows], each field int32 [rows, length].
 
-        Labels are the next token of the same document, -1 where there is padding; segments number the
-        pieces of a row from 1, 0 is padding; positions count from 0 in each piece.
+        Labels are the next token of the same document; segments number the pieces of a row from 1;
+        positions count from 0 in each piece.
+
+        Args:
+            rows: their numbers.
+            padding: the fields that are asked for, some of `FIELDS`, and what fills up their rows.
         """
         first = self.row_offsets[rows]
         pieces_per_row = self.row_offsets[rows + 1] - first
@@ -74,12 +81,13 @@ class PackedRows:
             flat[target] = values
             return flat.reshape(len(rows), self.sequence_length)
 
-        return {
-            "tokens": scatter(self.corpus.tokens[source], 0),
-            "labels": scatter(self.corpus.tokens[source + 1], -1),
-            "segments": scatter(np.repeat(1 + _count_up(pieces_per_row), lengths), 0),
-            "positions": scatter(positions, 0),
+        values = {
+            "tokens": lambda: self.corpus.tokens[source],
+            "labels": lambda: self.corpus.tokens[source + 1],
+            "segments": lambda: np.repeat(1 + _count_up(pieces_per_row), lengths),
+            "positions": lambda: positions,
         }
+        return {name: scatter(values[name](), fill) for name, fill in padding.items()}
 
     def token_documents(self) -> Iterator[np.ndarray]:
         """The stored tokens, bos and eos included, of each document on this side."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from stack.config import Config, DataConfig, MeshConfig, ModelConfig, StackError, TrainConfig
+from stack.config import CausalConfig, Config, DataConfig, DecoderConfig, MeshConfig, StackError, TrainConfig
 from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import loss_gradient
@@ -120,12 +120,12 @@ def config_of(cell: Cell, family: Family, dtype: str) -> Config:
     """A tiny model with an odd vocabulary, dropout everywhere and packed rows, laid out as a cell says."""
     return Config(
         seed=3,
-        model=ModelConfig(**_SHARED, **_FAMILIES[family], dtype=dtype),
+        model=DecoderConfig(**_SHARED, **_FAMILIES[family], dtype=dtype),
         data=DataConfig(sequence_length=_LENGTH),
         mesh=cell.mesh,
-        train=TrainConfig(
-            batch_size=_BATCH, accumulation=cell.accumulation, remat="full", loss_chunk=8, z_loss=1e-3
-        ),
+        train=TrainConfig(batch_size=_BATCH, accumulation=cell.accumulation, remat="full"),
+        # Several chunks, of 8 tokens.
+        objective=CausalConfig(z_loss=1e-3, logits_bytes=8 * 4 * 104 // cell.mesh.tensor),
     )
 
 
@@ -176,9 +176,9 @@ def compute(
             for name, values in example_batch().items()
         }
         step = jax.device_put(np.int32(5), layout.sharding())
-        gradient, sums, tokens = jax.jit(partial(loss_gradient, program))(params, step, batch)
+        gradient, sums = jax.jit(partial(loss_gradient, program))(params, step, batch)
         return Numbers(
-            loss=float(sums.loss / tokens),
+            loss=float(sums["loss"]),
             params=_on_host(program, params),
             gradient=_on_host(program, gradient),
         )

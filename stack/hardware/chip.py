@@ -1,4 +1,4 @@
-"""Chips as data: one YAML file each in `stack/hardware/chips`, and how much of its peak a run uses.
+"""Chips as data: one YAML file each in `stack/hardware/chips`.
 
 Peaks are dense (vendors print twice as much "with sparsity") and at the maximum boost clock; no
 program reaches them: the best matrix products get about 80 % of them on H100 and H200. What programs
@@ -19,8 +19,6 @@ from stack.config import ConfigError
 from stack.config.document import read_file
 from stack.config.explain import dotted, explain, nearest
 from stack.config.located import Keys, Located, Place, merge
-from stack.config.model import ModelConfig
-from stack.planner.formula.flops import train_flops_per_token
 
 Precision = Literal["float32", "tensorfloat32", "float16", "bfloat16", "float8"]
 type _Text = Annotated[str, Field(strict=True, min_length=1)]
@@ -238,56 +236,3 @@ def _fields(path: Keys) -> list[str]:
         return list(get_args(Precision))
     owner = Efficiency if path == ("efficiency",) else Hardware
     return [field.name for field in dataclasses.fields(owner)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mfu:
-    """Model FLOPs utilisation in both conventions (arXiv 2204.02311, appendix B)."""
-
-    full_flops_per_second: float
-    """Model FLOP/s per device, attention counted over whole rows."""
-    causal_flops_per_second: float
-    """Model FLOP/s per device, attention counted over half rows."""
-    peak_flops: float | None
-    """FLOP/s the utilisation is against; None if it is not known."""
-    peak: str
-    """That peak in words, or why there is none."""
-
-    @property
-    def full(self) -> float | None:
-        """Fraction of the peak in the `full` convention; None without a peak."""
-        return None if self.peak_flops is None else self.full_flops_per_second / self.peak_flops
-
-    @property
-    def causal(self) -> float | None:
-        """Fraction of the peak in the `causal` convention; None without a peak."""
-        return None if self.peak_flops is None else self.causal_flops_per_second / self.peak_flops
-
-
-def mfu(model: ModelConfig, *, length: int, tokens_per_second_per_device: float, device_kind: str) -> Mfu:
-    """Utilisation of a training run.
-
-    Args:
-        model: its dtype chooses the peak. In float32, XLA multiplies in TensorFloat-32 on NVIDIA
-            chips that have it, so that peak is taken there.
-        length: tokens per row.
-        tokens_per_second_per_device: tokens trained on, padding included, over seconds and devices.
-        device_kind: `jax.Device.device_kind`.
-    """
-    chip = lookup(device_kind)
-    precision: Precision = model.dtype
-    if chip is not None and precision == "float32" and "tensorfloat32" in chip.peak_flops:
-        precision = "tensorfloat32"
-    peak_flops = chip.peak_flops.get(precision) if chip else None
-    if chip is None:
-        peak = f"no peak: {device_kind} is not in the table of chips"
-    elif peak_flops is None:
-        peak = f"no peak: {chip.title} has none listed for {precision}"
-    else:
-        peak = f"{peak_flops / 1e12:.4g} TFLOP/s, {chip.title}, dense {precision}"
-    return Mfu(
-        full_flops_per_second=tokens_per_second_per_device * train_flops_per_token(model, length, "full"),
-        causal_flops_per_second=tokens_per_second_per_device * train_flops_per_token(model, length, "causal"),
-        peak_flops=peak_flops,
-        peak=peak,
-    )

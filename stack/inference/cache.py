@@ -7,13 +7,13 @@ same slot: one `dynamic_update_slice` for the whole batch.
 import jax
 import jax.numpy as jnp
 
-from stack.config import ModelConfig
+from stack.config import LanguageConfig
 from stack.kernels.attention import Mask
 from stack.layers.attention import Cache
 from stack.parallel.rules import Layout
 
 
-def empty(config: ModelConfig, layout: Layout, *, batch: int, slots: int) -> Cache:
+def empty(config: LanguageConfig, layout: Layout, *, batch: int, slots: int) -> Cache:
     """Zeros in the compute dtype, [layers, batch, slots, kv_heads, head_dim] each."""
     shape = (config.num_layers, batch, slots, config.kv_heads, config.head_width)
     spec = layout.spec("layers", "batch", None, "kv_heads", "head_dim")
@@ -21,7 +21,9 @@ def empty(config: ModelConfig, layout: Layout, *, batch: int, slots: int) -> Cac
     return Cache(key, value)
 
 
-def mask(padding: jax.Array, *, first: jax.Array | int, queries: int, slots: int) -> Mask:
+def mask(
+    padding: jax.Array, *, first: jax.Array | int, queries: int, slots: int, window: int | None = None
+) -> Mask:
     """Who sees whom when the tokens of slots `first` to `first + queries - 1` are computed.
 
     Padding is a segment of its own. Slots not written yet stand at later positions than any query, so
@@ -32,10 +34,17 @@ def mask(padding: jax.Array, *, first: jax.Array | int, queries: int, slots: int
       first: slot of the first query.
       queries: number of queries.
       slots: number of slots of the cache.
+      window: tokens that each sees, itself included; None: all before it.
     """
     query, query_segments = _place(first + jnp.arange(queries, dtype=jnp.int32), padding)
     key, key_segments = _place(jnp.arange(slots, dtype=jnp.int32), padding)
-    return Mask(query, key, query_segments, key_segments)
+    return Mask(
+        window=window,
+        query_positions=query,
+        key_positions=key,
+        query_segments=query_segments,
+        key_segments=key_segments,
+    )
 
 
 def _place(slot: jax.Array, padding: jax.Array) -> tuple[jax.Array, jax.Array]:

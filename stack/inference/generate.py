@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stack.config import ModelConfig, StackError
+from stack.config import LanguageConfig, StackError
 from stack.inference import cache as caches
 from stack.inference.sampling import sample
 from stack.layers.attention import Cache
 from stack.layers.head import logits
 from stack.models.decoder import Decoder
+from stack.models.stack import Execution
 from stack.parallel.rules import Layout
 from stack.parallel.zero import gather_module
 from stack.step.program import Program
@@ -66,7 +67,7 @@ def generate(
         raise StackError(f"length={length} asks for no new token; ask for at least 1")
     config = program.config.model
     for number, prompt in enumerate(prompts):
-        _check(prompt, number, config)
+        check_prompt(prompt, config, name=f"prompt {number}")
     if not prompts:
         return []
     settings = _Settings(
@@ -104,7 +105,7 @@ class _Settings:
     """What one compiled program is made for."""
 
     graph: nnx.GraphDef
-    config: ModelConfig
+    config: LanguageConfig
     layout: Layout
     length: int
     temperature: float
@@ -136,14 +137,15 @@ def _generate(
     slots = bucket + settings.length
     room = config.max_length - (bucket - padding)
     model: Decoder = nnx.merge(settings.graph, params)
+    run = Execution(layout=layout)
     if layout.zero < 3:
         model = gather_module(model, layout)
 
     def append(progress: _Progress, tokens: jax.Array, first: jax.Array | int) -> _Progress:
         """Puts `tokens`, [batch, queries], into the cache from slot `first` on and chooses the next."""
-        mask = caches.mask(padding, first=first, queries=tokens.shape[1], slots=slots)
-        output = model(tokens, mask, layout=layout, cache=progress.cache, slot=first)
-        assert output.cache is not None, "a cache goes in, so one comes out"
+        queries, window = tokens.shape[1], config.sliding_window
+        mask = caches.mask(padding, first=first, queries=queries, slots=slots, window=window)
+        output, cache = model.decode(tokens, mask, run, cache=progress.cache, slot=first)
         scores = logits(
             output.hidden[:, -1:],
             output.table,
@@ -167,7 +169,7 @@ def _generate(
             ),
             lengths=lengths,
             ended=ended | (lengths >= room),
-            cache=output.cache,
+            cache=cache,
         )
 
     def unfinished(progress: _Progress) -> jax.Array:
@@ -197,19 +199,27 @@ def _layout(layout: Layout) -> Layout:
     return replace(layout, split_batch=False, sequence_parallel=False, zero=zero)
 
 
-def _check(prompt: Sequence[int], number: int, config: ModelConfig) -> None:
+def check_prompt(prompt: Sequence[int], config: LanguageConfig, *, name: str) -> None:
+    """Refuses a prompt that cannot be continued.
+
+    Args:
+      prompt: tokens.
+      config: of the model.
+      name: of the prompt, for the error.
+
+    Raises:
+      StackError: it is empty, has a token the model does not know, or fills the context.
+    """
     if not len(prompt):
-        raise StackError(
-            f"prompt {number} is empty; start it with at least one token, such as end of document"
-        )
+        raise StackError(f"{name} is empty; start it with at least one token, such as end of document")
     if len(prompt) >= config.max_length:
         raise StackError(
-            f"prompt {number} has {len(prompt)} tokens, but the context is "
-            f"model.max_length={config.max_length} and a new one must fit; shorten the prompt"
+            f"{name} has {len(prompt)} tokens, but the context is model.max_length={config.max_length} and a "
+            "new one must fit; shorten the prompt"
         )
     foreign = [token for token in prompt if not 0 <= token < config.vocab_size]
     if foreign:
         raise StackError(
-            f"prompt {number} holds token {foreign[0]}, but the model's are 0 to {config.vocab_size - 1}; "
+            f"{name} holds token {foreign[0]}, but the model's are 0 to {config.vocab_size - 1}; "
             f"use the tokenizer the model was trained with"
         )

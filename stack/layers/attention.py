@@ -7,8 +7,8 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from stack.config import ModelConfig
-from stack.kernels.attention import Mask, attend
+from stack.config import BlockConfig
+from stack.kernels.attention import Choice, Mask, Request, attend, choose
 from stack.layers.dropout import ATTENTION, dropout
 from stack.layers.linear import Linear
 from stack.layers.mlp import residual_std
@@ -25,9 +25,9 @@ class Cache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Queries, keys and values from x, attention within documents, and the way back."""
+    """Queries, keys and values from x, attention, and the way back."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         """Weights normal with deviation `init_std`; `out` writes to the residual stream."""
         embed, width = (("embed", config.embed_dim),), ("head_dim", config.head_width)
         heads, kv_heads = (("heads", config.num_heads), width), (("kv_heads", config.kv_heads), width)
@@ -55,9 +55,9 @@ class Attention(nnx.Module):
 
         Args:
           x: normalised residual stream.
-          mask: who sees whom, and the positions of queries.
+          mask: who sees whom, and the positions of the tokens of x.
           layout: how things lie on the mesh.
-          kernel: `xla` or `cudnn`, as `stack.kernels.attention.choose` said.
+          kernel: as `choose_attention` said.
           keys: [batch] dropout keys of this layer, or None.
           cache: tokens seen before, or None.
           slot: where in the cache x goes.
@@ -77,22 +77,48 @@ class Attention(nnx.Module):
             update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
             cache = Cache(update(cache.key, key), update(cache.value, value))
             key, value = cache
-        y = attend(
-            query,
-            key,
-            value,
-            mask,
-            layout,
-            kernel=kernel,
-            window=config.sliding_window,
-            softcap=config.attention_softcap,
-            drop=partial(
+        drop = None
+        if keys is not None and config.attention_dropout:
+            names = ("batch", "kv_heads", None, None, None)
+            drop = partial(
                 dropout,
                 rate=config.attention_dropout,
                 keys=keys,
                 place=ATTENTION,
                 layout=layout,
-                names=("batch", "kv_heads", None, None, None),
-            ),
+                names=names,
+            )
+        y = attend(
+            query, key, value, mask, layout, kernel=kernel, softcap=config.attention_softcap, drop=drop
         )
         return self.out(y, layout, ("batch", "residual_length", "embed")), cache
+
+
+def choose_attention(
+    config: BlockConfig,
+    *,
+    platform: str,
+    compute_capability: float | None = None,
+    packed_length: int | None = None,
+) -> Choice:
+    """The attention kernel of a model's blocks on a platform, and why.
+
+    Args:
+      config: the blocks.
+      platform: `cpu`, `gpu`, `rocm` or `tpu`.
+      compute_capability: of an NVIDIA GPU, e.g. 9.0; None: not known, taken as new enough.
+      packed_length: tokens of a row that documents share; None: each has rows of its own.
+
+    Raises:
+      ConfigError: a kernel was asked for that cannot run; nothing falls back.
+    """
+    request = Request(
+        platform=platform,
+        compute_capability=compute_capability,
+        dtype=config.dtype,
+        head_dim=config.head_width,
+        packed_length=packed_length,
+        dropout=config.attention_dropout,
+        softcap=config.attention_softcap,
+    )
+    return choose(request, config.attention)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from stack.layers.parameter import parameter
 from stack.parallel.rules import Layout
 
 
@@ -18,7 +19,7 @@ class Embedding(nnx.Module):
         name, size = rows
         table = std * jax.random.normal(rngs.params(), (size, embed_dim), jnp.float32)
         table = jnp.where(jnp.arange(size)[:, None] < used, table, 0.0)
-        self.table = nnx.Param(table, axes=(name, "embed"))
+        self.table = parameter(table, axes=(name, "embed"), role="table")
 
     def __call__(self, ids: jax.Array, layout: Layout, dtype: jnp.dtype) -> jax.Array:
         """[batch, length] int32 -> [batch, residual_length, embed] in `dtype`."""
@@ -30,26 +31,92 @@ def lookup(table: jax.Array, ids: jax.Array, layout: Layout) -> jax.Array:
     """Rows of a table that may be split over `tensor`, [batch, length, embed].
 
     Inside `shard_map`, where each device reads its own rows and the rest are added as zeros: a plain
-    indexed read of a split table has no sharding rule.
+    indexed read of a split table has no sharding rule. The table's gradient is summed in float32 over the
+    tokens of a device, in an order that does not change from run to run, and rounded once.
+
+    Args:
+      table: [rows, embed], any float dtype; with a mesh, gathered over `fsdp`.
+      ids: [batch, length] int32, below the number of rows.
+      layout: how things lie on the mesh.
     """
-    if layout.trivial:
-        return table[ids]
-    spec = jax.typeof(table).sharding.spec
-    rows_split = spec.partitions[0]
+    spec = P() if layout.trivial else jax.typeof(table).sharding.spec
+    axis = spec.partitions[0] if spec.partitions else None
+    rows, dtype = table.shape[0] // (layout.size(axis) if axis else 1), table.dtype
     batch = layout.spec("batch", "length") or P()
-    read = _read if rows_split is None else partial(_read_split, axis=rows_split)
-    return jax.shard_map(read, in_specs=(spec, batch), out_specs=P(*batch))(table, ids)
+
+    def read(table: jax.Array, ids: jax.Array) -> jax.Array:
+        if axis is None:
+            return table[ids]
+        here, mine = _own(ids, rows, axis)
+        return _sum_over(jnp.where(mine[..., None], table[here], jnp.zeros((), dtype)), axis)
+
+    def add(ids: jax.Array, cotangent: jax.Array) -> jax.Array:
+        if axis is not None:
+            # Others' rows are added, as zeros, to a row that is cut off.
+            here, mine = _own(ids, rows, axis)
+            ids = jnp.where(mine, here, rows)
+        gradient = sum_rows(cotangent.reshape(-1, cotangent.shape[-1]), ids.reshape(-1), rows + 1)[:rows]
+        gradient = gradient.astype(dtype)
+        return jax.lax.pcast(gradient, tuple(spec.reduced), to="unreduced") if spec.reduced else gradient
+
+    @jax.custom_vjp
+    def call(table: jax.Array, ids: jax.Array) -> jax.Array:
+        if layout.trivial:
+            return read(table, ids)
+        return jax.shard_map(read, in_specs=(spec, batch), out_specs=P(*batch))(table, ids)
+
+    def backward(ids: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
+        if layout.trivial:
+            return add(ids, cotangent), None
+        out = P(*spec.partitions, unreduced=spec.reduced)
+        return jax.shard_map(add, in_specs=(batch, P(*batch)), out_specs=out)(ids, cotangent), None
+
+    call.defvjp(lambda table, ids: (call(table, ids), ids), backward)
+    return call(table, ids)
 
 
-def _read(table: jax.Array, ids: jax.Array) -> jax.Array:
-    return table[ids]
+def sum_rows(values: jax.Array, rows: jax.Array, number: int) -> jax.Array:
+    """The sum of the values of each row, [number, width] float32, the same bits each time.
+
+    A CPU adds them one after another. Elsewhere a scatter would add atomically, in any order, so values
+    are sorted by row, summed by a scan over each row's run, and each run's last sum is written once.
+
+    Args:
+      values: [values, width], any float dtype.
+      rows: [values] int32, the row each belongs to.
+      number: of rows.
+    """
+    return jax.lax.platform_dependent(
+        values, rows, cpu=partial(_scatter_rows, number=number), default=partial(scan_rows, number=number)
+    )
 
 
-def _read_split(table: jax.Array, ids: jax.Array, *, axis: str) -> jax.Array:
-    here = ids - jax.lax.axis_index(axis) * table.shape[0]
-    mine = (here >= 0) & (here < table.shape[0])
-    rows = table[jnp.where(mine, here, 0)]
-    return _sum_over(jnp.where(mine[..., None], rows, jnp.zeros((), table.dtype)), axis)
+def _scatter_rows(values: jax.Array, rows: jax.Array, *, number: int) -> jax.Array:
+    return jax.ops.segment_sum(values.astype(jnp.float32), rows, number)
+
+
+def scan_rows(values: jax.Array, rows: jax.Array, *, number: int) -> jax.Array:
+    """`sum_rows` by sorting and scanning, as on an accelerator."""
+    order = jnp.argsort(rows, stable=True)
+    rows = rows[order]
+
+    def add(left: tuple, right: tuple) -> tuple:
+        (left_row, left_sum), (right_row, right_sum) = left, right
+        return right_row, right_sum + jnp.where((left_row == right_row)[:, None], left_sum, 0.0)
+
+    _, sums = jax.lax.associative_scan(add, (rows, values[order].astype(jnp.float32)))
+    last = jnp.concatenate([rows[1:] != rows[:-1], jnp.ones((1,), bool)])
+    # What is no run's last goes to rows beyond the end, each to its own, and is dropped.
+    target = jnp.where(last, rows, number + jnp.arange(len(rows), dtype=rows.dtype))
+    zeros = jnp.zeros_like(sums, shape=(number, values.shape[1]))
+    return zeros.at[target].set(sums, mode="drop", unique_indices=True)
+
+
+def _own(ids: jax.Array, rows: int, axis: str) -> tuple[jax.Array, jax.Array]:
+    """Where ids lie in this device's rows, 0 for those that do not, and which do."""
+    here = ids - jax.lax.axis_index(axis) * rows
+    mine = (here >= 0) & (here < rows)
+    return jnp.where(mine, here, 0), mine
 
 
 def _sum_over(rows: jax.Array, axis: str) -> jax.Array:

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 from flax import nnx
 
-from stack.config import ModelConfig
+from stack.config import BlockConfig
 from stack.layers.linear import Linear
 from stack.parallel.rules import Layout
 
@@ -21,7 +21,7 @@ ACTIVATIONS = {
 class Mlp(nnx.Module):
     """down(activation(up(x))), or down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         """Weights normal with deviation `init_std`; `down` writes to the residual stream."""
         embed, mlp = (("embed", config.embed_dim),), (("mlp", config.mlp_width),)
         linear = partial(Linear, bias=config.mlp_bias, rngs=rngs)
@@ -41,7 +41,7 @@ class Mlp(nnx.Module):
         return self.down(y, layout, ("batch", "residual_length", "embed"))
 
 
-def residual_std(config: ModelConfig) -> float:
+def residual_std(config: BlockConfig) -> float:
     """Deviation of the projections that write to the residual stream (GPT-2, section 2.3)."""
     return (
         config.init_std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else config.init_std

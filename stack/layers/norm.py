@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stack.layers.parameter import parameter
+
 
 class Norm(nnx.Module):
     """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467) of the last axis."""
@@ -15,8 +17,9 @@ class Norm(nnx.Module):
         """`axis` is the name and size of the normalised axis; scale one, bias zero, float32."""
         name, size = axis
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(name,))
-        self.bias = nnx.Param(jnp.zeros((size,), jnp.float32), axes=(name,)) if kind == "layernorm" else None
+        self.scale = parameter(jnp.ones((size,), jnp.float32), axes=(name,), role="vector")
+        zeros = jnp.zeros((size,), jnp.float32)
+        self.bias = parameter(zeros, axes=(name,), role="vector") if kind == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Shape and dtype of `x`."""

@@ -1,110 +1,33 @@
 """The decoder: GPT-2 and Turing-NLG, Llama and Qwen, by config."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Primitive
 
-from stack.config import ModelConfig
-from stack.kernels.attention import Mask
-from stack.layers.attention import Attention, Cache
-from stack.layers.dropout import ATTENTION_OUT, EMBEDDING, MLP_OUT, dropout, layer_keys
+from stack.config import LanguageConfig
+from stack.kernels.attention import Mask, row_mask
+from stack.layers.attention import Cache
+from stack.layers.dropout import EMBEDDING, dropout, layer_keys
 from stack.layers.embedding import Embedding
-from stack.layers.mlp import Mlp
 from stack.layers.norm import Norm
-from stack.parallel.rules import ONE_DEVICE, Layout
+from stack.models.block import RESIDUAL, Block
+from stack.models.cost import Cost, decoder_cost
+from stack.models.protocol import Output
+from stack.models.stack import Execution, run_layers, stack_layers
 from stack.parallel.zero import gather_at_use
-
-RESIDUAL = ("batch", "residual_length", "embed")
-LAYER_INPUT = "layer_input"
-Remat = Literal["none", "full", "dots", "save_qkv_proj"]
-
-
-def _dots(primitive: Primitive, *inputs: Any, **parameters: Any) -> bool:
-    """Saves the results of matmuls; where a device holds a partial sum of one, the sum."""
-    if primitive.name == "reshard":
-        return bool(inputs[0].sharding.spec.unreduced)
-    sharding = parameters.get("out_sharding")
-    if sharding is not None and sharding.spec.unreduced:
-        return False
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **parameters)
-
-
-SAVED = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": _dots,
-    "save_qkv_proj": jax.checkpoint_policies.save_only_these_names("qkv_proj"),
-}
-"""What the backward pass finds saved, by the name of the remat policy."""
-
-_to_host = partial(
-    jax.checkpoint_policies.save_and_offload_only_these_names,
-    names_which_can_be_saved=[],
-    offload_src="device",
-    offload_dst="pinned_host",
-)
-OFFLOADED = {
-    "full": _to_host(names_which_can_be_offloaded=[LAYER_INPUT]),
-    "save_qkv_proj": _to_host(names_which_can_be_offloaded=[LAYER_INPUT, "qkv_proj"]),
-}
-"""The same with what is saved in host memory until the backward pass comes to it."""
-
-
-class Context(NamedTuple):
-    """What every layer is told besides its input."""
-
-    mask: Mask
-    kernel: str
-    layout: Layout
-    slot: jax.Array | int = 0
-
-
-class Output(NamedTuple):
-    """What a decoder gives; `stack.layers.head.logits` makes scores of it."""
-
-    hidden: jax.Array
-    """[batch, length, embed] in the compute dtype."""
-    table: jax.Array
-    """[vocab, embed] in the compute dtype: the rows that hidden states are compared with."""
-    cache: Cache | None
-    """Keys and values of all layers, [layers, batch, slots, kv_heads, head_dim] each."""
-
-
-class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        """One layer."""
-        embed = ("embed", config.embed_dim)
-        self.config = config
-        self.attention_norm = Norm(config.norm, embed, config.norm_epsilon)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = Norm(config.norm, embed, config.norm_epsilon)
-        self.mlp = Mlp(config, rngs=rngs)
-
-    def __call__(
-        self, x: jax.Array, context: Context, *, keys: jax.Array | None = None, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        """[batch, residual_length, embed] -> the same, and the cache with this layer's keys and values."""
-        layout = context.layout
-        drop = partial(dropout, rate=self.config.residual_dropout, keys=keys, layout=layout, names=RESIDUAL)
-        whole = layout.shard(self.attention_norm(x), "batch", "length", "embed")
-        y, cache = self.attention(
-            whole, context.mask, layout, kernel=context.kernel, keys=keys, cache=cache, slot=context.slot
-        )
-        x = x + drop(y, place=ATTENTION_OUT)
-        whole = layout.shard(self.mlp_norm(x), "batch", "length", "embed")
-        return x + drop(self.mlp(whole, layout), place=MLP_OUT), cache
 
 
 class Decoder(nnx.Module):
     """Embedding, a stack of blocks, a final norm; the head is applied by `logits` or by the loss."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    block: ClassVar[Any] = Block
+    """The layer that is stacked."""
+
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
         """Float32 parameters; under `nnx.eval_shape` nothing is allocated."""
         self.config = config
         words = partial(
@@ -112,78 +35,82 @@ class Decoder(nnx.Module):
         )
         self.embed = words(std=config.init_std, rngs=rngs)
         self.position = _positions(config, rngs) if config.position == "learned" else None
-        keys = jax.random.split(rngs.params(), config.num_layers)
-        self.layers = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
+        make = partial(_make_layer, self.block, config)
+        self.layers = stack_layers(make, config.num_layers, rngs=rngs)
         self.final_norm = Norm(config.norm, ("embed", config.embed_dim), config.norm_epsilon)
         self.head = None if config.tied_embeddings else words(std=config.init_std, rngs=rngs)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        mask: Mask,
-        *,
-        layout: Layout = ONE_DEVICE,
-        kernel: str = "xla",
-        keys: jax.Array | None = None,
-        remat: Remat = "none",
-        offload: bool = False,
-        cache: Cache | None = None,
-        slot: jax.Array | int = 0,
-    ) -> Output:
-        """Hidden states after the final norm, and the table of the head.
+    @staticmethod
+    def cost(config: LanguageConfig) -> Cost:
+        """The matrix products and attentions of a forward pass."""
+        return decoder_cost(config)
+
+    def __call__(self, batch: Mapping[str, jax.Array], run: Execution) -> Output:
+        """Hidden states of whole rows.
+
+        Args:
+          batch: tokens, positions and segments, [batch, length] int32, as the causal objective names them.
+          run: how.
+        """
+        mask = row_mask(
+            batch["segments"], batch["positions"], packed=run.packed, window=self.config.sliding_window
+        )
+        return self._run(batch["tokens"], batch["positions"], mask, run, None, 0)[0]
+
+    def decode(
+        self, tokens: jax.Array, mask: Mask, run: Execution, *, cache: Cache, slot: jax.Array | int
+    ) -> tuple[Output, Cache]:
+        """Hidden states of tokens that follow those in a cache.
 
         Args:
           tokens: [batch, length] int32.
-          mask: who sees whom, and the positions of the tokens.
-          layout: how things lie on the mesh.
-          kernel: of attention, `xla` or `cudnn`.
-          keys: [batch] dropout keys in training, else None.
-          remat: what the backward pass computes again.
-          offload: what it does not waits for it in host memory; of remat `full` and `save_qkv_proj`.
-          cache: of all layers, [layers, batch, slots, kv_heads, head_dim] each, or None.
+          mask: who sees whom in the cache, and the positions of the tokens.
+          run: how.
+          cache: of all layers, [layers, batch, slots, kv_heads, head_dim] each.
           slot: where in the cache the tokens go.
 
         Returns:
-          Hidden states, the table they are compared with, and the cache with the tokens in it.
+          The hidden states, and the cache with the tokens in it.
         """
-        context = Context(mask, kernel, layout, slot)
-        dtype = jnp.dtype(self.config.dtype)
+        output, cache_after = self._run(tokens, mask.query_positions, mask, run, cache, slot)
+        assert cache_after is not None, "a cache goes in, so one comes out"
+        return output, cache_after
+
+    def _run(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: Mask,
+        run: Execution,
+        cache: Cache | None,
+        slot: jax.Array | int,
+    ) -> tuple[Output, Cache | None]:
+        config, layout = self.config, run.layout
+        dtype = jnp.dtype(config.dtype)
         embed = gather_at_use(self.embed, layout)
         x = embed(tokens, layout, dtype)
         if self.position is not None:
-            x = x + gather_at_use(self.position, layout)(mask.query_positions, layout, dtype)
-        if keys is not None:
-            x = dropout(
-                x,
-                rate=self.config.embedding_dropout,
-                keys=layer_keys(keys, self.config.num_layers),
-                place=EMBEDDING,
-                layout=layout,
-                names=RESIDUAL,
-            )
+            x = x + gather_at_use(self.position, layout)(positions, layout, dtype)
+        if run.keys is not None:
+            keys = layer_keys(run.keys, config.num_layers)
+            rate = config.embedding_dropout
+            x = dropout(x, rate=rate, keys=keys, place=EMBEDDING, layout=layout, names=RESIDUAL)
 
-        def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, Cache | None]:
-            block, number, cache = inputs
-            x = checkpoint_name(x, LAYER_INPUT) if offload else x
-            if remat != "none":  # Once for what is computed again and its gradients; else product by product.
-                block = gather_at_use(block, layout)
-            return block(x, context, keys=None if keys is None else layer_keys(keys, number), cache=cache)
+        def layer(
+            block: Block, x: jax.Array, keys: jax.Array | None, cache: Cache | None
+        ) -> tuple[jax.Array, Cache | None]:
+            return block(x, mask, run, keys=keys, cache=cache, slot=slot)
 
-        if remat != "none":
-            policy = OFFLOADED[remat] if offload else SAVED[remat]
-            # Without the barrier the compiler, which unrolls the loop by two, computes the next layer again
-            # beside this one and holds both (10.5 instead of 9.4 GiB for qwen3_0_6b). At stage 3 it would
-            # hold back the gathers of the next layer's weights.
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=layout.zero < 3)
-        stack = (self.layers, jnp.arange(self.config.num_layers), cache)
-        # Unrolled, what is to be computed again is computed at once and kept: twice the memory.
-        unroll = self.config.scan_unroll if remat == "none" else 1
-        x, cache = jax.lax.scan(layer, x, stack, unroll=unroll)
+        x, cache = run_layers(layer, self.layers, x, run, state=cache, unroll=config.scan_unroll)
         x = layout.shard(self.final_norm(x), "batch", "length", "embed")
         head = embed if self.head is None else gather_at_use(self.head, layout)
-        return Output(x, head.table[...].astype(dtype), cache)
+        return Output(hidden=x, table=head.table[...].astype(dtype)), cache
 
 
-def _positions(config: ModelConfig, rngs: nnx.Rngs) -> Embedding:
+def _make_layer(block: Any, config: LanguageConfig, rngs: nnx.Rngs) -> Any:
+    return block(config, rngs=rngs)
+
+
+def _positions(config: LanguageConfig, rngs: nnx.Rngs) -> Embedding:
     rows = ("length", config.max_length)
     return Embedding(rows, config.embed_dim, std=config.position_init_std, used=config.max_length, rngs=rngs)

@@ -4,7 +4,7 @@ Layers and models name axes ("batch", "heads", ...); only this file knows what b
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
@@ -28,9 +28,10 @@ TABLE: dict[str, tuple[str, ...]] = {
 }
 """Logical axis -> mesh axes. Parameters are split over `fsdp` besides: see `parameter_spec`."""
 
-MATRICES = ("kernel", "table")
-"""Names of parameters used in matmuls and lookups. All others (`scale`, `bias`) are used elementwise:
-they stay float32, whole over `fsdp`, and never decay."""
+Role = Literal["matrix", "table", "vector"]
+"""What a parameter is used for. A `matrix` enters matmuls; a `table` is read row by row, and may enter one
+as well. Both are split over `fsdp` and used in the compute dtype. A `vector` (a norm's scale, a bias) is
+used elementwise: it stays float32, whole over `fsdp`, and never decays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ class Layout:
         """Partition of a parameter once gathered over `fsdp`: what `tensor` alone makes of it."""
         return P(*(_entry(self.mesh_axes(name)) for name in names))
 
-    def parameter_spec(self, names: tuple[str, ...], shape: tuple[int, ...], *, matrix: bool) -> P:
+    def parameter_spec(self, names: tuple[str, ...], shape: tuple[int, ...], role: Role) -> P:
         """Partition of a parameter at rest.
 
         `tensor` by the table; `fsdp`, from ZeRO stage 1, splits the first dimension it divides among
@@ -116,7 +117,7 @@ class Layout:
         """
         entries = list(self.whole_spec(names))
         ways = self.size("fsdp")
-        if matrix and self.zero > 0 and ways > 1:
+        if role != "vector" and self.zero > 0 and ways > 1:
             for i, (name, size) in enumerate(zip(names, shape, strict=True)):
                 if name != "layers" and entries[i] is None and size % ways == 0:
                     entries[i] = "fsdp"

@@ -19,21 +19,21 @@ from flax import nnx
 from jax.experimental import layout as memory_layout
 from jax.sharding import PartitionSpec as P
 
-from stack.parallel.rules import MATRICES, Layout
+from stack.parallel.rules import Layout, Role
 
 
-def gather_weight(weight: jax.Array, layout: Layout, names: tuple[str, ...], *, matrix: bool) -> jax.Array:
+def gather_weight(weight: jax.Array, layout: Layout, names: tuple[str, ...], role: Role) -> jax.Array:
     """One parameter, whole over `fsdp`, ready for use; differentiable.
 
-    Matrices come in the compute dtype and `reduced`; what is used elementwise cannot be `reduced`,
-    is small, never split, and stays float32.
+    Matrices and tables come in the compute dtype and `reduced`; what is used elementwise cannot be
+    `reduced`, is small, never split, and stays float32.
     """
-    if not matrix:
+    if role == "vector":
         return weight
     dtype = layout.dtype or weight.dtype
     if layout.trivial:
         return weight.astype(dtype)
-    split = layout.parameter_spec(names, weight.shape, matrix=True)
+    split = layout.parameter_spec(names, weight.shape, role)
 
     @jax.custom_vjp
     def gather(weight: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ def gather_weight(weight: jax.Array, layout: Layout, names: tuple[str, ...], *, 
     partial_sum = bool(jax.typeof(weight).sharding.spec.reduced)
     gather.defvjp(
         lambda weight: (gather(weight), None),
-        lambda _, cotangent: (scatter_gradient(cotangent, layout, names, partial_sum=partial_sum),),
+        lambda _, cotangent: (scatter_gradient(cotangent, layout, names, role, partial_sum=partial_sum),),
     )
     return gather(weight)
 
@@ -68,16 +68,16 @@ def _others(layout: Layout, split: P) -> frozenset[str]:
 
 
 def scatter_gradient(
-    cotangent: jax.Array, layout: Layout, names: tuple[str, ...], *, partial_sum: bool = False
+    cotangent: jax.Array, layout: Layout, names: tuple[str, ...], role: Role, *, partial_sum: bool = False
 ) -> jax.Array:
-    """The sum over replicas of an unreduced cotangent of a matrix, split as the parameter is.
+    """The sum over replicas of an unreduced cotangent of a matrix or table, split as the parameter is.
 
     A partial sum is still to be added over the replicas that hold the same shard.
     """
     cotangent = cotangent.astype(layout.reduce_dtype)
     if layout.trivial:
         return cotangent.astype(jnp.float32)
-    split = layout.parameter_spec(names, cotangent.shape, matrix=True)
+    split = layout.parameter_spec(names, cotangent.shape, role)
     cotangent = jax.reshard(cotangent, P(*split, unreduced=_others(layout, split)))
     return (cotangent if partial_sum else jax.reshard(cotangent, split)).astype(jnp.float32)
 
@@ -85,12 +85,10 @@ def scatter_gradient(
 def gather_module[M: nnx.Module](module: M, layout: Layout) -> M:
     """A module (or its state) whose parameters are gathered for use."""
 
-    def gather(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        names = axis_names(variable)
-        matrix = parameter_name(path) in MATRICES
-        return variable.replace(gather_weight(variable[...], layout, names, matrix=matrix))
+    def gather(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(gather_weight(variable[...], layout, variable.axes, variable.role))
 
-    return jax.tree_util.tree_map_with_path(gather, module, is_leaf=is_variable)
+    return jax.tree.map(gather, module, is_leaf=is_variable)
 
 
 def gather_at_use[M: nnx.Module](module: M, layout: Layout) -> M:
@@ -101,21 +99,36 @@ def gather_at_use[M: nnx.Module](module: M, layout: Layout) -> M:
     return gather_module(module, layout) if layout.zero == 3 else module
 
 
+def project(
+    x: jax.Array, kernel: nnx.Variable, layout: Layout, names: tuple[str, ...], *, contracted: int
+) -> jax.Array:
+    """A matmul with a parameter that may be split, or not gathered yet, its partial sums added.
+
+    Args:
+      x: [..., inputs], any float dtype.
+      kernel: [inputs, outputs], gathered by the step or the model, or at stage 3 as it lies at rest.
+      layout: how things lie on the mesh.
+      names: logical axes of the result, which has the dtype of `x`.
+      contracted: how many axes the inputs are.
+    """
+    dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))), ((), ())
+    partial_sums = layout.product_spec(names, contracted=kernel.axes[:contracted])
+    split = layout.zero == 3 and not is_gathered(kernel[...], layout)
+
+    def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+        weight = gather_weight(weight, layout, kernel.axes, kernel.role) if split else weight
+        return jax.lax.dot_general(x, weight.astype(x.dtype), dimensions, out_sharding=partial_sums)
+
+    if split:
+        # The backward pass gathers again: what was gathered for the forward pass would be kept until
+        # then, for all layers, which is the whole model.
+        product = jax.checkpoint(product, prevent_cse=False)
+    return layout.shard(product(x, kernel[...]), *names)
+
+
 def is_variable(node: object) -> bool:
     """Whether a node of a module's tree is one of its parameters."""
     return isinstance(node, nnx.Variable)
-
-
-def parameter_name(path: tuple) -> str:
-    """The last name on the way to a parameter: `kernel`, `table`, `scale` or `bias`."""
-    key = path[-1]
-    return str(getattr(key, "name", getattr(key, "key", key)))
-
-
-def axis_names(variable: nnx.Variable) -> tuple[str, ...]:
-    """A parameter's logical axes, with `layers` in front where a stack of layers is held."""
-    names = tuple(variable.axes)
-    return ("layers", *names) if len(variable.shape) == len(names) + 1 else names
 
 
 def gradients[M: nnx.Module](
@@ -176,26 +189,26 @@ def gradients[M: nnx.Module](
 
 def scatter_module[M: nnx.Module](cotangent: M, layout: Layout, *, partial_sum: bool = False) -> M:
     """Gradients of a module's matrices, summed over replicas and split as the parameters are."""
-    scatter = partial(scatter_gradient, layout=layout, partial_sum=partial_sum)
 
-    def one(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        if parameter_name(path) not in MATRICES:
-            return variable.replace(variable[...].astype(jnp.float32))
-        return variable.replace(scatter(variable[...], names=axis_names(variable)))
+    def scatter(variable: nnx.Variable) -> nnx.Variable:
+        gradient, axes, role = variable[...], variable.axes, variable.role
+        if role == "vector":
+            return variable.replace(gradient.astype(jnp.float32))
+        return variable.replace(scatter_gradient(gradient, layout, axes, role, partial_sum=partial_sum))
 
-    return jax.tree_util.tree_map_with_path(one, cotangent, is_leaf=is_variable)
+    return jax.tree.map(scatter, cotangent, is_leaf=is_variable)
 
 
 def _reduced_module[M: nnx.Module](model: M, layout: Layout) -> M:
     """Parameters whose gradients stay partial sums over the replicas that hold the same shard."""
 
-    def reduced(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        if layout.trivial or parameter_name(path) not in MATRICES:
+    def reduce(variable: nnx.Variable) -> nnx.Variable:
+        if layout.trivial or variable.role == "vector":
             return variable
-        split = layout.parameter_spec(axis_names(variable), variable.shape, matrix=True)
+        split = layout.parameter_spec(variable.axes, variable.shape, variable.role)
         return variable.replace(jax.reshard(variable[...], P(*split, reduced=_others(layout, split))))
 
-    return jax.tree_util.tree_map_with_path(reduced, model, is_leaf=is_variable)
+    return jax.tree.map(reduce, model, is_leaf=is_variable)
 
 
 def _micro_batches(x: jax.Array, *, number: int) -> jax.Array:

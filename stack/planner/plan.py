@@ -8,8 +8,8 @@ from typing import Any
 from stack.config import AXES, Config, ConfigError
 from stack.hardware import chip as chips
 from stack.hardware.chip import Hardware
+from stack.models.flops import recomputed_flops_per_token, train_flops_per_token
 from stack.parallel.mesh import resolve
-from stack.planner.formula.flops import recomputed_flops_per_token, train_flops_per_token
 from stack.planner.formula.memory import memory as memory_of
 from stack.planner.formula.result import Memory, Time
 from stack.planner.formula.shapes import num_parameters
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def flops_per_step(self) -> float:
-        """Model FLOPs of a step over all devices, causal convention (see `stack.planner.formula.flops`)."""
+        """Model FLOPs of a step over all devices, causal convention (see `stack.models.flops`)."""
         return self.work.tokens * train_flops_per_token(self.work.model, self.work.length, "causal")
 
     @property

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
-from stack.config import ConfigError, ModelConfig
+from stack.config import ConfigError, DecoderConfig
 from stack.hardware import chip as chips
 from stack.hardware.chip import Precision
 from stack.planner.formula.memory import published_memory
@@ -256,7 +256,7 @@ def _run(row: Mapping[str, str | None], line: int) -> Run:
 
 def _workload(cells: Mapping[str, str]) -> Workload:
     gated = _flag(cells, "gated_mlp")
-    model = ModelConfig(
+    model = DecoderConfig(
         vocab_size=_integer(cells, "vocab"),
         max_length=_integer(cells, "seq_len"),
         num_layers=_integer(cells, "layers"),
@@ -352,8 +352,8 @@ def _errors(errors: Sequence[float]) -> str:
     return f"{len(errors):5} {median:8.1%} {percentile(absolute, 0.9):8.1%} {bias:+8.1%}"
 
 
-def _size(model: ModelConfig) -> str:
-    from stack.planner.formula.flops import matmul_parameters
+def _size(model: DecoderConfig) -> str:
+    from stack.models.flops import matmul_parameters
 
     limits = (1e9, 4e9, 10e9, 50e9, math.inf)
     names = ("below 1B", "1B to 4B", "4B to 10B", "10B to 50B", "50B and more")

@@ -7,7 +7,6 @@ import jax
 
 from stack.config import Config
 from stack.parallel import mesh as meshes
-from stack.parallel.rules import MATRICES
 from stack.step import program as programs
 
 _LARGE_BYTES = 16 * 2**20
@@ -27,14 +26,15 @@ def sharding_table(config: Config, num_devices: int) -> str:
     rows, warnings, total = [], [], 0
     names = jax.tree.leaves(program.axes, is_leaf=lambda node: isinstance(node, tuple))
     leaves = jax.tree_util.tree_flatten_with_path(program.parameters)[0]
-    for (path, leaf), axes in zip(leaves, names, strict=True):
+    roles = jax.tree.leaves(program.roles)
+    for (path, leaf), axes, role in zip(leaves, names, roles, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         here = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total += here
         axes_text = ", ".join(axes)
         rows.append((name, _shape(leaf), str(leaf.dtype), axes_text, str(leaf.sharding.spec), f"{here:,}"))
         whole = here == leaf.size * leaf.dtype.itemsize
-        if num_devices > 1 and whole and here >= _LARGE_BYTES and path[-1].key in MATRICES:
+        if num_devices > 1 and whole and here >= _LARGE_BYTES and role != "vector":
             warnings.append(
                 f"warning: {name} is whole on every device, {here / 2**20:,.0f} MiB: {_why(program, leaf)}"
             )

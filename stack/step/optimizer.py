@@ -6,30 +6,33 @@ import jax
 import optax
 
 from stack.config import OptimizerConfig, ScheduleConfig
-from stack.parallel.rules import MATRICES
 
 Axes = Any
 """A tree like the parameters with the logical axes of each."""
 
+Roles = Any
+"""A tree like the parameters with the role of each."""
 
-def build(config: OptimizerConfig, *, steps: int, axes: Axes) -> optax.GradientTransformation:
+
+def build(config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles) -> optax.GradientTransformation:
     """Clipping, the optimizer's rule, weight decay of matrices, the learning rate: in that order.
 
     Args:
       config: the options.
       steps: of the whole run, which the schedule may end with.
       axes: the logical axes of every parameter.
+      roles: the role of every parameter.
     """
-    clip, rule = parts(config, steps=steps, axes=axes)
+    clip, rule = parts(config, steps=steps, axes=axes, roles=roles)
     return optax.chain(*clip, *rule)
 
 
-def parts(config: OptimizerConfig, *, steps: int, axes: Axes) -> tuple[list, list]:
+def parts(config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles) -> tuple[list, list]:
     """What of it looks at the whole gradient, and what at each layer and parameter by itself."""
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     rule = [_rule(config, axes)]
     if config.weight_decay:
-        rule.append(optax.add_decayed_weights(config.weight_decay, mask=_decays(config, axes)))
+        rule.append(optax.add_decayed_weights(config.weight_decay, mask=_decays(config, roles)))
     rule.append(optax.scale_by_learning_rate(schedule(config, steps=steps)))
     return clip, rule
 
@@ -98,9 +101,6 @@ def is_names(node: Any) -> bool:
     return isinstance(node, tuple)
 
 
-def _decays(config: OptimizerConfig, axes: Axes) -> Any:
-    def decays(path: tuple, _: tuple) -> bool:
-        name = path[-1].key
-        return name in MATRICES and (name != "table" or config.decay_embeddings)
-
-    return jax.tree_util.tree_map_with_path(decays, axes, is_leaf=is_names)
+def _decays(config: OptimizerConfig, roles: Roles) -> Any:
+    decaying = {"matrix", "table"} if config.decay_embeddings else {"matrix"}
+    return jax.tree.map(lambda role: role in decaying, roles)

@@ -1,6 +1,6 @@
 """Everything static about a run's computation: what the trainer turns and the planner compiles."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,11 +11,16 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from stack.config import Config, ConfigError
-from stack.kernels.attention import Choice, choose
-from stack.models.decoder import Decoder
+from stack.data.fields import abstract_batch
+from stack.kernels.attention import Choice
+from stack.layers.attention import choose_attention
+from stack.models import model_class
+from stack.models.stack import Execution
+from stack.objectives import build as build_objective
+from stack.objectives.protocol import Objective
 from stack.parallel import mesh as meshes
-from stack.parallel.rules import MATRICES, Layout
-from stack.parallel.zero import axis_names, is_variable
+from stack.parallel.rules import Layout, Role
+from stack.parallel.zero import is_variable
 from stack.step import optimizer as optimizers
 
 
@@ -29,38 +34,56 @@ class Program:
     attention: Choice
 
     @cached_property
-    def model(self) -> Decoder:
-        """Abstract: shapes, dtypes and axes, no arrays."""
-        return nnx.eval_shape(lambda: Decoder(self.config.model, rngs=nnx.Rngs(self.config.seed)))
+    def objective(self) -> Objective:
+        """What the model is trained for."""
+        return build_objective(self.config)
+
+    @cached_property
+    def model(self) -> Any:
+        """Abstract: shapes, dtypes, axes and roles, no arrays."""
+        return nnx.eval_shape(self.make_model)
+
+    def make_model(self) -> Any:
+        """Builds the model with its initial parameters, from the seed."""
+        return model_class(self.config.model)(self.config.model, rngs=nnx.Rngs(self.config.seed))
 
     @cached_property
     def axes(self) -> dict[str, Any]:
         """A tree like the parameters with the logical axes of each."""
-        names = jax.tree.map(lambda v: v.replace(axis_names(v)), self.model, is_leaf=is_variable)
-        return nnx.to_pure_dict(nnx.state(names))
+        return self._metadata(lambda variable: variable.axes)
+
+    @cached_property
+    def roles(self) -> dict[str, Any]:
+        """A tree like the parameters with the role of each."""
+        return self._metadata(lambda variable: variable.role)
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
         """A tree like the parameters with the shape, dtype and sharding of each."""
 
-        def abstract(path: tuple, names: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            spec = self.layout.parameter_spec(names, leaf.shape, matrix=path[-1].key in MATRICES)
+        def abstract(names: tuple, role: Role, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            spec = self.layout.parameter_spec(names, leaf.shape, role)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
 
         shapes = nnx.to_pure_dict(nnx.state(self.model))
-        return jax.tree_util.tree_map_with_path(abstract, self.axes, shapes, is_leaf=optimizers.is_names)
+        return jax.tree.map(abstract, self.axes, self.roles, shapes, is_leaf=optimizers.is_names)
+
+    def _metadata(self, read: Callable[[nnx.Variable], Any]) -> dict[str, Any]:
+        values = jax.tree.map(lambda v: v.replace(read(v)), self.model, is_leaf=is_variable)
+        return nnx.to_pure_dict(nnx.state(values))
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """Clipping, rule, decay and schedule."""
-        return optimizers.build(self.config.optimizer, steps=self.config.train.steps, axes=self.axes)
+        steps = self.config.train.steps
+        return optimizers.build(self.config.optimizer, steps=steps, axes=self.axes, roles=self.roles)
 
     @cached_property
     def graph(self) -> nnx.GraphDef:
         """The model without its parameters."""
         return nnx.graphdef(self.model)
 
-    def merge(self, params: dict[str, Any]) -> Decoder:
+    def merge(self, params: dict[str, Any]) -> Any:
         """The model with these parameters."""
         return nnx.merge(self.graph, params)
 
@@ -68,9 +91,37 @@ class Program:
     def num_parameters(self) -> int:
         """Parameters, the padding of the vocabulary left out."""
         model = self.config.model
-        tables = 1 if model.tied_embeddings else 2
-        padding = tables * (model.padded_vocab_size - model.vocab_size) * model.embed_dim
-        return sum(leaf.size for leaf in jax.tree.leaves(self.model)) - padding
+        axes = jax.tree.leaves(self.axes, is_leaf=optimizers.is_names)
+        sizes = zip(axes, jax.tree.leaves(self.parameters), strict=True)
+        padded, used = model.padded_vocab_size, model.vocab_size
+        return sum(leaf.size // padded * used if "vocab" in names else leaf.size for names, leaf in sizes)
+
+    def execution(self, *, keys: jax.Array | None = None) -> Execution:
+        """How the step runs the model.
+
+        Args:
+          keys: [batch] dropout keys in training, else None.
+        """
+        train = self.config.train
+        assert train.remat != "auto", "no program has it"
+        return Execution(
+            layout=self.layout,
+            kernels={"attention": self.attention.kernel},
+            keys=keys,
+            packed=self.config.data.packed,
+            remat=train.remat,
+            offload=train.offload_activations,
+        )
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a batch, for compiling."""
+        config = self.config
+        return abstract_batch(
+            self.objective.fields,
+            batch_size=config.train.batch_size,
+            length=config.data.sequence_length,
+            layout=self.layout,
+        )
 
 
 def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Program:
@@ -99,7 +150,7 @@ def on_mesh(
         config=config,
         mesh=mesh,
         layout=Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype),
-        attention=choose(
+        attention=choose_attention(
             config.model,
             platform=platform,
             compute_capability=compute_capability,

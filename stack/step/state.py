@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stack.models.decoder import Decoder
 from stack.parallel import mesh as meshes
 from stack.step.program import Program
 
@@ -39,12 +38,12 @@ def init_params(program: Program) -> dict:
     The one place under automatic sharding: with explicit axes each random array would be typed whole
     before it is split, here the compiler makes only the shard that is asked for.
     """
-    config, mesh = program.config, concrete(program)
+    mesh = concrete(program)
     auto = Mesh(mesh.devices, mesh.axis_names)
     shardings = jax.tree.map(lambda leaf: NamedSharding(auto, leaf.sharding.spec), program.parameters)
 
     def init() -> dict:
-        return nnx.to_pure_dict(nnx.state(Decoder(config.model, rngs=nnx.Rngs(config.seed))))
+        return nnx.to_pure_dict(nnx.state(program.make_model()))
 
     # It runs once: on a CPU, LLVM would optimise for longer (3.8 s) than the whole thing takes (0.8 s).
     on_cpu = mesh.devices.flat[0].platform == "cpu"

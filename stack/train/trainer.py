@@ -5,12 +5,11 @@ asks for checkpoints. Features are in the step, in the data or in a listener.
 """
 
 import json
-import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +19,8 @@ from jax.experimental import multihost_utils
 from stack.config import Config, StackError, dump, load
 from stack.data.atomic import replace_text
 from stack.data.dataset import Data, check_fingerprint, open_data
-from stack.data.loader import Batch, heldout_batches, prefetch, training_batches
-from stack.evaluation.trigram import trigram_nats_per_byte
-from stack.hardware.chip import mfu
+from stack.data.loader import Batch, prefetch, training_batches
+from stack.evaluation.evaluate import evaluate
 from stack.inference.generate import generate
 from stack.parallel.host_memory import keep_freed_memory
 from stack.planner.search import auto
@@ -30,13 +28,13 @@ from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import compiler_options, eval_step, train_step
 from stack.train.checkpoint import Checkpoints
+from stack.train.watch.endings import ENDINGS, Ending
 from stack.train.watch.late import LateReader
-from stack.train.watch.listeners import Listener
-from stack.train.watch.metrics import History, MetricsLog
-from stack.train.watch.planned import Comparison, predict
-from stack.train.watch.planned import line as plan_line
-from stack.train.watch.speed import Speedometer
+from stack.train.watch.listeners import Listener, Listeners
+from stack.train.watch.metrics import History
+from stack.train.watch.standard import standard_listeners
 from stack.train.watch.trace import Trace
+from stack.versions import RECORDED, installed_version
 
 
 class Trainer:
@@ -60,15 +58,14 @@ class Trainer:
           ConfigError: the config does not fit the devices.
         """
         devices = jax.devices() if devices is None else list(devices)
-        self.chosen = auto.is_auto(config)
+        resolved = auto.is_auto(config)
         self.config = config = auto.resolve(config, devices)
         self.folder = Path(config.output_dir) / config.name
         self.program = programs.build(config, devices)
-        self.planned = predict(config, devices)
         self.mesh = states.concrete(self.program)
         self.state: states.State | None = None
-        log = MetricsLog(self.folder, every=config.train.log_every, tensorboard=config.train.tensorboard)
-        self._listeners = (log, *listeners)
+        standard = standard_listeners(self.program, devices, self.folder, resolved=resolved)
+        self._listeners = Listeners([*standard, *listeners])
 
     @classmethod
     def from_run(cls, folder: str | os.PathLike[str], overrides: Sequence[str] = (), **options: Any) -> Self:
@@ -103,17 +100,19 @@ class Trainer:
 
         Raises:
           StackError: the run folder cannot be written, holds a run over other data, or holds one
-            although `checkpoint.resume` is false.
+            although `checkpoint.resume` is false; or what is shown at the end cannot be.
         """
         if self.mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
         with (
             jax.set_mesh(self.mesh),
             Checkpoints(self.folder / "checkpoints", self.config.checkpoint) as checkpoints,
-            self._told() as summary,
+            self._concluding() as summary,
         ):
+            for ending in self._endings:
+                ending.check(self)
             first = self._begin(checkpoints)
-            self._tell("on_start", self._introduction(first))
+            self._listeners.on_start(self._introduction(first))
             self._train(first, checkpoints)
             summary.update(self._finish(first))
         if jax.process_count() > 1:  # The first may still be writing the history that all read.
@@ -121,33 +120,19 @@ class Trainer:
         return self.history
 
     def evaluate(self) -> dict[str, float]:
-        """The whole held-out set, each token once.
-
-        Returns:
-          loss (nats per token), perplexity, accuracy, nats_per_byte, tokens.
+        """What the objective tells of the whole held-out set, each of its labels once.
 
         Raises:
           StackError: nothing is held out.
         """
-        state, heldout, layout = self._trained(), self.data.heldout, self.program.layout
-        if not heldout.num_rows:
-            raise StackError("no text is held out to evaluate on; set data.heldout_fraction above 0")
-        size = self.config.eval.batch_size or self.config.train.batch_size
+        params = self._trained()["params"]
         with jax.set_mesh(self.mesh):
-            make, number = heldout_batches(
-                heldout, batch_size=size, sharding=layout.sharding("batch", "length")
-            )
-            batches = prefetch(make, range(number))
-            parts = [self._eval_step(state["params"], batch) for batch in batches]
-            sums = {name: math.fsum(float(part[name]) for part in jax.device_get(parts)) for name in parts[0]}
-        loss = sums["nll"] / sums["tokens"]
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "accuracy": sums["correct"] / sums["tokens"],
-            "nats_per_byte": sums["nll"] / heldout.num_bytes,
-            "tokens": sums["tokens"],
-        }
+            return evaluate(self.program, self._eval_step, params, self.data.heldout)
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The tokens of prompts, each the start of a document."""
+        tokenizer = self.data.tokenizer
+        return [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(prompts)]
 
     def generate(self, prompts: str | Sequence[str], *, seed: int | None = None) -> list[str]:
         """Continues each prompt as `config.sample` says.
@@ -167,7 +152,7 @@ class Trainer:
         tokens = generate(
             self.program,
             state["params"],
-            [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)],
+            self.encode(texts),
             length=sample.length,
             temperature=sample.temperature,
             top_k=sample.top_k,
@@ -180,24 +165,32 @@ class Trainer:
     @cached_property
     def train_step(self) -> Any:
         """The jitted step (state, batch) -> (state, metrics); the state's buffers are donated."""
-        platform = self.mesh.devices.flat[0].platform
         step = partial(train_step, self.program)
-        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(platform))
+        return jax.jit(step, donate_argnums=0, compiler_options=self._compiler_options)
 
     @cached_property
     def batch(self) -> Callable[[int], Batch]:
         """The function from a step to its batch, laid out over the mesh."""
         return training_batches(
             self.data.train,
+            fields=self.program.objective.fields,
             batch_size=self.config.train.batch_size,
             seed=self.config.seed,
             shuffle=self.config.data.shuffle,
-            sharding=self.program.layout.sharding("batch", "length"),
+            layout=self.program.layout,
         )
 
     @cached_property
     def _eval_step(self) -> Any:
-        return jax.jit(partial(eval_step, self.program))
+        return jax.jit(partial(eval_step, self.program), compiler_options=self._compiler_options)
+
+    @property
+    def _compiler_options(self) -> dict[str, Any]:
+        return compiler_options(self.mesh.devices.flat[0].platform)
+
+    @property
+    def _endings(self) -> list[Ending]:
+        return [ENDINGS[name] for name in self.program.objective.endings]
 
     def _begin(self, checkpoints: Checkpoints) -> int:
         """Brings the state to where the run stands; returns the number of steps taken."""
@@ -224,32 +217,23 @@ class Trainer:
 
     def _train(self, first: int, checkpoints: Checkpoints) -> None:
         config = self.config
-        speed = Speedometer(config, self.mesh)
-        comparison = Comparison(self.planned, self.program.attention, config)
-        figures = self.planned.figures if self.planned else {}
-
-        def tell(step: int, metrics: dict[str, float]) -> None:
-            metrics = metrics | speed.read(metrics) | figures
-            self._tell("on_metrics", step, metrics)
-            if warning := comparison.read(metrics):
-                self._tell("on_warning", warning)
-
-        late = LateReader(tell)
+        late = LateReader(self._listeners.on_metrics)
         steps = range(first, config.train.steps)
         with (
             Trace(self.folder / "profile", config.train.profile_steps) as trace,
             closing(prefetch(self.batch, steps)) as batches,
         ):
-            for step, batch in zip(steps, speed.waiting(batches), strict=True):
+            for step, (batch, waited) in zip(steps, _timed(batches), strict=True):
                 trace.before(step, self.state)
                 self.state, metrics = self.train_step(self.state, batch)
-                late.push(step + 1, metrics)
-                if _due(step + 1, config.eval.every) and step + 1 < config.train.steps:
+                late.push(step + 1, metrics | {"data_wait_seconds": waited})
+                last = step + 1 == config.train.steps
+                if last or _due(step + 1, config.checkpoint.every):
                     late.flush()
-                    self._tell("on_eval", step + 1, self.evaluate())
-                    speed.restart()
-                if _due(step + 1, config.checkpoint.every) or step + 1 == config.train.steps:
                     self._save(step + 1, checkpoints)
+                if not last and _due(step + 1, config.eval.every):
+                    late.flush()
+                    self._listeners.on_eval(step + 1, self.evaluate())
             late.flush()
             jax.block_until_ready(self.state)  # A trace may end here.
 
@@ -257,27 +241,25 @@ class Trainer:
         extra = {
             "config": self.config.model_dump(mode="json"),
             "data": self.data.fingerprint,
-            "versions": {
-                name: version(name) for name in ("stack", "jax", "flax", "optax", "orbax-checkpoint")
-            },
+            "versions": {name: installed_version(name) for name in RECORDED},
         }
         checkpoints.save(step, self.state, extra)
-        self._tell("on_checkpoint", step)
+        self._listeners.on_checkpoint(step)
 
     def _finish(self, first: int) -> dict[str, Any]:
-        """The last evaluation and a sample."""
-        config = self.config
+        """The last evaluation, and what the objective shows."""
         summary: dict[str, Any] = {"folder": str(self.folder)}
         if self.data.heldout.num_rows:
             metrics = self.evaluate()
-            if first < config.train.steps:  # Else it was told when the run got here.
-                self._tell("on_eval", config.train.steps, metrics)
+            if first < self.config.train.steps:  # Else it was told when the run got here.
+                self._listeners.on_eval(self.config.train.steps, metrics)
             summary |= metrics
-            if config.eval.trigram:
-                texts = (self.data.train.texts(), self.data.heldout.texts())
-                summary["trigram_nats_per_byte"] = trigram_nats_per_byte(*texts)
-        prompt = config.sample.prompt
-        return summary | {"prompt": prompt, "sample": self.generate(prompt)[0]}
+        rows = []
+        for ending in self._endings:
+            more = ending.show(self, summary)
+            rows += more.pop("rows", [])
+            summary |= more
+        return summary | {"rows": rows}
 
     def _introduction(self, first: int) -> dict[str, Any]:
         config, layout, data = self.config, self.program.layout, self.data
@@ -295,12 +277,7 @@ class Trainer:
             "attention": str(self.program.attention),
             "train_tokens": data.train.num_tokens,
             "heldout_tokens": data.heldout.num_tokens,
-            "planned": plan_line(config, self.mesh.size, self.planned, chosen=self.chosen),
             "batch_tokens": config.train.batch_size * config.data.sequence_length,
-            "peak": mfu(
-                config.model, length=1, tokens_per_second_per_device=0.0, device_kind=device.device_kind
-            ).peak,
-            **(self.planned.figures if self.planned else {}),
         }
 
     def _trained(self) -> states.State:
@@ -309,7 +286,7 @@ class Trainer:
         return self.state
 
     @contextmanager
-    def _told(self) -> Iterator[dict[str, Any]]:
+    def _concluding(self) -> Iterator[dict[str, Any]]:
         """A summary that listeners hear at the end, whatever the end."""
         summary: dict[str, Any] = {}
         try:
@@ -318,11 +295,17 @@ class Trainer:
             summary["error"] = f"{type(error).__name__}: {error}"
             raise
         finally:
-            self._tell("on_end", summary)
+            self._listeners.on_end(summary)
 
-    def _tell(self, event: str, *arguments: Any) -> None:
-        for listener in self._listeners:
-            getattr(listener, event)(*arguments)
+
+def _timed[T](batches: Iterator[T]) -> Iterator[tuple[T, float]]:
+    """Each batch with the seconds it was waited for."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - start
 
 
 def _due(step: int, every: int) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stack.config import Config, ConfigError, ModelConfig, dump, load, parse
+from stack.config import Config, ConfigError, DecoderConfig, ParallelDecoderConfig, dump, load, parse
 
 FILE = Path("run.yaml")
 
@@ -185,6 +185,45 @@ def test_a_bad_override_is_told_in_one_line(field, told):
     assert str(caught.value) == f"override {field!r}: {told}"
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "model: {kind: decodr}",
+            "model.kind='decodr' must be one of decoder, parallel_decoder; did you mean decoder?",
+        ),
+        ("model: {kind: 3}", "model.kind=3 must be one of decoder, parallel_decoder"),
+        ("model: {num_layer: 3}", "model.num_layer is not a field; did you mean model.num_layers?"),
+        (
+            "model: {kind: parallel_decoder, num_layers: x}",
+            "model.num_layers='x' must be a whole number",
+        ),
+        (
+            "model: {mlp: swigl}",
+            "model.mlp='swigl' must be 'gelu', 'gelu_tanh', 'swiglu' or 'geglu'; did you",
+        ),
+        ("model: {embed_dim: 7}", "model: embed_dim=7 is not a multiple of num_heads=12; set head_dim"),
+        ("model: [1]", "model=[1] must be a group of fields"),
+        ("model:", "model=null must be a group of fields"),
+        ("train: {loss_chunk: 3}", "train.loss_chunk is not a field; write objective.logits_bytes"),
+        ("train: {z_loss: 3}", "train.z_loss is not a field; did you mean objective.z_loss?"),
+    ],
+)
+def test_what_is_wrong_in_a_section_of_several_kinds_is_told_as_in_any_other(text, told):
+    write("run.yaml", text)
+    with pytest.raises(ConfigError) as error:
+        load("run.yaml")
+    assert str(error.value).startswith(f"run.yaml:1: {told}")
+
+
+def test_a_kind_may_be_overridden_and_survives_a_dump():
+    config = Config().replace("model.kind=parallel_decoder", "model.num_layers=4")
+    assert isinstance(config.model, ParallelDecoderConfig)
+    assert parse(dump(config)) == config
+    assert parse(dump(config)).model.num_layers == 4
+    assert isinstance(parse("seed: 1").model, DecoderConfig)
+
+
 def test_text_that_looks_like_a_number_is_asked_for_in_quotes():
     assert error("name: 2024\n") == "run.yaml:1: name=2024 must be text; put it in quotes"
 
@@ -288,9 +327,9 @@ def test_a_folder_without_a_run_is_told():
 
 def test_python_gets_the_same_line_as_a_file():
     with pytest.raises(
-        ConfigError, match=r"^ModelConfig: num_layer is not a field; did you mean num_layers\?$"
+        ConfigError, match=r"^DecoderConfig: num_layer is not a field; did you mean num_layers\?$"
     ):
-        ModelConfig(num_layer=4)
+        DecoderConfig(num_layer=4)
     with pytest.raises(ConfigError, match=r"^Config: model.num_layers=0 must be greater than 0$"):
         Config(model={"num_layers": 0})
 

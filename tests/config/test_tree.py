@@ -3,8 +3,8 @@
 import pydantic
 import pytest
 
-from stack.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, SourceConfig, TrainConfig
-from stack.config.explain import annotation_at, field_names
+from stack.config import Config, ConfigError, DataConfig, DecoderConfig, MeshConfig, SourceConfig, TrainConfig
+from stack.config.explain import annotation_at, field_names, sections_of
 
 FIELDS = list(field_names(Config))
 
@@ -13,17 +13,24 @@ def test_the_tree_has_at_most_120_fields():
     assert 90 < len(FIELDS) <= 120
 
 
+def fields_at(path):
+    """The field at a path, of each section that may stand there."""
+    sections = sections_of(annotation_at(Config, path[:-1])) if path[:-1] else [Config]
+    return [section.model_fields[path[-1]] for section in sections if path[-1] in section.model_fields]
+
+
 def test_every_field_is_documented():
     for path in FIELDS:
-        field = annotation_at(Config, path[:-1]).model_fields[path[-1]]
-        section = isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel)
-        text = field.annotation.__doc__ if section else field.description
-        assert (text or "").rstrip().endswith("."), f"{path} has no docstring"
+        for field in fields_at(path):
+            section = isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel)
+            text = field.annotation.__doc__ if section else field.description
+            assert (text or "").rstrip().endswith("."), f"{path} has no docstring"
 
 
 def test_every_field_has_a_default():
     for path in FIELDS:
-        assert not annotation_at(Config, path[:-1]).model_fields[path[-1]].is_required(), path
+        assert fields_at(path), path
+        assert not any(field.is_required() for field in fields_at(path)), path
 
 
 def test_a_config_cannot_be_changed():
@@ -58,31 +65,31 @@ def test_a_list_stands_for_a_tuple():
             {"sequence_parallel": True},
             "sequence_parallel=true splits over tensor=1; set tensor > 1",
         ),
-        (ModelConfig, {"embed_dim": 100}, "embed_dim=100 is not a multiple of num_heads=12; set head_dim"),
-        (ModelConfig, {"num_kv_heads": 5}, "num_heads=12 is not a multiple of num_kv_heads=5"),
+        (DecoderConfig, {"embed_dim": 100}, "embed_dim=100 is not a multiple of num_heads=12; set head_dim"),
+        (DecoderConfig, {"num_kv_heads": 5}, "num_heads=12 is not a multiple of num_kv_heads=5"),
         (
-            ModelConfig,
+            DecoderConfig,
             {"position": "rotary", "head_dim": 3},
             "rotary positions need an even head width, not 3",
         ),
         (
-            ModelConfig,
+            DecoderConfig,
             {"rope": {"theta": 5e5}},
             "rope is not read with position=learned; set position=rotary",
         ),
         (
-            ModelConfig,
+            DecoderConfig,
             {"rope": {"factor": 8.0}},
             "rope: factor=8.0 is not read with scaling=none; set scaling",
         ),
         (
-            ModelConfig,
+            DecoderConfig,
             {"rope": {"scaling": "llama3", "low_frequency_factor": 4.0}},
             "rope: low_frequency_factor=4.0 must be below high_frequency_factor=4.0",
         ),
-        (ModelConfig, {"attention": "cudnn", "attention_dropout": 0.1}, "attention=cudnn has no dropout"),
-        (ModelConfig, {"attention": "cudnn", "attention_softcap": 50.0}, "attention=cudnn has no soft cap"),
-        (ModelConfig, {"attention": "cudnn", "dtype": "float32"}, "attention=cudnn computes in bfloat16"),
+        (DecoderConfig, {"attention": "cudnn", "attention_dropout": 0.1}, "attention=cudnn has no dropout"),
+        (DecoderConfig, {"attention": "cudnn", "attention_softcap": 50.0}, "attention=cudnn has no soft cap"),
+        (DecoderConfig, {"attention": "cudnn", "dtype": "float32"}, "attention=cudnn computes in bfloat16"),
         (TrainConfig, {"accumulation": 3}, "batch_size=8 is not a multiple of accumulation=3"),
         (TrainConfig, {"profile_steps": [5, 5]}, "profile_steps=[5, 5]: the first must be below the second"),
         (

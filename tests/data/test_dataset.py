@@ -9,6 +9,7 @@ from stack.config import Config
 from stack.config.errors import ConfigError, StackError
 from stack.data import Data, check_fingerprint, open_data
 from stack.data.split import is_heldout
+from stack.objectives.causal import Causal
 
 
 def open_with(tmp_path: Path, *sources: dict[str, object], batch_size: int = 2, **data: object) -> Data:
@@ -40,7 +41,7 @@ def test_sizes_add_up_to_the_text(tmp_path: Path) -> None:
     assert sum(side.num_bytes for side in sides) == sum(map(len, texts))
     assert sum(side.num_tokens for side in sides) == sum(map(len, texts)) + 100  # and each one's end
     assert sorted(text.decode() for side in sides for text in side.texts()) == sorted(texts)
-    real = sum((side.read(np.arange(side.num_rows))["labels"] >= 0).sum() for side in sides)
+    real = sum((side.read(np.arange(side.num_rows), Causal.fields)["labels"] >= 0).sum() for side in sides)
     assert real == sum(side.num_tokens for side in sides)
     assert data.train.fill == pytest.approx(data.train.num_tokens / (data.train.num_rows * 64))
 
@@ -50,7 +51,7 @@ def test_rows_of_several_sources_are_numbered_one_after_another(tmp_path: Path) 
     second = text_source(tmp_path / "b", [f"b{i}" for i in range(50)])
     train = open_with(tmp_path, first, second).train
     split = train.parts[0].num_rows
-    batch = train.read(np.array([split, 0, -1, train.num_rows - 1]))
+    batch = train.read(np.array([split, 0, -1, train.num_rows - 1]), Causal.fields)
     assert ord("b") in batch["tokens"][0]
     assert ord("a") not in batch["tokens"][0]
     assert ord("a") in batch["tokens"][1]

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from stack.config import Config
-from stack.data import Data, open_data
+from stack.config import Config, MeshConfig
+from stack.data import Data, Dataset, open_data
+from stack.data.fields import Field
 from stack.data.loader import Batch, heldout_batches, prefetch, training_batches
 from stack.data.mixture import training_order
+from stack.objectives.causal import Causal
+from stack.parallel import mesh as meshes
+from stack.parallel.rules import Layout
 
 BATCH = 8
 LENGTH = 32
@@ -36,10 +39,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return open_data(tree(tmp_path_factory.mktemp("cache"), (20_000, 1.0)), show_progress=False)
 
 
-def layout(*, axes: tuple[int, int] = (1, 1), spec: PartitionSpec | None = None) -> NamedSharding:
-    devices = jax.devices()[: axes[0] * axes[1]]
-    mesh = jax.make_mesh(axes, ("data", "context"), devices=devices, axis_types=(AxisType.Explicit,) * 2)
-    return NamedSharding(mesh, PartitionSpec("data") if spec is None else spec)
+def layout(**sizes: int) -> Layout:
+    config = MeshConfig.model_validate({"fsdp": 1} | sizes)
+    devices = jax.devices()[: config.data * config.fsdp * config.tensor]
+    return Layout.of(meshes.build(config, devices), config)
 
 
 def whole(batch: Batch) -> dict[str, np.ndarray]:
@@ -52,9 +55,18 @@ def assert_equal(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> N
         np.testing.assert_array_equal(values, right[name], err_msg=name)
 
 
+def make_batches(
+    dataset: Dataset, *, size: int = BATCH, seed: int = 0, on: Layout | None = None
+) -> Callable[[int], Batch]:
+    """From step to batch, shuffled; on one device unless told where."""
+    return training_batches(
+        dataset, fields=Causal.fields, batch_size=size, seed=seed, shuffle=True, layout=on or layout()
+    )
+
+
 def train(data: Data, *, seed: int = 0) -> Callable[[int], dict[str, np.ndarray]]:
     """From step to batch, on one device."""
-    make = training_batches(data.train, batch_size=BATCH, seed=seed, shuffle=True, sharding=layout())
+    make = make_batches(data.train, seed=seed)
     return lambda step: whole(make(step))
 
 
@@ -78,45 +90,57 @@ def test_a_batch_depends_on_no_step_before(data: Data, steps: list[int]) -> None
 
 
 @pytest.mark.parametrize(
-    ("axes", "spec"),
-    [
-        ((8, 1), PartitionSpec("data")),
-        ((2, 4), PartitionSpec("data")),
-        ((2, 4), PartitionSpec("data", "context")),
-        ((4, 2), PartitionSpec(("data", "context"))),
-        ((8, 1), PartitionSpec()),
-    ],
+    "sizes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 4}, {"tensor": 8}], ids=str
 )
-def test_a_batch_is_the_same_on_every_layout(data: Data, axes: tuple[int, int], spec: PartitionSpec) -> None:
+def test_a_batch_is_the_same_on_every_layout(data: Data, sizes: dict[str, int]) -> None:
     for step in (0, 3, 10_000):
-        sharding = layout(axes=axes, spec=spec)
-        make = training_batches(data.train, batch_size=BATCH, seed=0, shuffle=True, sharding=sharding)
-        batch = make(step)
-        assert batch["tokens"].sharding == sharding
+        on = layout(**sizes)
+        batch = make_batches(data.train, on=on)(step)
+        for field in Causal.fields:
+            assert batch[field.name].sharding == on.sharding(*field.axes)
         assert_equal(whole(batch), train(data)(step))
+
+
+def test_a_field_that_data_has_not_is_an_error(data: Data) -> None:
+    fields = (*Causal.fields, Field(name="pixels", axes=("batch", "length"), padding=0))
+    with pytest.raises(ValueError, match="no field pixels; it has tokens, labels, segments, positions"):
+        training_batches(data.train, fields=fields, batch_size=8, seed=0, shuffle=True, layout=layout())(0)
+
+
+def test_fields_say_what_fills_them_up_and_of_what_type(data: Data) -> None:
+    fields = (Field(name="labels", axes=("batch", "length"), padding=-7, dtype="int16"),)
+    make, number = heldout_batches(data.heldout, fields=fields, batch_size=BATCH, layout=layout())
+    batch = make(number - 1)
+    assert list(batch) == ["labels"]
+    assert batch["labels"].dtype == "int16"
+    assert (np.asarray(batch["labels"])[data.heldout.num_rows % BATCH :] == -7).all()
 
 
 PROCESS = """
 import sys
 import jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 number, address, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(address, 2, number, initialization_timeout=60)
 from stack.config import Config
 from stack.data import Dataset, open_data
+from stack.config import MeshConfig
 from stack.data.loader import training_batches
+from stack.objectives.causal import Causal
+from stack.parallel import mesh as meshes
+from stack.parallel.rules import Layout
 
 read = []
 class Watched(Dataset):
-    def read(self, rows):
+    def read(self, rows, fields):
         read.append(len(rows))
-        return super().read(rows)
+        return super().read(rows, fields)
 
 data = open_data(Config.model_validate_json(open(folder + "/config.json").read()), show_progress=False)
 train = Watched(parts=data.train.parts, weights=data.train.weights, tokenizer=data.tokenizer)
-mesh = jax.make_mesh((16,), ("data",), axis_types=(AxisType.Explicit,))
-sharding = NamedSharding(mesh, PartitionSpec("data"))
-batch = training_batches(train, batch_size=16, seed=0, shuffle=True, sharding=sharding)(5)
+config = MeshConfig(data=16, fsdp=1)
+layout = Layout.of(meshes.build(config), config)
+make = training_batches(train, fields=Causal.fields, batch_size=16, seed=0, shuffle=True, layout=layout)
+batch = make(5)
 shards = {name: [np.asarray(s.data) for s in values.addressable_shards] for name, values in batch.items()}
 np.savez(f"{folder}/{number}.npz", read=read, **{n: np.concatenate(v) for n, v in shards.items()})
 """
@@ -136,7 +160,7 @@ def test_two_processes_each_read_their_half_of_the_same_batch(tmp_path: Path) ->
     halves = [dict(np.load(tmp_path / f"{number}.npz")) for number in range(2)]
     assert [half.pop("read").tolist() for half in halves] == [[8], [8]]
     dataset = open_data(config, show_progress=False).train
-    make = training_batches(dataset, batch_size=16, seed=0, shuffle=True, sharding=layout())
+    make = make_batches(dataset, size=16)
     joined = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
     assert_equal(joined, whole(make(5)))
 
@@ -160,7 +184,7 @@ def test_without_shuffle_rows_come_in_order(data: Data) -> None:
 def test_the_batches_of_consecutive_steps_are_the_rows_in_their_order(data: Data) -> None:
     order = training_order(data.train, seed=0, shuffle=True)
     steps = data.train.num_rows // BATCH + 2  # into the second epoch
-    rows = data.train.read(np.array([order[place] for place in range(steps * BATCH)]))
+    rows = data.train.read(np.array([order[place] for place in range(steps * BATCH)]), Causal.fields)
     batches = [train(data)(step) for step in range(steps)]
     joined = {name: np.concatenate([batch[name] for batch in batches]) for name in rows}
     assert_equal(joined, rows)
@@ -180,13 +204,14 @@ def test_sources_are_mixed_by_weight_whatever_their_sizes(tmp_path: Path) -> Non
 
 
 def test_the_held_out_set_comes_once_with_padding_at_the_end(data: Data) -> None:
-    make, count = heldout_batches(data.heldout, batch_size=BATCH, sharding=layout(axes=(8, 1)))
+    make, count = heldout_batches(data.heldout, fields=Causal.fields, batch_size=BATCH, layout=layout(data=8))
     assert data.heldout.num_rows % BATCH
     batches = [whole(make(number)) for number in range(count)]
     joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     del joined["example"]
     rows = data.heldout.num_rows
-    assert_equal({name: values[:rows] for name, values in joined.items()}, data.heldout.read(np.arange(rows)))
+    expected = data.heldout.read(np.arange(rows), Causal.fields)
+    assert_equal({name: values[:rows] for name, values in joined.items()}, expected)
     assert len(joined["labels"]) - rows < BATCH
     assert (joined["labels"][rows:] == -1).all()
     assert (joined["segments"][rows:] == 0).all()

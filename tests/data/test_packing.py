@@ -17,6 +17,8 @@ SETTINGS = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
+PADDING = {"tokens": 0, "labels": -1, "segments": 0, "positions": 0}
+
 
 def make_corpus(lengths: list[int]) -> Corpus:
     """Documents whose tokens tell where they stand: token i of the corpus is i."""
@@ -39,7 +41,7 @@ def pack(
 
 def predictions(rows: PackedRows) -> list[tuple[int, int]]:
     """(input token, label) of every place that is predicted."""
-    batch = rows.read(np.arange(rows.num_rows))
+    batch = rows.read(np.arange(rows.num_rows), PADDING)
     real = batch["labels"] >= 0
     return list(zip(batch["tokens"][real].tolist(), batch["labels"][real].tolist(), strict=True))
 
@@ -68,7 +70,7 @@ def test_segments_are_runs_of_one_document_with_positions_from_zero(
 ) -> None:
     corpus = make_corpus(lengths)
     train, _ = pack(corpus, tmp_path, length)
-    batch = train.read(np.arange(train.num_rows))
+    batch = train.read(np.arange(train.num_rows), PADDING)
     document_of = np.searchsorted(corpus.offsets, np.arange(len(corpus.tokens)), "right")
     for tokens, labels, segments, positions in zip(*batch.values(), strict=True):
         count = segments.max()
@@ -85,15 +87,15 @@ def test_segments_are_runs_of_one_document_with_positions_from_zero(
 
 def test_unpacked_rows_hold_one_piece_each(tmp_path: Path) -> None:
     train, _ = pack(make_corpus([4, 4, 20]), tmp_path, 8, packed=False)
-    batch = train.read(np.arange(train.num_rows))
+    batch = train.read(np.arange(train.num_rows), PADDING)
     assert batch["segments"].max() == 1
     assert (batch["segments"] > 0).sum(axis=1).tolist() == [3, 3, 8, 8, 3]
 
 
 def test_rows_can_be_read_in_any_order_and_twice(tmp_path: Path) -> None:
     train, _ = pack(make_corpus([9, 30, 5, 7, 12]), tmp_path, 10)
-    every = train.read(np.arange(train.num_rows))
-    some = train.read(np.array([3, 0, 3]))
+    every = train.read(np.arange(train.num_rows), PADDING)
+    some = train.read(np.array([3, 0, 3]), PADDING)
     for name in every:
         np.testing.assert_array_equal(some[name], every[name][[3, 0, 3]])
         assert some[name].dtype == np.int32

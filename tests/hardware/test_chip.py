@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from stack.config import ConfigError
-from stack.config.model import ModelConfig
-from stack.hardware.chip import generations, load, lookup, mfu, names, ranges
-from stack.planner.formula.flops import train_flops_per_token
+from stack.config.model import DecoderConfig
+from stack.hardware.chip import generations, load, lookup, names, ranges
+from stack.models.flops import mfu, train_flops_per_token
 
-MODEL = ModelConfig(vocab_size=50257)
+MODEL = DecoderConfig(vocab_size=50257)
 CHIPS = [load(name) for name in names()]
 
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stack.config import Config, ModelConfig, StackError
+from stack.config import Config, DecoderConfig, StackError
 from stack.inference.generate import generate, pad
-from stack.kernels.attention import Mask
 from stack.layers.head import logits
+from stack.models.stack import Execution
 from stack.step.program import build
 
 CONTEXT = 48
@@ -28,8 +28,8 @@ SHARED = {
     "dtype": "float32",
 }
 FAMILIES = {
-    "gpt": ModelConfig(**SHARED),
-    "llama": ModelConfig(
+    "gpt": DecoderConfig(**SHARED),
+    "llama": DecoderConfig(
         **SHARED,
         norm="rmsnorm",
         mlp="swiglu",
@@ -92,7 +92,8 @@ def scorer(family):
     @jax.jit
     def scores(params, tokens):
         positions = jnp.arange(CONTEXT)[None]
-        output = program.merge(params)(tokens[None], Mask(positions, positions))
+        batch = {"tokens": tokens[None], "positions": positions, "segments": jnp.ones_like(positions)}
+        output = program.merge(params)(batch, Execution())
         return logits(output.hidden, output.table, vocab_size=model.vocab_size, softcap=model.logit_softcap)[
             0
         ]

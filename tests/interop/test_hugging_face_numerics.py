@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 
 from stack.interop.hugging_face import config_from_hf, params_from_hf, params_to_hf
-from stack.kernels.attention import Mask
 from stack.layers.head import logits
 from stack.models.decoder import Decoder
-from stack.objectives.causal import Head, cross_entropy
+from stack.models.stack import Execution
+from stack.objectives.cross_entropy import Head, cross_entropy
 
 TOLERANCE = 1e-5
 
@@ -44,7 +44,8 @@ def run(model, tokens, lengths):
     """The second row is padded on the right, as a segment of its own."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    return model(tokens, Mask(positions, positions, segments, segments))
+    batch = {"tokens": tokens, "positions": positions, "segments": segments}
+    return model(batch, Execution())
 
 
 def next_tokens(tokens, lengths):
@@ -78,8 +79,8 @@ def test_loss_and_gradients(golden, config, params):
     @jax.value_and_grad
     def loss_and_gradients(params):
         output = run(decoder(params, config), tokens, lengths)
-        sums = cross_entropy(output.hidden, output.table, labels, Head(config.vocab_size))
-        return sums.loss / (labels >= 0).sum()
+        scale = 1 / (labels >= 0).sum()
+        return cross_entropy(output.hidden, output.table, labels, scale, Head(config.vocab_size)).loss
 
     loss, gradients = loss_and_gradients(params)
     assert_close(loss, golden.results["loss"], "loss")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stack.config import ModelConfig
+from stack.config import DecoderConfig
 from stack.layers.mlp import Mlp
 from stack.parallel.rules import ONE_DEVICE
 
@@ -28,7 +28,7 @@ def silu(x):
     ("kind", "activation"), [("gelu", gelu), ("gelu_tanh", gelu_tanh), ("swiglu", silu), ("geglu", gelu_tanh)]
 )
 def test_mlp_is_the_published_formula(kind, activation):
-    config = ModelConfig(embed_dim=12, num_heads=2, mlp_dim=20, mlp=kind, init_std=0.5)
+    config = DecoderConfig(embed_dim=12, num_heads=2, mlp_dim=20, mlp=kind, init_std=0.5)
     mlp = Mlp(config, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, 3, 12))
 
@@ -47,7 +47,7 @@ def test_mlp_is_the_published_formula(kind, activation):
 
 def test_only_gated_kinds_have_a_gate():
     kinds = ("gelu", "gelu_tanh", "swiglu", "geglu")
-    configs = [ModelConfig(embed_dim=12, num_heads=2, mlp=kind) for kind in kinds]
+    configs = [DecoderConfig(embed_dim=12, num_heads=2, mlp=kind) for kind in kinds]
     assert [Mlp(config, rngs=nnx.Rngs(0)).gate is not None for config in configs] == [
         False,
         False,
@@ -58,7 +58,7 @@ def test_only_gated_kinds_have_a_gate():
 
 @pytest.mark.parametrize(("scaled", "divisor"), [(True, math.sqrt(2 * 8)), (False, 1.0)])
 def test_what_writes_to_the_residual_stream_starts_smaller(scaled, divisor):
-    config = ModelConfig(embed_dim=256, num_heads=2, num_layers=8, scale_residual_init=scaled)
+    config = DecoderConfig(embed_dim=256, num_heads=2, num_layers=8, scale_residual_init=scaled)
     mlp = Mlp(config, rngs=nnx.Rngs(0))
     assert np.std(mlp.up.kernel[...]) == pytest.approx(0.02, rel=0.02)
     assert np.std(mlp.down.kernel[...]) == pytest.approx(0.02 / divisor, rel=0.02)

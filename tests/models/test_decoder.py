@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stack.config import Config, ModelConfig, load
-from stack.kernels.attention import Mask
+from stack.config import Config, DecoderConfig, load
 from stack.layers.dropout import example_keys
-from stack.models.decoder import SAVED, Decoder
+from stack.models.decoder import Decoder
+from stack.models.stack import SAVED, Execution
 from stack.parallel import mesh as meshes
 from stack.step import program as programs
 from stack.step import state as states
@@ -32,8 +32,8 @@ SHARED = {
     "dtype": "float32",
 }
 FAMILIES = {
-    "gpt": ModelConfig(**SHARED),
-    "llama": ModelConfig(
+    "gpt": DecoderConfig(**SHARED),
+    "llama": DecoderConfig(
         **SHARED,
         norm="rmsnorm",
         mlp="swiglu",
@@ -53,6 +53,7 @@ LENGTHS = (5, 9, 3, 4)
 SEGMENTS = np.repeat([1, 2, 3, 4, 0], (*LENGTHS, 3)).astype(np.int32)[None]
 POSITIONS = np.concatenate([np.arange(n) for n in (*LENGTHS, 3)]).astype(np.int32)[None]
 TOKENS = np.random.default_rng(0).integers(0, 61, SEGMENTS.shape).astype(np.int32)
+BATCH = {"tokens": TOKENS, "positions": POSITIONS, "segments": SEGMENTS}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -67,7 +68,8 @@ def hidden_states(config):
 
     @jax.jit
     def run(tokens, positions, segments):
-        return model(tokens, Mask(positions, positions, segments, segments)).hidden
+        batch = {"tokens": tokens, "positions": positions, "segments": segments}
+        return model(batch, Execution()).hidden
 
     return lambda *arrays: np.asarray(run(*arrays))
 
@@ -107,12 +109,11 @@ def test_remat_changes_no_gradient_and_draws_the_same_dropout(policy):
     config = FAMILIES["gpt"].model_copy(update=rates | {"qkv_bias": False})
     model = Decoder(config, rngs=nnx.Rngs(0))
     keys = example_keys(0, jnp.int32(3), jnp.arange(1))
-    mask = Mask(*map(jnp.asarray, (POSITIONS, POSITIONS, SEGMENTS, SEGMENTS)))
 
     @functools.partial(jax.jit, static_argnums=1)
     @jax.grad
     def gradient(model, remat):
-        output = model(TOKENS, mask, keys=keys, remat=remat)
+        output = model(BATCH, Execution(keys=keys, remat=remat))
         return jnp.square(output.hidden[..., 0]).sum()
 
     expected, actual = (jax.tree.leaves(gradient(model, remat)) for remat in ("none", policy))
@@ -124,11 +125,10 @@ def test_every_layer_drops_other_channels():
     """Two layers that each add dropout(1): a channel got 0, 1 or 2 of the ones, unless bits repeat."""
     config = FAMILIES["gpt"].model_copy(update={"num_layers": 2, "residual_dropout": 0.5})
     model = jax.tree.map(jnp.zeros_like, Decoder(config, rngs=nnx.Rngs(0)))
-    model.layers.mlp.down.bias = nnx.Param(jnp.ones((2, 32)), axes=("embed",))
-    model.final_norm.scale = nnx.Param(jnp.ones(32), axes=("embed",))
+    model.layers.mlp.down.bias[...] = jnp.ones((2, 32))
+    model.final_norm.scale[...] = jnp.ones(32)
     keys = example_keys(0, jnp.int32(0), jnp.arange(1))
-    row = jnp.arange(24)[None]
-    hidden = np.asarray(model(jnp.asarray(TOKENS), Mask(row, row), keys=keys).hidden)
+    hidden = np.asarray(model(BATCH, Execution(keys=keys)).hidden)
     for token in hidden[0]:
         assert len(np.unique(token.round(4))) == 3
 
@@ -150,10 +150,10 @@ def step_size(num_layers, scan_unroll=1):
         {"model": model, "data": {"sequence_length": 16}, "train": {"batch_size": 2, "remat": "full"}}
     )
     program = programs.build(config, jax.devices()[:1])
-    batch = {name: jnp.zeros((2, 16), jnp.int32) for name in ("tokens", "labels", "segments", "positions")}
-    batch["example"] = jnp.arange(2)
     with meshes.use(program.mesh):
-        traced = jax.jit(functools.partial(train_step, program)).trace(states.abstract(program), batch)
+        traced = jax.jit(functools.partial(train_step, program)).trace(
+            states.abstract(program), program.abstract_batch()
+        )
         return count_equations(traced.jaxpr.jaxpr), traced.lower().as_text().count("\n")
 
 
@@ -183,7 +183,7 @@ def test_published_parameter_counts_without_allocating_one(recipe, devices, para
 
 
 def test_initial_weights_have_the_published_deviations():
-    config = ModelConfig(vocab_size=1000, num_layers=4, embed_dim=128, num_heads=4, max_length=512)
+    config = DecoderConfig(vocab_size=1000, num_layers=4, embed_dim=128, num_heads=4, max_length=512)
     params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0))))
     layers = params["layers"]
     written = (layers["attention"]["out"], layers["mlp"]["down"])

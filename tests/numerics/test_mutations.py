@@ -1,5 +1,6 @@
 """The contract fails when the thing it guards is broken: each test breaks one thing and sees it fail."""
 
+import dataclasses
 from functools import cache
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from stack.doctor.numerics import LIMIT, ONE_DEVICE, Numbers, cells, compute, errors
 from stack.kernels.attention.mask import Mask
 from stack.layers import embedding, head
-from stack.objectives import causal
+from stack.objectives import cross_entropy
 from stack.parallel import zero
 from stack.step import step
 
@@ -45,9 +46,7 @@ def test_an_all_reduce_that_is_dropped_is_seen(monkeypatch):
 
 def test_segments_that_are_ignored_are_seen(monkeypatch):
     whole = Mask.allowed
-    monkeypatch.setattr(
-        Mask, "allowed", lambda mask, window: whole(mask._replace(query_segments=None), window)
-    )
+    monkeypatch.setattr(Mask, "allowed", lambda mask: whole(dataclasses.replace(mask, query_segments=None)))
     assert worst_error("data") > 100 * LIMIT
 
 
@@ -55,7 +54,7 @@ def test_a_padded_vocabulary_that_is_not_masked_is_seen(monkeypatch):
     def unmasked(hidden, table, *, vocab_size, **options):  # noqa: ARG001
         return head.logits(hidden, table, vocab_size=table.shape[0], **options)
 
-    monkeypatch.setattr(causal, "logits", unmasked)
+    monkeypatch.setattr(cross_entropy, "logits", unmasked)
     assert worst_error("tensor") > 100 * LIMIT
 
 

@@ -13,8 +13,8 @@ import pytest
 from stack.config import (
     Config,
     DataConfig,
+    DecoderConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
@@ -25,7 +25,7 @@ from stack.step import program as programs
 
 BATCH, LENGTH = 96, 160  # Numbers no other dimension has.
 NUM_LAYERS = 4
-MODEL = ModelConfig(
+MODEL = DecoderConfig(
     vocab_size=1000,
     num_layers=NUM_LAYERS,
     embed_dim=256,

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from stack.config import Config, ConfigError, DataConfig, EvalConfig, MeshConfig, ModelConfig, TrainConfig
+from stack.config import Config, ConfigError, DataConfig, DecoderConfig, EvalConfig, MeshConfig, TrainConfig
 from stack.parallel import mesh as meshes
 from stack.planner.compiled import compile as compiling
 
@@ -41,7 +41,7 @@ def test_sizes_that_do_not_fit_are_refused_with_the_numbers(mesh, message):
 
 def config(**changes) -> Config:
     sections = {
-        "model": ModelConfig(num_heads=12, num_kv_heads=4, embed_dim=96, mlp_dim=96),
+        "model": DecoderConfig(num_heads=12, num_kv_heads=4, embed_dim=96, mlp_dim=96),
         "data": DataConfig(sequence_length=30),
         "train": TrainConfig(batch_size=16, accumulation=2),
     }

@@ -30,19 +30,19 @@ def test_sequence_parallelism_splits_the_residual_stream_alone():
 
 def test_fsdp_takes_the_first_dimension_it_divides():
     stage3 = layout(fsdp=4, tensor=2)
-    assert stage3.parameter_spec(KERNEL, (8, 64, 6, 10), matrix=True) == P(None, "fsdp", "tensor", None)
-    assert stage3.parameter_spec(KERNEL, (8, 63, 6, 12), matrix=True) == P(None, None, "tensor", "fsdp")
-    assert stage3.parameter_spec(KERNEL, (8, 63, 6, 9), matrix=True) == P(None, None, "tensor", None)
+    assert stage3.parameter_spec(KERNEL, (8, 64, 6, 10), "matrix") == P(None, "fsdp", "tensor", None)
+    assert stage3.parameter_spec(KERNEL, (8, 63, 6, 12), "matrix") == P(None, None, "tensor", "fsdp")
+    assert stage3.parameter_spec(KERNEL, (8, 63, 6, 9), "matrix") == P(None, None, "tensor", None)
 
 
 def test_the_stack_of_layers_and_vectors_stay_whole():
-    assert layout(fsdp=8).parameter_spec(("layers", "embed"), (8, 64), matrix=False) == P(None, None)
-    assert layout(fsdp=8).parameter_spec(("layers", "embed", "mlp"), (8, 63, 64), matrix=True)[0] is None
+    assert layout(fsdp=8).parameter_spec(("layers", "embed"), (8, 64), "vector") == P(None, None)
+    assert layout(fsdp=8).parameter_spec(("layers", "embed", "mlp"), (8, 63, 64), "matrix")[0] is None
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_stage_0_splits_nothing_over_fsdp(zero):
-    spec = layout(fsdp=8, zero=zero).parameter_spec(("vocab", "embed"), (128, 64), matrix=True)
+    spec = layout(fsdp=8, zero=zero).parameter_spec(("vocab", "embed"), (128, 64), "table")
     assert spec == (P("fsdp", None) if zero else P(None, None))
 
 

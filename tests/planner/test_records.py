@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stack import load
-from stack.config import ModelConfig
+from stack.config import DecoderConfig
 from stack.parallel import mesh as meshes
 from stack.planner.formula.memory import layers_in_flight
 from stack.planner.formula.published import (
@@ -89,7 +89,7 @@ def test_the_first_stage_of_an_interleaved_pipeline_holds_what_the_formula_says(
 ) -> None:
     layers = stages * parts
     workload = Workload(
-        model=ModelConfig(num_layers=layers),
+        model=DecoderConfig(num_layers=layers),
         length=1024,
         batch=4 * stages,
         micro_batch=1,
@@ -116,7 +116,7 @@ def test_parameters_are_those_of_megatrons_table(layers: int, hidden: int, heads
     vocabulary, length = 51_200, 2048
     published = gpt_parameters(layers, hidden, vocabulary, length)
     assert f"{published / 1e9:.1f}" == billions
-    model = ModelConfig(
+    model = DecoderConfig(
         vocab_size=vocabulary, max_length=length, num_layers=layers, embed_dim=hidden, num_heads=heads
     )
     final_norm = 2 * hidden

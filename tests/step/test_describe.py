@@ -1,9 +1,9 @@
 """The sharding table: what lies where, for devices that are not here."""
 
-from stack.config import Config, DataConfig, MeshConfig, ModelConfig
+from stack.config import Config, DataConfig, DecoderConfig, MeshConfig
 from stack.step.describe import sharding_table
 
-MODEL = ModelConfig(
+MODEL = DecoderConfig(
     vocab_size=50_000, num_layers=2, embed_dim=1000, num_heads=10, max_length=64, tied_embeddings=True
 )
 

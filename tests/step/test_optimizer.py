@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from stack.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from stack.config import Config, DecoderConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from stack.step import optimizer as optimizers
 from stack.step import program as programs
 
@@ -21,6 +21,14 @@ AXES = {
         },
         "mlp": {"kernel": ("layers", "embed", "mlp")},
         "norm": {"scale": ("layers", "embed")},
+    },
+}
+ROLES = {
+    "embed": {"table": "table"},
+    "layers": {
+        "query": {"kernel": "matrix", "bias": "vector"},
+        "mlp": {"kernel": "matrix"},
+        "norm": {"scale": "vector"},
     },
 }
 SIZES = {"vocab": 160, "embed": 144, "heads": 2, "head_dim": 72, "mlp": 256, "layers": LAYERS}
@@ -48,6 +56,10 @@ def unstack(stacked: dict, axes: bool = False) -> dict:
     return {"embed": stacked["embed"], "layers": layers}
 
 
+def build(config, **trees):
+    return optimizers.build(config, steps=10, **({"axes": AXES, "roles": ROLES} | trees))
+
+
 def train(tx, params, gradients):
     state = tx.init(params)
     for gradient in gradients:
@@ -60,9 +72,10 @@ def train(tx, params, gradients):
 def test_stacked_and_unstacked_layers_train_alike(kind):
     config = OptimizerConfig(kind=kind, learning_rate=0.1, schedule=ScheduleConfig(warmup_steps=1))
     params, gradients = tree(0), [tree(1), tree(2), tree(3)]
-    stacked = train(optimizers.build(config, steps=10, axes=AXES), params, gradients)
+    stacked = train(build(config), params, gradients)
+    roles = {"embed": ROLES["embed"], "layers": {str(layer): ROLES["layers"] for layer in range(LAYERS)}}
     apart = train(
-        optimizers.build(config, steps=10, axes=unstack(AXES, axes=True)),
+        build(config, axes=unstack(AXES, axes=True), roles=roles),
         unstack(params),
         [unstack(gradient) for gradient in gradients],
     )
@@ -76,7 +89,7 @@ def test_only_matrices_decay(kind):
         config = OptimizerConfig(
             kind=kind, weight_decay=decay, decay_embeddings=False, schedule=ScheduleConfig(warmup_steps=0)
         )
-        moved[decay] = train(optimizers.build(config, steps=10, axes=AXES), tree(0), [tree(1)])
+        moved[decay] = train(build(config), tree(0), [tree(1)])
     same = jax.tree.map(lambda a, b: bool((a == b).all()), moved[0.0], moved[0.5])
     layers = same["layers"]
     assert all([same["embed"]["table"], layers["norm"]["scale"], layers["query"]["bias"]])
@@ -93,9 +106,40 @@ def test_clipping_bounds_the_global_norm():
         schedule=ScheduleConfig(kind="constant", warmup_steps=0),
     )
     params = tree(0)
-    after = train(optimizers.build(config, steps=10, axes=AXES), params, [tree(1)])
+    after = train(build(config), params, [tree(1)])
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, params, after))
     assert moved == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("epsilon", [1e-8, 0.3])
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_adamw_is_its_formula(clip_norm, epsilon):
+    """Clipping of the whole gradient, then arXiv 1711.05101 (algorithm 2), in float64."""
+    config = OptimizerConfig(
+        learning_rate=0.1,
+        beta1=0.8,
+        beta2=0.9,
+        epsilon=epsilon,
+        weight_decay=0.2,
+        clip_norm=clip_norm,
+        schedule=ScheduleConfig(kind="constant", warmup_steps=0),
+    )
+    gradients = [tree(seed) for seed in (1, 2, 3)]
+    actual = train(build(config), tree(0), gradients)
+    exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (tree(0), gradients))
+    params, gradients = jax.tree.leaves(exact[0]), [jax.tree.leaves(one) for one in exact[1]]
+    decays = [0.0 if role == "vector" else 0.2 for role in jax.tree.leaves(ROLES)]
+    first, second = ([np.zeros_like(leaf) for leaf in params] for _ in range(2))
+    for number, gradient in enumerate(gradients, start=1):
+        norm = np.sqrt(sum(np.square(leaf).sum() for leaf in gradient))
+        scale = 1.0 if clip_norm is None else min(1.0, clip_norm / norm)
+        for i, leaf in enumerate(gradient):
+            first[i] = 0.8 * first[i] + 0.2 * scale * leaf
+            second[i] = 0.9 * second[i] + 0.1 * np.square(scale * leaf)
+            mean, square = first[i] / (1 - 0.8**number), second[i] / (1 - 0.9**number)
+            params[i] = params[i] - 0.1 * (mean / (np.sqrt(square) + epsilon) + decays[i] * params[i])
+    for one, other in zip(jax.tree.leaves(actual), params, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def rates(kind: str, **options) -> list[float]:
@@ -148,5 +192,5 @@ def test_padded_words_stay_zero_under_every_optimizer():
 
 
 def test_config_of_a_whole_run_builds():
-    config = Config(model=ModelConfig(num_layers=1), train=TrainConfig(steps=200))
+    config = Config(model=DecoderConfig(num_layers=1), train=TrainConfig(steps=200))
     assert programs.build(config, jax.devices()[:1]).optimizer.init

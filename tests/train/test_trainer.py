@@ -222,17 +222,58 @@ def test_listeners_hear_the_run_in_order(folder) -> None:
         ("start", 0, 4),
         ("metrics", 1),
         ("metrics", 2),
-        ("eval", 2),
         ("checkpoint", 2),
+        ("eval", 2),
         ("metrics", 3),
-        ("checkpoint", 4),
         ("metrics", 4),
+        ("checkpoint", 4),
         ("eval", 4),
         ("end",),
     ]
     assert others.heard == notes.heard
     assert notes.summary["prompt"] == "a"
     assert set(notes.summary) >= {"folder", "loss", "nats_per_byte", "sample"}
+
+
+def test_what_a_listener_returns_is_heard_by_those_after_it(folder) -> None:
+    class Add(Listener):
+        def on_start(self, info):
+            self.warn(f"{info['name']} begins")
+            return {"colour": "blue"}
+
+        def on_metrics(self, step, metrics):
+            return {"twice": 2 * metrics["loss"]}
+
+    class Hear(Notes):
+        def on_start(self, info) -> None:
+            self.heard.append(info["colour"])
+
+        def on_warning(self, text) -> None:
+            self.heard.append(text)
+
+        def on_metrics(self, step, metrics) -> None:
+            self.heard.append(metrics["twice"] == 2 * metrics["loss"])
+
+    hear = Hear()
+    run(folder, "added", "train.steps=3", "optimizer.schedule.warmup_steps=0", listeners=[Add(), hear])
+    assert hear.heard[:5] == ["added begins", "blue", True, True, True]
+
+
+def test_a_prompt_that_could_not_be_continued_is_refused_at_the_start(folder) -> None:
+    prompt = "a" * 40
+    with pytest.raises(StackError, match=r"^sample\.prompt has 41 tokens, but the context is model\.max_len"):
+        run(folder, "wordy", f"sample.prompt={prompt}")
+    assert not (folder / "runs" / "wordy" / "metrics.jsonl").exists()
+
+
+def test_a_step_is_saved_before_it_is_evaluated(folder) -> None:
+    class Fail(Listener):
+        def on_eval(self, step, metrics) -> None:
+            raise ArithmeticError("too much")
+
+    with pytest.raises(ArithmeticError):
+        run(folder, "saved", "eval.every=2", "checkpoint.every=2", listeners=[Fail()])
+    assert (folder / "runs" / "saved" / "checkpoints" / "2" / "_CHECKPOINT_METADATA").is_file()
 
 
 def test_listeners_hear_the_end_after_an_error(folder) -> None:

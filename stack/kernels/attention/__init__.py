@@ -1,7 +1,8 @@
 """Attention within documents."""
 
 from stack.kernels.attention.api import attend
-from stack.kernels.attention.choice import Choice, choose
-from stack.kernels.attention.mask import Mask
+from stack.kernels.attention.choice import KERNELS, Choice, Kernel, choose
+from stack.kernels.attention.mask import Kind, Mask, row_mask
+from stack.kernels.attention.request import Request
 
-__all__ = ["Choice", "Mask", "attend", "choose"]
+__all__ = ["KERNELS", "Choice", "Kernel", "Kind", "Mask", "Request", "attend", "choose", "row_mask"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from stack.kernels.attention import cudnn, xla
+from stack.kernels.attention.choice import KERNELS
 from stack.kernels.attention.mask import Mask
 from stack.parallel.rules import Layout
 
@@ -17,11 +17,11 @@ def attend(
     layout: Layout,
     *,
     kernel: str,
-    window: int | None = None,
+    bias: jax.Array | None = None,
     softcap: float | None = None,
-    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """softmax(query key^T / sqrt(head_dim)) value, within documents.
+    """softmax(query key^T / sqrt(head_dim) + bias) value, over the keys that a mask allows.
 
     Args:
       query: [batch, queries, heads, head_dim], any float dtype.
@@ -29,16 +29,18 @@ def attend(
       value: as `key`.
       mask: who sees whom.
       layout: how the arrays lie on the mesh.
-      kernel: `xla` or `cudnn`; nothing falls back.
-      window: tokens seen, the query's own included; None: all.
+      kernel: a name in `KERNELS`; nothing falls back.
+      bias: added to the scores before the soft cap's result is masked, broadcast to
+        [batch, heads, queries, keys]; any float dtype.
       softcap: c of c x tanh(score / c); None: as they are.
-      drop: applied to the weights [batch, kv_heads, group, queries, keys]; `xla` only.
+      drop: applied to the weights [batch, kv_heads, group, queries, keys]; None: nothing is dropped.
 
     Returns:
       Shape and dtype of `query`.
+
+    Raises:
+      ValueError: there is no such kernel, or it cannot do what is asked; `choose` tells beforehand.
     """
-    if kernel == "xla":
-        return xla.attend(query, key, value, mask.allowed(window), softcap=softcap, drop=drop)
-    if kernel == "cudnn":
-        return cudnn.attend(query, key, value, mask, layout, window=window)
-    raise ValueError(f"unknown attention kernel {kernel!r}: xla or cudnn")
+    if kernel not in KERNELS:
+        raise ValueError(f"unknown attention kernel {kernel!r}: {', '.join(KERNELS)}")
+    return KERNELS[kernel].attend(query, key, value, mask, layout, bias=bias, softcap=softcap, drop=drop)

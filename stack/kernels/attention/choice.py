@@ -1,8 +1,16 @@
 """Which attention kernel runs, and why: a value that is printed and logged."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from stack.config import ConfigError, ModelConfig
+import jax
+
+from stack.config.errors import ConfigError
+from stack.kernels.attention import cudnn, xla
+from stack.kernels.attention.mask import Kind, Mask
+from stack.kernels.attention.request import Request
+from stack.parallel.rules import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,57 +25,65 @@ class Choice:
         return f"attention: {self.kernel} ({self.reason})"
 
 
-def choose(
-    model: ModelConfig,
-    *,
-    platform: str,
-    compute_capability: float | None = None,
-    packed_length: int | None = None,
-) -> Choice:
-    """The kernel for a model on a platform.
+class Attend(Protocol):
+    """An implementation; see `stack.kernels.attention.attend` for what it computes."""
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: Mask,
+        layout: Layout,
+        /,
+        *,
+        bias: jax.Array | None,
+        softcap: float | None,
+        drop: Callable[[jax.Array], jax.Array] | None,
+    ) -> jax.Array:
+        """[batch, queries, heads, head_dim], in the dtype of `query`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """An implementation and what it can honour."""
+
+    attend: Attend
+    obstacles: Callable[[Request], list[str]]
+    """Everything that keeps it from computing what is asked; empty: it can."""
+
+
+KERNELS: dict[str, Kernel] = {
+    "cudnn": Kernel(attend=cudnn.attend, obstacles=cudnn.obstacles),
+    "xla": Kernel(attend=xla.attend, obstacles=xla.obstacles),
+}
+"""THE list, the fastest first; the last can do everything."""
+
+
+def choose(request: Request, wanted: str = "auto") -> Choice:
+    """The kernel for what is asked.
 
     Args:
-      model: the model.
-      platform: `cpu`, `gpu`, `rocm` or `tpu`.
-      compute_capability: of the GPU, e.g. 9.0; None: not known, taken as new enough.
-      packed_length: tokens of a row that documents share; None: each has rows of its own.
+      request: the attention of a model, on a platform.
+      wanted: a kernel by name, or `auto`: the first that can.
 
     Raises:
-      ConfigError: `attention: cudnn` was asked for and cannot be honoured; nothing falls back.
+      ConfigError: the wanted kernel cannot; nothing falls back.
     """
-    obstacles = cudnn_obstacles(model, platform, compute_capability, packed_length)
-    if model.attention == "xla":
-        return Choice(kernel="xla", reason="asked for")
-    if model.attention == "cudnn":
-        if obstacles:
+    if wanted != "auto":
+        if obstacles := KERNELS[wanted].obstacles(request):
             raise ConfigError(
-                f"model.attention=cudnn cannot run: {'; '.join(obstacles)}; set model.attention=xla"
+                f"model.attention={wanted} cannot run: {'; '.join(obstacles)}; set model.attention=xla"
             )
-        return Choice(kernel="cudnn", reason="asked for")
-    if obstacles:
-        return Choice(kernel="xla", reason="cudnn cannot: " + "; ".join(obstacles))
-    return Choice(kernel="cudnn", reason="honours the whole config")
+        return Choice(kernel=wanted, reason="asked for")
+    reasons = []
+    for name, kernel in KERNELS.items():
+        obstacles = kernel.obstacles(request)
+        if not obstacles:
+            return Choice(kernel=name, reason="; ".join(reasons) or "honours the whole config")
+        reasons.append(f"{name} cannot: " + "; ".join(obstacles))
+    raise AssertionError("xla can do everything")
 
 
-def cudnn_obstacles(
-    model: ModelConfig, platform: str, compute_capability: float | None, packed_length: int | None
-) -> list[str]:
-    """Everything that keeps cuDNN from computing this model's attention."""
-    largest = 256 if compute_capability is None or compute_capability >= 9.0 else 128
-    checks = (
-        (platform != "gpu", f"the platform is {platform}, not an NVIDIA GPU"),
-        (
-            compute_capability is not None and compute_capability < 8.0,
-            f"compute capability {compute_capability} < 8.0",
-        ),
-        (model.dtype != "bfloat16", f"dtype is {model.dtype}, not bfloat16"),
-        (model.head_width % 8 != 0, f"head width {model.head_width} is not a multiple of 8"),
-        (model.head_width > largest, f"head width {model.head_width} is over {largest}"),
-        (model.attention_dropout > 0, "it has no attention dropout"),
-        (model.attention_softcap is not None, "it has no soft cap"),
-        (
-            packed_length is not None and packed_length % 2 == 1,
-            f"packed rows of {packed_length} tokens, an odd number",
-        ),
-    )
-    return [text for failed, text in checks if failed]
+__all__ = ["KERNELS", "Choice", "Kernel", "Kind", "Request", "choose"]

@@ -1,16 +1,25 @@
 """cuDNN's fused attention, on NVIDIA GPUs from compute capability 8.0."""
 
-from functools import partial
+from collections.abc import Callable
 
 import jax
 from jax.sharding import PartitionSpec as P
 
 from stack.kernels.attention.mask import Mask
+from stack.kernels.attention.request import Request
 from stack.parallel.rules import Layout
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, layout: Layout, *, window: int | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: Mask,
+    layout: Layout,
+    *,
+    bias: jax.Array | None,
+    softcap: float | None,
+    drop: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
     """See `stack.kernels.attention.attend`; whole rows only, as many queries as keys.
 
@@ -22,27 +31,53 @@ def attend(
         raise ValueError(
             f"cudnn attends whole rows, not {query.shape[1]} queries to {key.shape[1]} keys; use xla"
         )
+    if bias is not None or softcap is not None or drop is not None:
+        raise ValueError("cudnn has no bias, soft cap or dropout of attention; use xla")
+    if layout.trivial:
+        return _attend_local(query, key, value, mask)
     heads = layout.spec("batch", None, "heads") or P()
     kv_heads = layout.spec("batch", None, "kv_heads") or P()
     rows = layout.spec("batch") or P()
-    call = partial(_attend_local, window=window)
-    if layout.trivial:
-        return call(query, key, value, mask)
     specs = (heads, kv_heads, kv_heads, jax.tree.map(lambda _: rows, mask))
-    return jax.shard_map(call, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, mask)
+    call = jax.shard_map(_attend_local, in_specs=specs, out_specs=heads, check_vma=False)
+    return call(query, key, value, mask)
 
 
-def _attend_local(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, *, window: int | None
-) -> jax.Array:
+def obstacles(request: Request) -> list[str]:
+    """Everything that keeps cuDNN from computing what is asked; empty: it can."""
+    capability = request.compute_capability
+    largest = 256 if capability is None or capability >= 9.0 else 128
+    length = request.packed_length
+    checks = (
+        (request.platform != "gpu", f"the platform is {request.platform}, not an NVIDIA GPU"),
+        (capability is not None and capability < 8.0, f"compute capability {capability} < 8.0"),
+        (request.dtype != "bfloat16", f"dtype is {request.dtype}, not bfloat16"),
+        (request.head_dim % 8 != 0, f"head width {request.head_dim} is not a multiple of 8"),
+        (request.head_dim > largest, f"head width {request.head_dim} is over {largest}"),
+        (request.dropout > 0, "it has no attention dropout"),
+        (request.softcap is not None, "it has no soft cap"),
+        (request.bias, "it takes no bias here"),
+        (length is not None and length % 2 == 1, f"packed rows of {length} tokens, an odd number"),
+    )
+    return [text for failed, text in checks if failed]
+
+
+def _attend_local(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
     packed = mask.query_segments is not None
+    explicit = packed or mask.kind == "prefix"
+    causal = mask.kind == "causal"
+    window = None if explicit or mask.window is None else mask.window - 1
+    # A causal row's padding comes last, where no token looks.
+    lengths = None if explicit or causal else mask.lengths
     return jax.nn.dot_product_attention(
         query,
         key,
         value,
-        mask=mask.allowed(window)[:, None] if packed else None,
-        # The mask says so too, but told of it cuDNN leaves out the half that is masked.
-        is_causal=True,
-        local_window_size=None if packed or window is None else (window - 1, 0),
+        mask=mask.allowed()[:, None] if explicit else None,
+        # A mask says so too, but told of it cuDNN leaves out the half that is masked.
+        is_causal=causal,
+        local_window_size=None if window is None else (window, 0 if causal else window),
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
         implementation="cudnn",
     )

@@ -5,17 +5,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from stack.kernels.attention.mask import Mask
+from stack.kernels.attention.request import Request
+from stack.parallel.rules import Layout
+
 
 def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    allowed: jax.Array,
+    mask: Mask,
+    _: Layout,
     *,
+    bias: jax.Array | None,
     softcap: float | None,
-    drop: Callable[[jax.Array], jax.Array],
+    drop: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
-    """See `stack.kernels.attention.attend`; `allowed` is [batch, queries, keys]. Scores are in float32."""
+    """See `stack.kernels.attention.attend`. Scores are in float32."""
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
@@ -23,7 +29,15 @@ def attend(
     scores = scores * head_dim**-0.5
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores + jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
-    weights = drop(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
-    mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, value)
+    if bias is not None:
+        bias = jnp.broadcast_to(bias.astype(jnp.float32), (bias.shape[0], heads, queries, key.shape[1]))
+        scores = scores + bias.reshape(-1, kv_heads, heads // kv_heads, queries, key.shape[1])
+    scores = scores + jnp.where(mask.allowed(), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights if drop is None else drop(weights), value)
     return mixed.reshape(query.shape)
+
+
+def obstacles(_: Request) -> list[str]:
+    """It has none."""
+    return []

@@ -17,18 +17,14 @@ from importlib.resources import files
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as checks
 from jax.experimental import topologies
 
 from stack.config import Config, StackError
+from stack.kernels.attention.absent import traced_for
 from stack.parallel.mesh import set_compilation_cache
 from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import compiler_options, train_step
-
-OLDEST_CUDNN = 91_200
-"""cuDNN 9.12, the oldest that JAX's CUDA packages allow."""
 
 DEVICES_PER_HOST = 8
 """Of an HGX or DGX machine."""
@@ -149,7 +145,7 @@ def lower_step(program: programs.Program) -> jax.stages.Lowered:
             donate_argnums=0,
             compiler_options=compiler_options("cuda"),
         )
-        return step.lower(states.abstract(program), abstract_batch(program))
+        return step.lower(states.abstract(program), program.abstract_batch())
 
 
 def compile_lowered(
@@ -190,34 +186,6 @@ def avoid_aborts(lowered: str, jax_version: str, compute_capability: float) -> d
     return options
 
 
-def abstract_batch(program: programs.Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a training batch."""
-    rows, length = program.config.train.batch_size, program.config.data.sequence_length
-    layout = program.layout
-    whole = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=layout.sharding("batch", "length"))
-    example = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=layout.sharding("batch"))
-    return dict.fromkeys(("tokens", "labels", "segments", "positions"), whole) | {"example": example}
-
-
-@contextmanager
-def traced_for(device: jax.Device) -> Iterator[None]:
-    """What is traced within is for a GPU that is not here.
-
-    JAX checks the call against this machine's cuDNN and GPU and cannot be told of others; the
-    compiler then needs neither.
-    """
-    here = checks.check_cudnn_version, checks.check_compute_capability
-
-    def has_capability(capability: str) -> bool:
-        return _version(device.compute_capability) >= _version(capability)
-
-    checks.check_cudnn_version, checks.check_compute_capability = lambda: OLDEST_CUDNN, has_capability
-    try:
-        yield
-    finally:
-        checks.check_cudnn_version, checks.check_compute_capability = here
-
-
 @contextmanager
 def without_cache() -> Iterator[None]:
     """No persistent cache within: a hit prints none of the compiler's warnings."""
@@ -256,7 +224,3 @@ def captured() -> Iterator[list[str]]:
             lines += text.splitlines()
             if failed:
                 sys.stderr.write(text)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("."))

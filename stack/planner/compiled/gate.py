@@ -15,7 +15,6 @@ import numpy as np
 
 from stack.config import Config
 from stack.parallel import mesh as meshes
-from stack.parallel.rules import MATRICES
 from stack.planner.compiled.findings import Finding, Kind
 from stack.planner.compiled.report import Compiled
 from stack.step import program as programs
@@ -105,13 +104,14 @@ class _Parameter:
 
 def _leaves(program: Program) -> Iterator[_Parameter]:
     layout = program.layout
-    paths = jax.tree_util.tree_flatten_with_path(program.parameters)[0]
+    leaves = jax.tree.leaves(program.parameters)
     names = jax.tree.leaves(program.axes, is_leaf=lambda node: isinstance(node, tuple))
-    for (path, leaf), axes in zip(paths, names, strict=True):
+    roles = jax.tree.leaves(program.roles)
+    for leaf, axes, role in zip(leaves, names, roles, strict=True):
         ways = math.prod(layout.size(axis) for name in axes for axis in layout.mesh_axes(name))
         yield _Parameter(
             elements=leaf.size // ways,
-            matrix=path[-1].key in MATRICES,
+            matrix=role != "vector",
             stacked=axes[0] == "layers",
             split="fsdp" in leaf.sharding.spec,
             whole=ways == 1,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import cast
 
-from stack.models.decoder import Remat
+from stack.models.stack import Remat
 from stack.planner.formula.residuals import Kept, kept
 from stack.planner.formula.result import Memory
 from stack.planner.formula.shapes import Parameter, parameters

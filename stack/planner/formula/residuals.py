@@ -17,12 +17,12 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from stack.config.mesh import AXES
 from stack.config.model import ModelConfig
-from stack.kernels.attention import Mask
 from stack.layers.dropout import example_keys
-from stack.models.decoder import Decoder, Remat
+from stack.models import model_class
+from stack.models.stack import Execution, Remat
 from stack.parallel.mesh import use
-from stack.parallel.rules import MATRICES, Layout
-from stack.parallel.zero import axis_names, is_variable, parameter_name
+from stack.parallel.rules import Layout
+from stack.parallel.zero import is_variable
 from stack.planner.compiled.compile import traced_for
 
 
@@ -119,28 +119,27 @@ def _kept(
 
 def _backward(model: ModelConfig, layout: Layout, length: int, remat: Remat, kernel: str) -> Jaxpr:
     """A program whose results are what the backward pass of a model is given."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: model_class(model)(model, rngs=nnx.Rngs(0))))
 
-    def shaped(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+    def shape(variable: nnx.Variable) -> nnx.Variable:
         assert layout.mesh is not None
-        names, matrix = axis_names(variable), parameter_name(path) in MATRICES
-        spec = layout.parameter_spec(names, variable.shape, matrix=matrix)
-        dtype = model.dtype if matrix else "float32"
+        spec = layout.parameter_spec(variable.axes, variable.shape, variable.role)
+        dtype = "float32" if variable.role == "vector" else model.dtype
         return variable.replace(
             jax.ShapeDtypeStruct(variable.shape, dtype, sharding=NamedSharding(layout.mesh, spec))
         )
 
-    weights = jax.tree_util.tree_map_with_path(shaped, state, is_leaf=is_variable)
+    weights = jax.tree.map(shape, state, is_leaf=is_variable)
     ids = jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=layout.sharding("batch", "length"))
     drops = model.embedding_dropout or model.attention_dropout or model.residual_dropout
 
     def backward(weights: Any, ids: jax.Array) -> Any:
-        mask = Mask(ids, ids, ids, ids)
+        batch = {"tokens": ids, "positions": ids, "segments": ids}
         keys = example_keys(0, jnp.zeros((), jnp.int32), ids[:, 0]) if drops else None
 
         def hidden(weights: Any) -> jax.Array:
-            decoder = nnx.merge(graph, weights)
-            return decoder(ids, mask, layout=layout, kernel=kernel, keys=keys, remat=remat).hidden
+            run = Execution(layout=layout, kernels={"attention": kernel}, keys=keys, remat=remat)
+            return nnx.merge(graph, weights)(batch, run).hidden
 
         return jax.vjp(hidden, weights)[1]
 

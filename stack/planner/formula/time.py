@@ -15,6 +15,10 @@ import math
 from collections.abc import Iterable
 
 from stack.hardware.chip import Hardware, Precision
+from stack.models import model_cost
+from stack.models.cost import Axis, Layers, Product
+from stack.models.flops import keys_per_token
+from stack.parallel.rules import TABLE
 from stack.planner.formula.memory import optimizer_numbers
 from stack.planner.formula.result import Communication, Time
 from stack.planner.formula.shapes import parameters
@@ -100,27 +104,20 @@ def step_time(work: Workload, chip: Hardware) -> Time:
 
 def _layer_forward(work: Workload, chip: Hardware) -> Spent:
     """One layer, forward, one micro-batch, on one device; collectives left out."""
-    model, tokens = work.model, work.micro_tokens
-    queries = model.num_heads * model.head_width / work.tensor
-    keys = model.kv_heads * model.head_width / work.tensor
-    embed, mlp, gates = model.embed_dim, model.mlp_width / work.tensor, 2 if model.gated else 1
-    products = (
-        (queries + 2 * keys, embed),
-        (embed, queries),
-        (gates * mlp, embed),
-        (embed, mlp),
+    layers, tokens = _layers(work), work.micro_tokens
+    matmul = sum(_product(work, product, work.precision, chip) for product in layers.products)
+    # What is as wide as the residual stream every device does all of, under plain tensor parallelism.
+    elements = sum(
+        size / (work.tensor if _is_split(name) or work.sequence_parallel else 1)
+        for name, size in layers.elementwise
     )
-    matmul = sum(product_seconds(tokens, n, k, work.precision, chip) for n, k in products)
-    # Two norms and two residual sums: ten arrays read or written. Under plain tensor parallelism every
-    # device does all of it.
-    elements = 10 * embed / (work.tensor if work.sequence_parallel else 1) + (gates + 1) * mlp
-    if model.position == "rotary":
-        elements += 2 * (queries + keys)
     traffic = elements * _BYTES
     if work.precision == "float8":  # Each operand is read in 16 bits and written in 8, both ways round.
-        traffic += 4 * (embed + queries + embed + mlp)
-    scores = tokens * queries / model.head_width * _mean_keys(work)
-    attention = 4 * scores * model.head_width / (_peak(chip, "bfloat16") * chip.efficiency.attention)
+        traffic += 4 * sum(_size(work, product.inner) for product in layers.products)
+    part = layers.attention
+    keys = keys_per_token(part, work.length, "causal")
+    scores = tokens * part.heads / work.tensor * keys
+    attention = 4 * scores * part.head_dim / (_peak(chip, "bfloat16") * chip.efficiency.attention)
     if not work.fused_attention:
         attention += scores * 2 * _SCORE_BYTES / _bandwidth(chip)  # No half of the mask is left out.
     return Spent(
@@ -129,6 +126,28 @@ def _layer_forward(work: Workload, chip: Hardware) -> Spent:
         memory=tokens * traffic / _bandwidth(chip),
         launch=_KERNELS * chip.efficiency.launch_seconds,
     )
+
+
+def _layers(work: Workload) -> Layers:
+    """The model's one stack of layers."""
+    (layers,) = model_cost(work.model).stacks
+    return layers
+
+
+def _is_split(name: str) -> bool:
+    return "tensor" in TABLE[name]
+
+
+def _size(work: Workload, axis: Axis) -> float:
+    """Of an axis on one device."""
+    name, size = axis
+    return size / (work.tensor if _is_split(name) else 1)
+
+
+def _product(work: Workload, product: Product, precision: Precision, chip: Hardware) -> float:
+    """Seconds of one product of a micro-batch on one device."""
+    inner, columns = _size(work, product.inner), _size(work, product.columns)
+    return product_seconds(work.micro_tokens, columns, inner, precision, chip)
 
 
 def product_seconds(rows: float, columns: float, inner: float, precision: Precision, chip: Hardware) -> float:
@@ -163,11 +182,6 @@ def ring_seconds(size: float, members: int, stride: int, chip: Hardware) -> floa
     return seconds / chip.efficiency.link + latency
 
 
-def _mean_keys(work: Workload) -> float:
-    window = min(work.model.sliding_window or work.length, work.length)
-    return window - window**2 / (2 * work.length)
-
-
 def _peak(chip: Hardware, precision: Precision) -> float:
     if precision in chip.peak_flops:
         return chip.peak_flops[precision]
@@ -180,20 +194,15 @@ def _bandwidth(chip: Hardware) -> float:
 
 def _recomputed(work: Workload, forward: Spent) -> Spent:
     """What the backward pass computes again of a layer."""
-    model = work.model
     if work.remat == "none":
         return Spent()
     if work.remat == "full":
         return forward
     if work.remat == "selective":
         return Spent(attention=forward.attention, launch=forward.launch / _KERNELS)
-    saved = 1.0  # dots
-    if work.remat == "save_qkv_proj":
-        heads = model.num_heads + 2 * model.kv_heads
-        mlp = (3 if model.gated else 2) * model.mlp_width
-        saved = (
-            heads * model.head_width / (heads * model.head_width + model.num_heads * model.head_width + mlp)
-        )
+    products = _layers(work).products
+    saved = sum(product.size for product in products if work.remat == "dots" or product.name == "qkv_proj")
+    saved /= sum(product.size for product in products)
     return dataclasses.replace(forward, matmul=forward.matmul * (1 - saved))
 
 
@@ -205,11 +214,12 @@ def _backward(work: Workload, forward: Spent) -> Spent:
 
 def _head(work: Workload, chip: Hardware) -> Spent:
     """Logits, loss and their gradients of one micro-batch; never in float8."""
-    rows, tokens = work.model.padded_vocab_size / work.tensor, work.micro_tokens
     precision = "bfloat16" if work.precision == "float8" else work.precision
+    head = model_cost(work.model).head
+    scores = work.micro_tokens * sum(_size(work, product.columns) for product in head)
     return Spent(
-        matmul=3 * product_seconds(tokens, rows, work.model.embed_dim, precision, chip),
-        memory=tokens * rows * _LOGIT_BYTES / _bandwidth(chip),
+        matmul=3 * sum(_product(work, product, precision, chip) for product in head),
+        memory=scores * _LOGIT_BYTES / _bandwidth(chip),
     )
 
 

@@ -6,7 +6,8 @@ from typing import Literal
 
 from stack.config import Config, ConfigError, ModelConfig
 from stack.hardware.chip import Hardware, Precision
-from stack.kernels.attention.choice import choose
+from stack.layers.attention import choose_attention
+from stack.objectives.cross_entropy import chunk_columns, chunk_tokens
 from stack.parallel.mesh import check_divides, resolve
 
 Remat = Literal["none", "full", "dots", "save_qkv_proj", "selective"]
@@ -123,18 +124,25 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
     sizes = resolve(config.mesh, num_devices)
     check_divides(config, sizes)
     capability = 9.0 if chip is None else chip.compute_capability
-    attention = choose(
+    attention = choose_attention(
         model,
         platform="cpu" if capability is None else "gpu",
         compute_capability=capability,
         packed_length=data.sequence_length if data.packed else None,
     )
-    replicas = sizes["data"] * sizes["fsdp"]
+    micro_batch = train.batch_size // (sizes["data"] * sizes["fsdp"] * train.accumulation)
+    tokens = chunk_tokens(
+        config.objective.logits_bytes,
+        embed_dim=model.embed_dim,
+        vocab_size=model.padded_vocab_size,
+        tensor=sizes["tensor"],
+    )
+    columns = chunk_columns(tokens, micro_batch, data.sequence_length)
     return Workload(
         model=model,
         length=data.sequence_length,
         batch=train.batch_size,
-        micro_batch=train.batch_size // (replicas * train.accumulation),
+        micro_batch=micro_batch,
         data=sizes["data"],
         fsdp=sizes["fsdp"],
         stage=sizes["stage"],
@@ -146,7 +154,7 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         remat=train.remat,
         precision=_precision(model.dtype, chip),
         fused_attention=attention.kernel == "cudnn",
-        loss_chunk=train.loss_chunk,
+        loss_chunk=columns * micro_batch,
         optimizer=config.optimizer.kind,
         offload_optimizer=train.offload_optimizer,
         offload_activations=train.offload_activations,

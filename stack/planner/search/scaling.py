@@ -11,7 +11,7 @@ from typing import Any
 
 from stack.config import Config, ConfigError, StackError
 from stack.hardware.chip import Hardware
-from stack.planner.formula.flops import train_flops_per_token
+from stack.models.flops import train_flops_per_token
 from stack.planner.search.layouts import describe
 from stack.planner.search.search import RUNNABLE, Candidate, freed, ranked
 

@@ -8,37 +8,27 @@ from rich.text import Text
 
 
 def introduction(info: Mapping[str, Any]) -> Text:
-    """What runs, on what and where, from what the trainer tells at the start."""
+    """What runs, on what and where, from what the trainer and its listeners tell at the start."""
     taken = f" ({info['step']:,} taken)" if info["step"] else ""
-    return _lines(
-        ("run", f"{info['name']}, {info['steps']:,} steps{taken} of {info['batch_tokens']:,} tokens"),
-        ("model", f"{info['parameters']:,} parameters; {info['attention']}"),
-        ("data", f"{info['train_tokens']:,} tokens, {info['heldout_tokens']:,} held out"),
-        ("devices", f"{info['devices']}; mesh {info['mesh']}; zero {info['zero']}"),
-        *([("planned", info["planned"])] if info.get("planned") else []),
-        ("MFU peak", info["peak"].replace("no peak", "none")),
-        ("folder", info["folder"]),
-    )
+    rows = {
+        "run": f"{info['name']}, {info['steps']:,} steps{taken} of {info['batch_tokens']:,} tokens",
+        "model": f"{info['parameters']:,} parameters; {info['attention']}",
+        "data": f"{info['train_tokens']:,} tokens, {info['heldout_tokens']:,} held out",
+        "devices": f"{info['devices']}; mesh {info['mesh']}; zero {info['zero']}",
+        "planned": info.get("planned"),
+        "MFU peak": info.get("peak", "").replace("no peak", "none"),
+        "folder": info["folder"],
+    }
+    return _lines(*((label, text) for label, text in rows.items() if text))
 
 
 def conclusion(summary: Mapping[str, Any], *, steps: int) -> Text:
-    """How well the run did, a sample, where it lies and how to go on."""
-    lines = []
-    if "nats_per_byte" in summary:
-        lines.append(("held-out", f"{summary['nats_per_byte']:.4f} nats per byte"))
-    if "trigram_nats_per_byte" in summary:
-        lines.append(("trigram", f"{summary['trigram_nats_per_byte']:.4f} nats per byte, to compare"))
-    prompt, folder = summary["prompt"], shlex.quote(summary["folder"])
-    sample = Text(_printable(prompt), "bold").append(_printable(summary["sample"]), "not bold")
-    return _lines(
-        *lines,
-        ("sample", sample),
-        ("folder", summary["folder"]),
-        (
-            "go on",
-            f"stack sample {folder} {shlex.quote(prompt)}\nstack train {folder} train.steps={2 * steps}",
-        ),
-    )
+    """What the objective shows, where the run lies and how to go on."""
+    folder = shlex.quote(summary["folder"])
+    going_on = [f"stack train {folder} train.steps={2 * steps}"]
+    if "prompt" in summary:
+        going_on.insert(0, f"stack sample {folder} {shlex.quote(summary['prompt'])}")
+    return _lines(*summary["rows"], ("folder", summary["folder"]), ("go on", "\n".join(going_on)))
 
 
 def _lines(*rows: tuple[str, str | Text]) -> Text:
@@ -48,10 +38,3 @@ def _lines(*rows: tuple[str, str | Text]) -> Text:
         for number, line in enumerate(Text(value).split() if isinstance(value, str) else value.split()):
             text.append(f"{'' if number else label:<10}", "dim").append(line).append("\n")
     return text
-
-
-def _printable(text: str) -> str:
-    """Text that cannot move the cursor: a model of bytes may write escape sequences."""
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )

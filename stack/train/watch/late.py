@@ -13,7 +13,7 @@ class LateReader:
     on, so the host's wait costs nothing.
     """
 
-    def __init__(self, tell: Callable[[int, dict[str, float]], None]) -> None:
+    def __init__(self, tell: Callable[[int, dict[str, float]], object]) -> None:
         """`tell` gets the number of steps taken and their metrics as Python floats."""
         self._tell = tell
         self._pending: tuple[int, dict[str, jax.Array]] | None = None

@@ -1,72 +1,19 @@
 """What a run was planned to take beside what it takes, and the likeliest reason where they differ."""
 
-import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 
 from stack.config import Config
-from stack.hardware.chip import Hardware
 from stack.kernels.attention import Choice
-from stack.planner.formula.memory import memory
-from stack.planner.formula.result import Memory, Time
-from stack.planner.formula.time import step_time
-from stack.planner.formula.workload import Workload, from_config
-from stack.planner.search import auto
-from stack.planner.search.layouts import describe
+from stack.planner.predict import Planned
 
 TOLERANCE = 0.15
 """A larger part of the plan than this is worth a warning."""
 
 FIRST_STEPS, STEPS = 5, 20
 """Steps read before the machine runs evenly, and those whose median is compared."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Planned:
-    """The plan of a run on the chip it runs on."""
-
-    work: Workload
-    chip: Hardware
-    time: Time
-    memory: Memory
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """Seconds of a step, and bytes its program holds on each device."""
-        return {"planned_step_seconds": self.time.total, "planned_memory_bytes": self.memory.program}
-
-
-def predict(config: Config, devices: Sequence[jax.Device]) -> Planned | None:
-    """The plan of a run; None where the chip is not known, or known only by a stand-in.
-
-    Args:
-      config: with its layout resolved.
-      devices: those it runs on.
-    """
-    chip = auto.chip_of(config, devices[0])
-    if chip is None or chip.name == "cpu":  # No two CPUs are alike: its figures only rank layouts.
-        return None
-    work = from_config(config, len(devices), chip)
-    return Planned(work=work, chip=chip, time=step_time(work, chip), memory=memory(work))
-
-
-def line(config: Config, num_devices: int, planned: Planned | None, *, chosen: bool) -> str | None:
-    """The plan in one line; None where there is neither a plan nor a choice to tell.
-
-    Args:
-      config: with its layout resolved.
-      num_devices: it runs on.
-      planned: of `predict`.
-      chosen: whether the planner chose the layout.
-    """
-    parts = [f"{describe(from_config(config, num_devices))}, chosen by the planner"] if chosen else []
-    if planned:
-        need, chip = planned.memory.program / 1e9, planned.chip
-        memory_text = f"{need:.1f} GB of {chip.memory_bytes / 1e9:.0f} on each {chip.title}"
-        parts.append(f"{planned.time.total:.4g} s a step, {memory_text}")
-    return "; ".join(parts) or None
 
 
 class Comparison:

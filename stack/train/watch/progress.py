@@ -77,7 +77,7 @@ class Progress(Listener):
             with contextlib.suppress(OSError, ValueError):  # Gives standard output back, come what may.
                 self._live.stop()
         self._live = self._notebook = None
-        if "sample" in summary:
+        if "rows" in summary:
             self._safely(lambda: self._console.print(conclusion(summary, steps=self._steps), soft_wrap=True))
 
     def line(self) -> str:

@@ -1,64 +1,54 @@
 """How fast a run is, from the times its metrics arrive."""
 
 import time
-from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from stack.config import Config
-from stack.hardware.chip import mfu
+from stack.models.flops import mfu
+from stack.train.watch.listeners import Listener
 
 
-class Speedometer:
-    """Step time, tokens, model FLOP/s and their share of the peak."""
+class Speedometer(Listener):
+    """Adds step time, tokens, model FLOP/s and their share of the peak to the metrics."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        """Stands still until the first step is read, as that one holds the compilation."""
+        """Stands still until the first step is heard of, as that one holds the compilation."""
         self._config = config
         self._devices = mesh.devices.size
         self._device: jax.Device = mesh.local_devices[0]
         self._last: float | None = None
-        self._waited = 0.0
 
-    def waiting[T](self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; notes how long each is waited for."""
-        began = time.perf_counter()
-        for batch in batches:
-            self._waited += time.perf_counter() - began
-            yield batch
-            began = time.perf_counter()
+    def on_start(self, info: dict[str, Any]) -> dict[str, Any]:
+        """`peak`: what utilisation is measured against, in words."""
+        self._last = None
+        return {"peak": self._mfu(0.0).peak}
 
-    def read(self, metrics: dict[str, float]) -> dict[str, float]:
-        """What is known on the arrival of one step's metrics; nothing about the first.
+    def on_metrics(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """What is known on the arrival of one step's metrics; no speed of the first.
 
         Args:
+          step: taken.
           metrics: of the step; `tokens` is the number of its labels.
 
         Returns:
-          step_seconds; data_wait_seconds, how long the next batch was waited for meanwhile;
-          tokens_per_second, padding not counted; model_flops_per_second of each device, causal; mfu_full
-          and mfu_causal, fractions, where the device's peak is known; memory_bytes, the most this device
-          held, where it tells.
+          step_seconds; tokens_per_second, padding not counted; model_flops_per_second of each device,
+          causal; mfu_full and mfu_causal, fractions, where the device's peak is known; memory_bytes, the
+          most this device held, where it tells.
         """
         now, last = time.perf_counter(), self._last
-        waited, self._waited = self._waited, 0.0
         self._last = now
         memory = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
         values: dict[str, float] = {} if memory is None else {"memory_bytes": float(memory)}
         if last is None:
             return values
-        data, seconds = self._config.data, now - last
-        places = self._config.train.batch_size * data.sequence_length
-        used = mfu(
-            self._config.model,
-            length=data.sequence_length,
-            tokens_per_second_per_device=places / seconds / self._devices,
-            device_kind=self._device.device_kind,
-        )
+        seconds = now - last
+        places = self._config.train.batch_size * self._config.data.sequence_length
+        used = self._mfu(places / seconds / self._devices)
         values |= {
             "step_seconds": seconds,
-            "data_wait_seconds": waited,
             "tokens_per_second": metrics["tokens"] / seconds,
             "model_flops_per_second": used.causal_flops_per_second,
         }
@@ -66,6 +56,18 @@ class Speedometer:
             values |= {"mfu_full": used.full, "mfu_causal": used.causal}
         return values
 
-    def restart(self) -> None:
+    def on_eval(self, step: int, metrics: dict[str, float]) -> None:
         """Forgets the last arrival: what came between was no step."""
         self._last = None
+
+    def on_checkpoint(self, step: int) -> None:
+        """Forgets the last arrival: what came between was more than a step."""
+        self._last = None
+
+    def _mfu(self, tokens_per_second_per_device: float) -> Any:
+        return mfu(
+            self._config.model,
+            length=self._config.data.sequence_length,
+            tokens_per_second_per_device=tokens_per_second_per_device,
+            device_kind=self._device.device_kind,
+        )

@@ -4,14 +4,15 @@ from functools import partial
 
 import pytest
 
-from stack.config import ConfigError, ModelConfig
-from stack.kernels.attention import choose
+from stack.config import ConfigError, DecoderConfig
+from stack.kernels.attention import KERNELS, Request, choose
+from stack.layers.attention import choose_attention
 
 PLAIN = {"dtype": "bfloat16"}
 
 
 def chosen(platform, capability=None, **model):
-    return choose(ModelConfig(**PLAIN | model), platform=platform, compute_capability=capability)
+    return choose_attention(DecoderConfig(**PLAIN | model), platform=platform, compute_capability=capability)
 
 
 @pytest.mark.parametrize("capability", [8.0, 9.0, 10.0, None])
@@ -42,7 +43,7 @@ def test_auto_says_why_it_takes_xla(platform, capability, model, reason):
 
 
 def test_packed_rows_of_an_odd_length_are_left_to_xla():
-    packed = partial(choose, ModelConfig(**PLAIN), platform="gpu", compute_capability=9.0)
+    packed = partial(choose_attention, DecoderConfig(**PLAIN), platform="gpu", compute_capability=9.0)
     assert packed(packed_length=1023).reason == "cudnn cannot: packed rows of 1023 tokens, an odd number"
     assert packed(packed_length=1024).kernel == packed(packed_length=None).kernel == "cudnn"
 
@@ -71,3 +72,23 @@ def test_cudnn_is_taken_when_asked_for():
 def test_cudnn_that_cannot_be_honoured_is_refused_with_the_remedy(platform, capability, model, reason):
     with pytest.raises(ConfigError, match=rf"model\.attention=cudnn cannot run: .*{reason}.*attention=xla"):
         chosen(platform, capability, attention="cudnn", **model)
+
+
+def test_a_bias_is_left_to_xla():
+    request = Request(platform="gpu", compute_capability=9.0, dtype="bfloat16", head_dim=64, bias=True)
+    assert choose(request).reason == "cudnn cannot: it takes no bias here"
+
+
+def test_the_last_kernel_can_do_everything():
+    worst = Request(
+        platform="cpu",
+        dtype="float32",
+        head_dim=7,
+        kind="prefix",
+        packed_length=3,
+        dropout=0.5,
+        softcap=1.0,
+        bias=True,
+    )
+    *_, last = KERNELS.values()
+    assert last.obstacles(worst) == []

@@ -12,15 +12,15 @@ from jax.sharding import PartitionSpec as P
 from stack.config import (
     Config,
     DataConfig,
+    DecoderConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
     load,
 )
 from stack.hardware import chip as chips
-from stack.kernels.attention import cudnn
+from stack.kernels.attention import KERNELS, cudnn
 from stack.layers.mlp import Mlp
 from stack.parallel import mesh as meshes
 from stack.parallel import zero
@@ -31,7 +31,7 @@ from stack.step import program as programs
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 BATCH, LENGTH = 48, 160  # Numbers no other dimension has.
-MODEL = ModelConfig(
+MODEL = DecoderConfig(
     vocab_size=1000, num_layers=4, embed_dim=256, num_heads=8, max_length=LENGTH, attention="xla"
 )
 FSDP = MeshConfig(data=2, fsdp=4, zero=2)
@@ -114,12 +114,12 @@ def test_a_weight_gathered_by_a_plain_reshard_is_caught(monkeypatch):
 def test_a_custom_call_outside_shard_map_is_caught(monkeypatch):
     """cuDNN's outputs are typed whole, so every device gathers and computes the batch of all."""
 
-    def attend(query, key, value, mask, layout, *, window):
+    def attend(query, key, value, mask, layout, **_):
         query, key, value, mask = jax.tree.map(lambda x: jax.reshard(x, P()), (query, key, value, mask))
-        y = cudnn._attend_local(query, key, value, mask, window=window)
+        y = cudnn._attend_local(query, key, value, mask)
         return jax.reshard(y, layout.spec("batch", None, "heads"))
 
-    monkeypatch.setattr(cudnn, "attend", attend)
+    monkeypatch.setitem(KERNELS, "cudnn", dataclasses.replace(KERNELS["cudnn"], attend=attend))
     found = caught(config(SEQUENCE, attention="cudnn"))
     assert {"traffic", "global batch"} <= kinds(found)
 

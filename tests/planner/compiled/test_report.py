@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from stack.config import (
     Config,
     DataConfig,
+    DecoderConfig,
     MeshConfig,
-    ModelConfig,
     StackError,
     TargetConfig,
     TrainConfig,
@@ -39,7 +39,7 @@ from stack.step import program as programs
 
 BATCH, LENGTH = 48, 160
 CONFIG = Config(
-    model=ModelConfig(vocab_size=1000, num_layers=2, embed_dim=256, num_heads=8, max_length=LENGTH),
+    model=DecoderConfig(vocab_size=1000, num_layers=2, embed_dim=256, num_heads=8, max_length=LENGTH),
     data=DataConfig(sequence_length=LENGTH),
     mesh=MeshConfig(fsdp=4, zero=3),
     train=TrainConfig(batch_size=BATCH, remat="full"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stack import load
-from stack.config import Config, ModelConfig
+from stack.config import Config, DecoderConfig
 from stack.parallel import mesh as meshes
 from stack.planner.compiled.compile import compile_step, devices, without_cache
 from stack.planner.formula.memory import layers_in_flight, memory, published_memory
@@ -26,7 +26,7 @@ from stack.step import state as states
 CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 LLAMA = load(CONFIGS / "llama3_8b.yaml").model
-GPT = ModelConfig(vocab_size=50304, num_layers=24, embed_dim=1024, num_heads=16)
+GPT = DecoderConfig(vocab_size=50304, num_layers=24, embed_dim=1024, num_heads=16)
 
 
 def recipe(name: str, *changes: str) -> Config:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stack.config import ModelConfig
+from stack.config import DecoderConfig
 from stack.hardware.chip import load
 from stack.planner.formula.memory import memory, published_memory
 from stack.planner.formula.published import zero_elements_sent
@@ -16,7 +16,7 @@ from stack.planner.formula.time import product_seconds, ring_seconds, step_time
 from stack.planner.formula.workload import Workload
 
 H100 = load("h100")
-MODEL = ModelConfig(
+MODEL = DecoderConfig(
     vocab_size=50304, max_length=2048, num_layers=24, embed_dim=2048, num_heads=16, position="rotary"
 )
 

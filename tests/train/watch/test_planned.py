@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,20 +12,19 @@ import jax
 import pytest
 from rich.console import Console
 
-from stack.config import Config, MeshConfig
+from stack.config import Config
 from stack.hardware import chip as chips
 from stack.kernels.attention import Choice
-from stack.parallel import mesh as meshes
 from stack.planner.formula.memory import memory
 from stack.planner.formula.time import step_time
 from stack.planner.formula.workload import from_config
+from stack.planner.predict import NoPlan, Planned, line, predict
 from stack.planner.search import auto
-from stack.train.trainer import Trainer
+from stack.train.trainer import Trainer, _timed
 from stack.train.watch.announce import introduction
 from stack.train.watch.listeners import Listener
-from stack.train.watch.planned import FIRST_STEPS, STEPS, Comparison, Planned, line, predict
+from stack.train.watch.planned import FIRST_STEPS, STEPS, Comparison
 from stack.train.watch.progress import Progress
-from stack.train.watch.speed import Speedometer
 
 FIELDS: dict[str, Any] = {
     "model": {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "max_length": 32, "dtype": "float32"},
@@ -190,41 +190,64 @@ def run(tmp_path: Path, **fields: Any) -> tuple[Trainer, Notes, str]:
 def test_a_run_tells_and_logs_its_plan_and_warns_where_it_was_wrong(tmp_path):
     # A chip a million times faster than any CPU.
     trainer, notes, screen = run(tmp_path, peak_flops="{float32: 1e18}", memory_bandwidth="1e16")
-    assert trainer.planned is not None
-    seconds = trainer.planned.time.total
+    plan = predict(trainer.config, jax.devices()[:1])
+    assert isinstance(plan, Planned)
+    seconds = plan.time.total
     assert notes.info["planned_step_seconds"] == seconds
-    assert notes.info["planned"] == line(trainer.config, 1, trainer.planned, chosen=False)
+    assert notes.info["planned"] == line(trainer.config, 1, plan, chosen=False)
     assert f"{seconds:.4g} s a step" in str(introduction(notes.info))
     assert all(metrics["planned_step_seconds"] == seconds for metrics in notes.metrics)
     assert trainer.history.curve("planned_step_seconds")[1] == [seconds] * trainer.config.train.steps
-    assert trainer.history.curve("planned_memory_bytes")[1][0] == trainer.planned.memory.program
+    assert trainer.history.curve("planned_memory_bytes")[1][0] == plan.memory.program
     assert len(notes.warnings) == 1
     assert notes.warnings[0].startswith("a step takes ")
     assert screen.count("warning: a step takes ") == 1
 
 
 def test_waiting_for_data_is_measured():
-    speed = Speedometer(Config(), meshes.build(MeshConfig(), jax.devices()[:1]))
-
     def batches() -> Iterator[int]:
         for number in range(3):
             time.sleep(0.01)
             yield number
 
-    seen, waits = [], []
-    for batch in speed.waiting(batches()):
-        seen.append(batch)
-        waits.append(speed.read({"tokens": 1.0}).get("data_wait_seconds"))
-    assert seen == [0, 1, 2]
-    assert waits[0] is None
-    assert all(wait is not None and wait >= 0.01 for wait in waits[1:])
+    timed = list(_timed(batches()))
+    assert [batch for batch, _ in timed] == [0, 1, 2]
+    assert all(waited >= 0.01 for _, waited in timed)
 
 
 def test_a_choice_of_the_planner_is_announced(tmp_path):
     config = Config.model_validate(FIELDS).replace("mesh=auto", f"output_dir={tmp_path}")
     chosen = auto.resolve(config, jax.devices())
-    text = line(chosen, 8, None, chosen=True)
-    assert text is not None
-    assert text.endswith("chosen by the planner")
+    nothing = NoPlan(reason="why not")
+    text = line(chosen, 8, nothing, chosen=True)
+    assert text.endswith("chosen by the planner; no plan: why not")
     assert f"zero {chosen.mesh.zero}" in text
-    assert line(chosen, 8, None, chosen=False) is None
+    assert line(chosen, 8, nothing, chosen=False) == "no plan: why not"
+
+
+@pytest.mark.parametrize(
+    ("chip", "reason"),
+    [
+        ("base: cpu", "no two CPUs are alike"),
+        ("bas: cpu", "ConfigError: .*bas is not a field"),
+        ("base: cpu\npeak_flops: {}", "ConfigError: .*peak_flops is empty"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_and_trains(tmp_path, chip, reason):
+    file = tmp_path / "cpu.yaml"
+    file.write_text(chip)
+    config = Config.model_validate(FIELDS).replace(f"target={{hardware: {file}}}")
+    plan = predict(config, jax.devices()[:1])
+    assert isinstance(plan, NoPlan)
+    assert re.match(reason, plan.reason), plan.reason
+
+
+def test_a_fault_of_the_planner_keeps_nothing_from_training(monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr("stack.planner.predict.step_time", fail)
+    chip = chips.load("h100")
+    monkeypatch.setattr(auto, "chip_of", lambda *_: chip)
+    plan = predict(SMALL, jax.devices())
+    assert plan == NoPlan(reason="ZeroDivisionError: float division by zero")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stack.config import MeshConfig
-from stack.objectives.causal import Head, cross_entropy
+from stack.objectives.cross_entropy import Head, chunk_columns, chunk_tokens, cross_entropy
 from stack.parallel import mesh as meshes
 from stack.parallel.rules import Layout
 from stack.parallel.zero import gather_weight
@@ -48,14 +48,14 @@ def close(actual, expected):
 
 def loss_and_gradients(head, hidden, table, labels):
     def loss(hidden, table):
-        sums = cross_entropy(hidden, table, labels, head)
+        sums = cross_entropy(hidden, table, labels, jnp.float32(1), head)
         return sums.loss, sums
 
     (_, sums), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
     return sums, gradients
 
 
-@pytest.mark.parametrize("chunk", [1, 9, 16, 1024])
+@pytest.mark.parametrize("chunk", [1, 9, 16, 20, 28, 1024])
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"z_loss": 0.01}, {"softcap": 3.0, "z_loss": 0.1}])
 def test_loss_and_gradients_are_those_of_the_formula(options, chunk):
     head = Head(WORDS, chunk=chunk, **options)
@@ -63,7 +63,9 @@ def test_loss_and_gradients_are_those_of_the_formula(options, chunk):
     expected_sums, expected_gradients = reference(**options)
     for actual, expected in zip((*sums, *gradients), (*expected_sums, *expected_gradients), strict=True):
         close(actual, expected)
-    without = cross_entropy(jnp.asarray(HIDDEN), jnp.asarray(TABLE), jnp.asarray(LABELS), head)
+    without = cross_entropy(
+        jnp.asarray(HIDDEN), jnp.asarray(TABLE), jnp.asarray(LABELS), jnp.float32(1), head
+    )
     for actual, expected in zip(without, sums, strict=True):
         close(actual, expected)
 
@@ -85,11 +87,64 @@ def test_large_scores_do_not_overflow():
     assert all(np.isfinite(array).all() for array in (*sums, *gradients))
 
 
-def test_the_gradient_scales_with_what_the_loss_is_divided_by():
-    def mean(hidden):
-        return cross_entropy(hidden, jnp.asarray(TABLE), jnp.asarray(LABELS), Head(WORDS)).loss / 7.0
+@pytest.mark.parametrize(("scale", "after"), [(1 / 7, 1.0), (1.0, 1 / 7), (2.0, 1 / 14)])
+def test_loss_and_gradients_scale(scale, after):
+    def mean(hidden, table):
+        labels = jnp.asarray(LABELS)
+        return cross_entropy(hidden, table, labels, jnp.float32(scale), Head(WORDS)).loss * after
 
-    close(jax.grad(mean)(jnp.asarray(HIDDEN)), reference()[1][0] / 7.0)
+    value, gradients = jax.value_and_grad(mean, argnums=(0, 1))(jnp.asarray(HIDDEN), jnp.asarray(TABLE))
+    (loss, *_), expected = reference()
+    close(value, loss / 7)
+    for actual, gradient in zip(gradients, expected, strict=True):
+        close(actual, gradient / 7)
+
+
+@pytest.mark.parametrize("tokens", [1021, 1013, 4000])
+def test_the_scale_is_not_rounded_to_bfloat16(tokens):
+    """bfloat16(1 / 1021) is 0.25% off, and all gradients with it were."""
+
+    def gradients(hidden, table, scale):
+        def loss(hidden, table):
+            return cross_entropy(hidden, table, jnp.asarray(LABELS), scale, Head(WORDS)).loss
+
+        return jax.grad(loss, argnums=(0, 1))(hidden, table)
+
+    hidden, table = jnp.asarray(HIDDEN, jnp.bfloat16), jnp.asarray(TABLE, jnp.bfloat16)
+    # Halving is exact in bfloat16, so all that is left is the rounding of single elements.
+    whole = gradients(hidden, table, jnp.float32(2.0 ** -int(np.log2(tokens))))
+    ratio = 2.0 ** int(np.log2(tokens)) / tokens
+    for one, other in zip(gradients(hidden, table, jnp.float32(1 / tokens)), whole, strict=True):
+        scaled, exact = (np.asarray(array, np.float64) for array in (one, other))
+        assert (scaled * exact).sum() / (exact * exact).sum() == pytest.approx(ratio, rel=3e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 1021, 1024, 8191])
+@pytest.mark.parametrize(("tokens", "rows"), [(1024, 8), (4096, 1), (3, 8), (10**9, 4)])
+def test_chunks_are_free_of_the_length(tokens, rows, length):
+    columns = chunk_columns(tokens, rows, length)
+    chunks = -(-length // columns)
+    assert columns * rows <= max(tokens, rows)
+    assert chunks == -(-length // max(1, tokens // rows)), "as few as can be"
+    assert chunks * columns - length < chunks, "and no more padding than that"
+
+
+def test_a_chunk_weighs_as_much_as_the_gradient_of_the_table():
+    llama = {"embed_dim": 4096, "vocab_size": 128_256}
+    assert chunk_tokens(None, **llama, tensor=1) == 4096
+    assert chunk_tokens(None, **llama, tensor=8) == 4096
+    assert chunk_tokens(2**30, **llama, tensor=1) == 2**30 // (4 * 128_256)
+    assert chunk_tokens(None, embed_dim=128, vocab_size=384, tensor=1) == 64 * 2**20 // (4 * 384)
+    assert chunk_tokens(1, **llama, tensor=1) == 1
+
+
+def test_a_length_without_divisors_takes_no_chunk_of_its_own_for_a_token():
+    hidden = np.resize(HIDDEN, (BATCH, 13, WIDTH))
+    labels = np.resize(LABELS, (BATCH, 13))
+    text = jax.jit(loss_and_gradients, static_argnums=0).lower(
+        Head(WORDS, chunk=7 * BATCH), hidden, TABLE, labels
+    )
+    assert f"tensor<{BATCH}x7x{ROWS}xf32>" in text.as_text()
 
 
 def test_logits_of_one_chunk_are_all_there_is():
@@ -114,15 +169,15 @@ def test_a_mesh_changes_nothing(sizes):
 
     def run(hidden, table, labels):
         def loss(hidden, table):
-            gathered = gather_weight(table, layout, names, matrix=True)
-            sums = cross_entropy(hidden, gathered, labels, head)
+            gathered = gather_weight(table, layout, names, "table")
+            sums = cross_entropy(hidden, gathered, labels, jnp.float32(1), head)
             return sums.loss, sums
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
 
     with meshes.use(mesh):
         hidden = jax.device_put(HIDDEN, layout.sharding("batch", "length", "embed"))
-        spec = layout.parameter_spec(names, TABLE.shape, matrix=True)
+        spec = layout.parameter_spec(names, TABLE.shape, "table")
         table = jax.device_put(TABLE, jax.NamedSharding(mesh, spec))
         labels = jax.device_put(LABELS, layout.sharding("batch", "length"))
         (_, sums), gradients = jax.jit(run)(hidden, table, labels)

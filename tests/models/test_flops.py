@@ -2,8 +2,9 @@
 
 import pytest
 
-from stack.config.model import ModelConfig
-from stack.planner.formula.flops import (
+from stack.config.model import DecoderConfig
+from stack.models import model_cost
+from stack.models.flops import (
     Convention,
     forward_flops_per_token,
     keys_per_token,
@@ -12,10 +13,10 @@ from stack.planner.formula.flops import (
     train_flops_per_token,
 )
 
-TURING_NLG = ModelConfig(
+TURING_NLG = DecoderConfig(
     vocab_size=50257, max_length=1024, num_layers=78, embed_dim=4256, num_heads=28
 )  # vocabulary padded to 50,304
-LLAMA_3_8B = ModelConfig(
+LLAMA_3_8B = DecoderConfig(
     vocab_size=128256,
     num_layers=32,
     embed_dim=4096,
@@ -27,6 +28,11 @@ LLAMA_3_8B = ModelConfig(
     position="rotary",
     tied_embeddings=False,
 )
+
+
+def attention(model):
+    """Of its layers."""
+    return model_cost(model).stacks[0].attention
 
 
 def test_turing_nlg_needs_5_615e16_flops_an_iteration_and_7_464e16_with_recomputation() -> None:
@@ -44,7 +50,7 @@ def test_turing_nlg_needs_5_615e16_flops_an_iteration_and_7_464e16_with_recomput
 def test_flops_are_the_formula_of_megatron(layers: int, hidden: int, heads: int, batch: int) -> None:
     """F = 96 B s l h^2 (1 + s/6h + V/16lh), arXiv 2104.04473, equation 3; full recomputation."""
     length, vocab = 2048, 51200
-    model = ModelConfig(
+    model = DecoderConfig(
         vocab_size=vocab, max_length=length, num_layers=layers, embed_dim=hidden, num_heads=heads
     )
     published = (
@@ -68,12 +74,12 @@ def test_matmul_parameters_are_the_published_parameters_without_tables_and_vecto
     vectors = 12 * (4 * 768 + 3 * 768 + 768 + 3072 + 768) + 2 * 768
     positions = 1024 * 768
     padding = (50_304 - 50_257) * 768
-    gpt2 = ModelConfig(vocab_size=50257)
+    gpt2 = DecoderConfig(vocab_size=50257)
     assert matmul_parameters(gpt2) == 124_439_808 - vectors - positions + padding
 
 
 @pytest.mark.parametrize("model", [TURING_NLG, LLAMA_3_8B], ids=["turing_nlg", "llama3"])
-def test_training_is_6_flops_per_parameter_and_12_or_6_per_key_and_channel(model: ModelConfig) -> None:
+def test_training_is_6_flops_per_parameter_and_12_or_6_per_key_and_channel(model: DecoderConfig) -> None:
     length = 1000
     width = model.num_layers * model.num_heads * model.head_width
     dense = 6 * matmul_parameters(model)
@@ -94,12 +100,14 @@ def test_grouped_keys_save_parameters_and_no_attention() -> None:
 def test_a_window_as_long_as_the_row_is_no_window(convention: Convention) -> None:
     for window in (512, 600):
         windowed = LLAMA_3_8B.model_copy(update={"sliding_window": window})
-        assert keys_per_token(windowed, 512, convention) == keys_per_token(LLAMA_3_8B, 512, convention)
+        assert keys_per_token(attention(windowed), 512, convention) == keys_per_token(
+            attention(LLAMA_3_8B), 512, convention
+        )
 
 
 def test_a_window_counts_the_keys_in_sight() -> None:
     windowed = LLAMA_3_8B.model_copy(update={"sliding_window": 64})
-    assert keys_per_token(windowed, 4096, "full") == 64
+    assert keys_per_token(attention(windowed), 4096, "full") == 64
     counted = sum(min(position + 1, 64) for position in range(4096)) / 4096
     # Exactly half a key more, the token's own, which the convention leaves out without a window too.
-    assert keys_per_token(windowed, 4096, "causal") == pytest.approx(counted, abs=0.51)
+    assert keys_per_token(attention(windowed), 4096, "causal") == pytest.approx(counted, abs=0.51)

@@ -1,0 +1,39 @@
+"""What a batch holds, as an objective names it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from stack.parallel.rules import Layout
+
+
+class Field(NamedTuple):
+    """One array of a batch."""
+
+    name: str
+    axes: tuple[str, ...]
+    """Logical axes, `("batch",)` or `("batch", "length")`."""
+    padding: int
+    """What stands where a row is filled up, and in rows of padding."""
+    dtype: str = "int32"
+
+
+def abstract_batch(
+    fields: Sequence[Field], *, batch_size: int, length: int, layout: Layout
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch.
+
+    Args:
+      fields: of the objective.
+      batch_size: rows, over all devices.
+      length: tokens per row.
+      layout: how things lie on the mesh.
+    """
+    sizes = {"batch": batch_size, "length": length}
+    return {
+        field.name: jax.ShapeDtypeStruct(
+            tuple(sizes[axis] for axis in field.axes), field.dtype, sharding=layout.sharding(*field.axes)
+        )
+        for field in fields
+    }

@@ -1,0 +1,33 @@
+"""Tracing cuDNN's attention for a GPU that is not here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+from jax._src.cudnn import fused_attention_stablehlo as checks
+
+OLDEST_CUDNN = 91_200
+"""cuDNN 9.12, the oldest that JAX's CUDA packages allow."""
+
+
+@contextmanager
+def traced_for(device: jax.Device) -> Iterator[None]:
+    """What is traced within is for a GPU that is not here.
+
+    JAX checks the call against this machine's cuDNN and GPU and cannot be told of others; the
+    compiler then needs neither.
+    """
+    here = checks.check_cudnn_version, checks.check_compute_capability
+
+    def has_capability(capability: str) -> bool:
+        return _version(device.compute_capability) >= _version(capability)
+
+    checks.check_cudnn_version, checks.check_compute_capability = lambda: OLDEST_CUDNN, has_capability
+    try:
+        yield
+    finally:
+        checks.check_cudnn_version, checks.check_compute_capability = here
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))

@@ -1,0 +1,96 @@
+"""What a model computes, of which FLOPs and planned time are both read."""
+
+from dataclasses import dataclass
+
+from stack.config import BlockConfig, LanguageConfig
+from stack.kernels.attention import Kind
+
+Axis = tuple[str, int]
+"""A logical axis and its size; the table of axes tells whether `tensor` splits it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A matrix product of every token with a weight [inner, columns]."""
+
+    inner: Axis
+    columns: Axis
+    name: str = ""
+    """By which a remat policy saves its result; empty: none does."""
+
+    @property
+    def size(self) -> int:
+        """Multiplications per token: the parameters of the weight."""
+        return self.inner[1] * self.columns[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Scores of every token with the keys it sees, and their product with the values."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    kind: Kind = "causal"
+    window: int | None = None
+    """Tokens seen; None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """A stack of layers that cost the same."""
+
+    number: int
+    products: tuple[Product, ...]
+    """Of one layer; those that read the same input count as one."""
+    attention: Attention
+    elementwise: tuple[Axis, ...]
+    """Arrays read or written per token by norms, sums and activations, with the axis along which they are
+    split: (axis, elements)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A forward pass."""
+
+    stacks: tuple[Layers, ...]
+    head: tuple[Product, ...]
+    """Outside the layers, in the objective: the scores of words."""
+
+
+def block_cost(config: BlockConfig, *, norms: int = 2) -> Layers:
+    """The layers of `stack.models.block`, or of blocks with another number of norms.
+
+    Args:
+      config: the blocks.
+      norms: before attention and MLP; with one, they stand side by side and are summed together.
+    """
+    embed, gates = config.embed_dim, 2 if config.gated else 1
+    queries, keys = config.num_heads * config.head_width, config.kv_heads * config.head_width
+    # A norm reads and writes; so does a residual sum, which besides reads each of the two that it adds.
+    streams = 2 * norms + 2 * norms + 2
+    elementwise = [("embed", streams * embed), ("mlp", (gates + 1) * config.mlp_width)]
+    if config.position == "rotary":
+        elementwise.append(("heads", 2 * (queries + keys)))
+    return Layers(
+        number=config.num_layers,
+        products=(
+            Product(inner=("embed", embed), columns=("heads", queries + 2 * keys), name="qkv_proj"),
+            Product(inner=("heads", queries), columns=("embed", embed)),
+            Product(inner=("embed", embed), columns=("mlp", gates * config.mlp_width)),
+            Product(inner=("mlp", config.mlp_width), columns=("embed", embed)),
+        ),
+        attention=Attention(
+            heads=config.num_heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_width,
+            window=config.sliding_window,
+        ),
+        elementwise=tuple(elementwise),
+    )
+
+
+def decoder_cost(config: LanguageConfig, *, norms: int = 2) -> Cost:
+    """A decoder of such blocks; the head counts with its padded rows, also where it is the embedding."""
+    head = Product(inner=("embed", config.embed_dim), columns=("vocab", config.padded_vocab_size))
+    return Cost(stacks=(block_cost(config, norms=norms),), head=(head,))

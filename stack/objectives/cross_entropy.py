@@ -1,0 +1,207 @@
+"""Cross-entropy over a vocabulary, whose logits are never whole.
+
+The vocabulary times the batch is the largest array of a language model, so the loss walks over chunks
+of tokens and, in training, makes the gradients of each chunk while its logits exist: three matmuls a
+chunk, none repeated in the backward pass.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from stack.layers.head import logits, word_numbers
+from stack.parallel.rules import ONE_DEVICE, Layout
+
+LEAST_LOGITS_BYTES = 64 * 2**20
+"""Of a chunk whose size is not given: below it, starting kernels costs more than memory does."""
+
+
+class Sums(NamedTuple):
+    """Sums over the labels that count, float32 scalars."""
+
+    loss: jax.Array
+    """Nats, z-loss included, times the scale."""
+    nll: jax.Array
+    """Negative log-likelihood, nats."""
+    correct: jax.Array
+    """Labels with the highest score."""
+
+
+class Head(NamedTuple):
+    """What the loss must know besides arrays."""
+
+    vocab_size: int
+    softcap: float | None = None
+    z_loss: float = 0.0
+    chunk: int = 1024
+    """Tokens per device whose logits exist at one time."""
+    layout: Layout = ONE_DEVICE
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    hidden: jax.Array, table: jax.Array, labels: jax.Array, scale: jax.Array, head: Head
+) -> Sums:
+    """Sums of the loss over labels >= 0; differentiable in `hidden` and `table` through `loss` alone.
+
+    The scale meets the gradients in float32, after the products: rounded to bfloat16, it or the slope at
+    the labels, which is close to -1 for most of them, would be off by up to 0.4%, and all gradients with it.
+
+    Args:
+      hidden: [batch, length, embed].
+      table: [vocab, embed], same dtype.
+      labels: [batch, length] int32; below 0: does not count.
+      scale: float32 scalar, what the loss is multiplied by: one over the labels of the whole batch.
+      head: the options.
+    """
+
+    def body(sums: Sums, chunk: tuple) -> tuple[Sums, None]:
+        return _add(sums, _chunk_sums(*chunk, table=table, scale=scale, head=head)[0]), None
+
+    return jax.lax.scan(body, _zero_sums(), _chunks(hidden, labels, head))[0]
+
+
+def _forward(
+    hidden: jax.Array, table: jax.Array, labels: jax.Array, scale: jax.Array, head: Head
+) -> tuple[Sums, tuple]:
+    layout = head.layout
+
+    def body(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
+        sums, table_gradient = carry
+        more, d_logits = _chunk_sums(*chunk, table=table, scale=scale, head=head)
+        hidden_gradient = jnp.einsum(
+            "blv,ve->ble", d_logits, table, out_sharding=layout.spec("batch", "length", "embed")
+        )
+        hidden_gradient = _multiply(hidden_gradient, scale)
+        table_gradient += jnp.einsum(
+            "blv,ble->ve",
+            d_logits,
+            chunk[0],
+            preferred_element_type=jnp.float32,
+            out_sharding=_cotangent_spec(table, layout),
+        )
+        return (_add(sums, more), table_gradient), hidden_gradient
+
+    zeros = jnp.zeros(table.shape, jnp.float32, out_sharding=_cotangent_spec(table, layout))
+    (sums, table_gradient), hidden_gradient = jax.lax.scan(
+        body, (_zero_sums(), zeros), _chunks(hidden, labels, head)
+    )
+    batch, length, width = hidden.shape
+    hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(batch, -1, width)[:, :length]
+    return sums, (hidden_gradient, _multiply(table_gradient, scale).astype(table.dtype))
+
+
+def _backward(_: Head, gradients: tuple, cotangent: Sums) -> tuple:
+    return *(_multiply(gradient, cotangent.loss) for gradient in gradients), None, None
+
+
+def _multiply(gradient: jax.Array, scale: jax.Array) -> jax.Array:
+    """Gradient x scale; a partial sum may only be multiplied by what is `reduced` over the same axes."""
+    unreduced = jax.typeof(gradient).sharding.spec.unreduced
+    if unreduced:
+        scale = jax.reshard(scale, P(reduced=unreduced))
+    return (gradient.astype(jnp.float32) * scale).astype(gradient.dtype)
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunk_sums(
+    hidden: jax.Array, labels: jax.Array, *, table: jax.Array, scale: jax.Array, head: Head
+) -> tuple[Sums, jax.Array]:
+    """The sums of one chunk, and the gradient of its loss with respect to its raw logits."""
+    layout = head.layout
+    scores = logits(hidden, table, vocab_size=head.vocab_size, softcap=head.softcap, layout=layout)
+    counts = labels >= 0
+    highest = scores.max(-1)
+    exponentials = jnp.exp(scores - highest[..., None])
+    total = exponentials.sum(-1)
+    normaliser = highest + jnp.log(total)
+    words = word_numbers(table.shape[0], layout)
+    is_label = words == labels[..., None]
+    label_score = jnp.where(is_label, scores, 0.0).sum(-1)
+    nll = jnp.where(counts, normaliser - label_score, 0.0)
+    penalty = jnp.where(counts, head.z_loss * jnp.square(normaliser), 0.0)
+    sums = Sums(
+        loss=scale * (nll + penalty).sum(),
+        nll=nll.sum(),
+        correct=(counts & (label_score >= highest)).sum(dtype=jnp.float32),
+    )
+    # d loss / d score = softmax x (1 + 2 z log Z) - [is label], then through the soft cap.
+    pull = jnp.where(counts, (1.0 + 2.0 * head.z_loss * normaliser) / total, 0.0)
+    d_scores = exponentials * pull[..., None] - jnp.where(is_label & counts[..., None], 1.0, 0.0)
+    if head.softcap is not None:
+        # The scores of padded words are the least float, whose square is infinite.
+        slope = 1.0 - jnp.square(scores / head.softcap)
+        d_scores = d_scores * jnp.where(words < head.vocab_size, slope, 0.0)
+    return sums, d_scores.astype(hidden.dtype)
+
+
+def _chunks(hidden: jax.Array, labels: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
+    """Hidden states and labels with the chunks in front, [chunks, batch, columns, ...].
+
+    Chunks are as equal as can be; the last may end with a few columns whose labels do not count.
+    """
+    batch, length = labels.shape
+    rows = batch
+    for axis in head.layout.mesh_axes("batch"):
+        rows //= head.layout.size(axis)
+    columns = chunk_columns(head.chunk, rows, length)
+    chunks = -(-length // columns)
+
+    def split(x: jax.Array, padding: int) -> jax.Array:
+        if extra := chunks * columns - length:
+            x = jnp.pad(x, ((0, 0), (0, extra), *[(0, 0)] * (x.ndim - 2)), constant_values=padding)
+        return jnp.moveaxis(x.reshape(batch, chunks, columns, *x.shape[2:]), 1, 0)
+
+    return split(hidden, 0), split(labels, -1)
+
+
+def chunk_columns(tokens: int, rows: int, length: int) -> int:
+    """Columns of a chunk of about so many tokens: at most those, unless one column is more.
+
+    Args:
+      tokens: of a chunk, on one device.
+      rows: on one device.
+      length: of a row, which need have no divisors.
+    """
+    most = max(1, tokens // rows)
+    return -(-length // -(-length // most))
+
+
+def chunk_tokens(logits_bytes: int | None, *, embed_dim: int, vocab_size: int, tensor: int) -> int:
+    """Tokens per device whose logits exist at one time.
+
+    Every chunk reads and writes the table's gradient, so chunks much smaller than the model is wide
+    spend more on that than on their logits.
+
+    Args:
+      logits_bytes: of the float32 logits; None: as many as the table's float32 gradient has, which is
+        `embed_dim` tokens' worth, but at least 64 MiB.
+      embed_dim: width of the model.
+      vocab_size: rows of the table, padding included.
+      tensor: ways the vocabulary is split.
+    """
+    each = 4 * vocab_size // tensor
+    if logits_bytes is not None:
+        return max(1, logits_bytes // each)
+    return max(embed_dim, LEAST_LOGITS_BYTES // each)
+
+
+def _zero_sums() -> Sums:
+    return Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
+
+
+def _add(left: Sums, right: Sums) -> Sums:
+    return jax.tree.map(jnp.add, left, right)
+
+
+def _cotangent_spec(table: jax.Array, layout: Layout) -> P | None:
+    """The cotangent of a `reduced` array is `unreduced`: a partial sum, not communicated."""
+    if layout.trivial:
+        return None
+    spec = jax.typeof(table).sharding.spec
+    return P(*spec.partitions, unreduced=spec.reduced)

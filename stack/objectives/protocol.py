@@ -1,0 +1,57 @@
+"""What the step, the loader, the planner and the trainer ask of an objective."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+
+from stack.data.fields import Field
+from stack.models.protocol import Model
+from stack.models.stack import Execution
+
+type Sums = dict[str, jax.Array]
+"""Float32 scalars that add up over micro-batches and batches."""
+
+
+class Objective(Protocol):
+    """What a model is trained for, built as `Class(config)` from the whole config.
+
+    The class of a config's kind is named in that config's section alone.
+    """
+
+    fields: tuple[Field, ...]
+    """What a batch holds: the loader makes it and the planner its abstract batch."""
+    endings: tuple[str, ...]
+    """What is shown when a run ends: names of `stack.train.watch.endings`."""
+
+    def __init__(self, config: Any) -> None: ...
+
+    def divisor(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """What the loss of a whole batch is divided by, float32: its labels, at least 1."""
+        ...
+
+    def loss(
+        self, model: Model, batch: Mapping[str, jax.Array], run: Execution, divisor: jax.Array
+    ) -> tuple[jax.Array, Sums]:
+        """The loss of a micro-batch, over the divisor of the whole batch, and its sums.
+
+        Args:
+          model: with weights ready for use.
+          batch: the fields.
+          run: how the model is run.
+          divisor: of `divisor`.
+        """
+        ...
+
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """What a training step tells of its sums."""
+        ...
+
+    def evaluate(self, sums: Mapping[str, float], *, num_bytes: int) -> dict[str, float]:
+        """What an evaluation tells of the sums over the whole held-out set.
+
+        Args:
+          sums: of all batches.
+          num_bytes: UTF-8 bytes of the held-out text.
+        """
+        ...

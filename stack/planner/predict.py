@@ -1,0 +1,74 @@
+"""The plan of a run on the devices it is about to run on."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+
+from stack.config import Config
+from stack.hardware.chip import Hardware
+from stack.planner.formula.memory import memory
+from stack.planner.formula.result import Memory, Time
+from stack.planner.formula.time import step_time
+from stack.planner.formula.workload import Workload, from_config
+from stack.planner.search import auto
+from stack.planner.search.layouts import describe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The plan of a run on the chip it runs on."""
+
+    work: Workload
+    chip: Hardware
+    time: Time
+    memory: Memory
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Seconds of a step, and bytes its program holds on each device."""
+        return {"planned_step_seconds": self.time.total, "planned_memory_bytes": self.memory.program}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoPlan:
+    """Why there is none."""
+
+    reason: str
+
+
+def predict(config: Config, devices: Sequence[jax.Device]) -> Planned | NoPlan:
+    """The plan of a run; it never raises, since a run does not need one.
+
+    Args:
+      config: with its layout resolved.
+      devices: those it runs on.
+    """
+    kind = devices[0].device_kind
+    try:
+        chip = auto.chip_of(config, devices[0])
+        if chip is None:
+            return NoPlan(reason=f"{kind} is not in the table of chips")
+        if chip.name == "cpu":  # Its figures only rank layouts.
+            return NoPlan(reason="no two CPUs are alike; `stack doctor --calibrate` measures this one")
+        work = from_config(config, len(devices), chip)
+        return Planned(work=work, chip=chip, time=step_time(work, chip), memory=memory(work))
+    except Exception as error:  # A model it cannot count, a chip's file that is wrong, a fault of its own.
+        return NoPlan(reason=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def line(config: Config, num_devices: int, planned: Planned | NoPlan, *, chosen: bool) -> str:
+    """The plan in one line, or why there is none.
+
+    Args:
+      config: with its layout resolved.
+      num_devices: it runs on.
+      planned: of `predict`.
+      chosen: whether the planner chose the layout.
+    """
+    parts = [f"{describe(from_config(config, num_devices))}, chosen by the planner"] if chosen else []
+    if isinstance(planned, NoPlan):
+        return "; ".join([*parts, f"no plan: {planned.reason}"])
+    need, chip = planned.memory.program / 1e9, planned.chip
+    memory_text = f"{need:.1f} GB of {chip.memory_bytes / 1e9:.0f} on each {chip.title}"
+    return "; ".join([*parts, f"{planned.time.total:.4g} s a step, {memory_text}"])

@@ -1,0 +1,74 @@
+"""What a run shows when it ends, by the names that objectives give."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from stack.evaluation.trigram import trigram_nats_per_byte
+from stack.inference.generate import check_prompt
+
+if TYPE_CHECKING:
+    from stack.train.trainer import Trainer
+
+Row = tuple[str, "str | Text"]
+"""A label, and what is shown beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """One thing that is shown."""
+
+    show: Callable[["Trainer", Mapping[str, Any]], dict[str, Any]]
+    """(trainer, the summary so far) -> more of the summary; `rows` of it are printed."""
+    check: Callable[["Trainer"], None] = lambda _: None
+    """Raises at the start what would make it fail at the end."""
+
+
+def show_nats_per_byte(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The held-out loss over the bytes of its text, which no tokenizer changes."""
+    if "nats_per_byte" not in summary:
+        return {}
+    return {"rows": [("held-out", f"{summary['nats_per_byte']:.4f} nats per byte")]}
+
+
+def show_trigram(trainer: "Trainer", _: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a trigram model, if the config asks for it and there is held-out text."""
+    if not (trainer.config.eval.trigram and trainer.data.heldout.num_rows):
+        return {}
+    nats = trigram_nats_per_byte(trainer.data.train.texts(), trainer.data.heldout.texts())
+    return {"trigram_nats_per_byte": nats, "rows": [("trigram", f"{nats:.4f} nats per byte, to compare")]}
+
+
+def show_sample(trainer: "Trainer", _: Mapping[str, Any]) -> dict[str, Any]:
+    """A continuation of the config's prompt."""
+    prompt = trainer.config.sample.prompt
+    sample = trainer.generate(prompt)[0]
+    shown = Text(printable(prompt), "bold").append(printable(sample), "not bold")
+    return {"prompt": prompt, "sample": sample, "rows": [("sample", shown)]}
+
+
+def check_sample(trainer: "Trainer") -> None:
+    """Refuses a prompt that leaves no room in the context.
+
+    Raises:
+      StackError: it does not.
+    """
+    tokens = trainer.encode([trainer.config.sample.prompt])[0]
+    check_prompt(tokens, trainer.config.model, name="sample.prompt")
+
+
+def printable(text: str) -> str:
+    """Text that cannot move the cursor: a model of bytes may write escape sequences."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
+
+
+ENDINGS: Mapping[str, Ending] = {
+    "nats_per_byte": Ending(show=show_nats_per_byte),
+    "trigram": Ending(show=show_trigram),
+    "sample": Ending(show=show_sample, check=check_sample),
+}
+"""All of them, by name."""

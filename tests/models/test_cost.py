@@ -1,0 +1,80 @@
+"""What a model states of its cost is what its parameters and its traced program have."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from stack.config import DecoderConfig, ParallelDecoderConfig, load
+from stack.kernels.attention import Mask
+from stack.models import model_class, model_cost
+from stack.models.flops import forward_flops_per_token, matmul_parameters
+from stack.models.stack import Execution
+from stack.parallel.zero import is_variable
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SMALL = {"num_layers": 3, "embed_dim": 64, "num_heads": 4, "vocab_size": 300, "max_length": 32}
+GATED = {"num_kv_heads": 2, "mlp": "swiglu", "norm": "rmsnorm", "position": "rotary", "head_dim": 24}
+MODELS = [
+    DecoderConfig(**SMALL),
+    DecoderConfig(**SMALL, **GATED, tied_embeddings=False),
+    ParallelDecoderConfig(**SMALL),
+]
+
+
+def abstract(config):
+    return nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("config", [*MODELS, *(load(recipe).model for recipe in RECIPES)], ids=repr)
+def test_every_matrix_is_in_a_product(config):
+    variables = [v for v in jax.tree.leaves(abstract(config), is_leaf=is_variable) if v.role == "matrix"]
+    head = config.padded_vocab_size * config.embed_dim
+    assert matmul_parameters(config) == sum(math.prod(v.shape) for v in variables) + head
+
+
+@pytest.mark.parametrize("config", MODELS, ids=lambda config: f"{config.kind}, {config.mlp}")
+def test_flops_are_those_of_the_traced_products(config):
+    """Counted in the jaxpr, where attention multiplies whole rows: the `full` convention."""
+    rows, length = 2, 32
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def forward(model, tokens):
+        batch = {"tokens": tokens, "positions": tokens, "segments": tokens}
+        output = model(batch, Execution())
+        return jnp.einsum("ble,ve->blv", output.hidden, output.table)
+
+    counted = count(jax.make_jaxpr(forward)(abstract(config), ids).jaxpr)
+    assert counted == pytest.approx(rows * length * forward_flops_per_token(config, length, "full"))
+
+
+def count(jaxpr) -> int:
+    """FLOPs of the matrix products of a traced program, loops multiplied by their lengths."""
+    total = 0
+    for equation in jaxpr.eqns:
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        total += times * sum(map(count, jax.extend.core.jaxprs_in_params(equation.params)))
+    return total
+
+
+def test_attention_is_stated_as_it_is():
+    config = DecoderConfig(**SMALL, **GATED, sliding_window=9)
+    (layers,) = model_cost(config).stacks
+    attention = layers.attention
+    assert (attention.heads, attention.kv_heads, attention.head_dim, attention.window) == (4, 2, 24, 9)
+    assert layers.number == 3
+    positions = jnp.arange(5)[None]
+    assert attention.kind == Mask(query_positions=positions, key_positions=positions).kind
+
+
+def test_a_parallel_block_moves_less_memory():
+    one, two = (model_cost(config).stacks[0].elementwise[0][1] for config in (MODELS[2], MODELS[0]))
+    assert (one, two) == (6 * 64, 10 * 64)
