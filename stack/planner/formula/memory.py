@@ -270,7 +270,7 @@ def _laid_out_anew(w: Workload) -> tuple[float, float]:
 def _logits(w: Workload) -> float:
     """Scores of a chunk in float32 and their gradient in the compute dtype."""
     vocab = w.model.padded_vocab_size / w.tensor
-    chunk = min(w.loss_chunk or w.micro_tokens, w.micro_tokens)
+    chunk = w.loss_chunk
     return chunk * vocab * (4 + (4 if w.model.dtype == "float32" else 2))
 
 

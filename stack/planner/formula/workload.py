@@ -46,8 +46,8 @@ class Workload:
     """Of the layers' matrix products; attention and the head are never in float8."""
     fused_attention: bool = True
     """False: attention scores are written to memory, as XLA's kernel does."""
-    loss_chunk: int | None = None
-    """Tokens per device whose logits exist at once; None: those of the whole micro-batch."""
+    logits_bytes: int | None = None
+    """Of the float32 logits that exist at once; None: as the objective takes them by itself."""
     optimizer: str = "adamw"
     offload_optimizer: bool = False
     offload_activations: bool = False
@@ -78,6 +78,18 @@ class Workload:
     def micro_tokens(self) -> int:
         """Tokens of one micro-batch on one device, split over `context`, whole over `tensor`."""
         return self.micro_batch * self.length // self.context
+
+    @property
+    def loss_chunk(self) -> int:
+        """Tokens whose logits a device holds at once."""
+        rows, length = self.micro_batch, self.length // self.context
+        tokens = chunk_tokens(
+            self.logits_bytes,
+            embed_dim=self.model.embed_dim,
+            vocab_size=self.model.padded_vocab_size,
+            tensor=self.tensor,
+        )
+        return rows * chunk_columns(tokens, rows, length)
 
     def as_run(self) -> "Workload":
         """Itself, a pipeline's ZeRO 2 and 3 as 1.
@@ -131,13 +143,6 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         packed_length=data.sequence_length if data.packed else None,
     )
     micro_batch = train.batch_size // (sizes["data"] * sizes["fsdp"] * train.accumulation)
-    tokens = chunk_tokens(
-        config.objective.logits_bytes,
-        embed_dim=model.embed_dim,
-        vocab_size=model.padded_vocab_size,
-        tensor=sizes["tensor"],
-    )
-    columns = chunk_columns(tokens, micro_batch, data.sequence_length)
     return Workload(
         model=model,
         length=data.sequence_length,
@@ -154,7 +159,7 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         remat=train.remat,
         precision=_precision(model.dtype, chip),
         fused_attention=attention.kernel == "cudnn",
-        loss_chunk=columns * micro_batch,
+        logits_bytes=config.objective.logits_bytes,
         optimizer=config.optimizer.kind,
         offload_optimizer=train.offload_optimizer,
         offload_activations=train.offload_activations,

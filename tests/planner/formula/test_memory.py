@@ -44,7 +44,7 @@ def work(**changes: Any) -> Workload:
         "batch": 512,
         "micro_batch": 4,
         "fsdp": 8,
-        "loss_chunk": 1024,
+        "logits_bytes": 1024 * 4 * GPT.padded_vocab_size,
     }
     return Workload(**(sizes | changes))
 
