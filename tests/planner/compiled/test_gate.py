@@ -95,9 +95,9 @@ def test_a_gradient_summed_in_bfloat16_is_caught():
     assert any(finding.source.startswith("stack/parallel/zero.py") for finding in found)
 
 
-def resharded(weight, layout, names, *, matrix):
+def resharded(weight, layout, names, role):
     """A weight gathered the plain way: its gradient is summed whole, with no error and no warning."""
-    if not matrix:
+    if role == "vector":
         return weight
     return jax.reshard(weight.astype(layout.dtype), layout.whole_spec(names))
 
