@@ -17,6 +17,7 @@ from stack.layers.attention import Cache
 from stack.layers.head import logits
 from stack.models.decoder import Decoder
 from stack.models.stack import Execution
+from stack.parallel import mesh as meshes
 from stack.parallel.rules import Layout
 from stack.parallel.zero import gather_module
 from stack.step.program import Program
@@ -79,7 +80,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
     )
-    with jax.set_mesh(concrete(program)):
+    with meshes.use(concrete(program)):
         tokens, padding = jax.device_put(pad(prompts, config.max_length), program.layout.sharding())
         end = -1 if eos is None else eos
         new, lengths = _generate(settings, params, tokens, padding, jax.random.key(seed), end)

@@ -22,7 +22,7 @@ State = dict[str, Any]
 def init(program: Program) -> State:
     """The state at step 0, every shard made on its own device; the same bits on every layout."""
     mesh = concrete(program)
-    with jax.set_mesh(mesh):
+    with meshes.use(mesh):
         params = init_params(program)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(program)["opt_state"])
         return {
@@ -48,7 +48,7 @@ def init_params(program: Program) -> dict:
     # It runs once: on a CPU, LLVM would optimise for longer (3.8 s) than the whole thing takes (0.8 s).
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else {}
-    with jax.set_mesh(auto):
+    with meshes.use(auto):
         params = jax.jit(init, out_shardings=shardings, compiler_options=options)()
     return jax.tree.map(_retype, params, program.parameters)
 

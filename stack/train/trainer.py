@@ -22,6 +22,7 @@ from stack.data.dataset import Data, check_fingerprint, open_data
 from stack.data.loader import Batch, prefetch, training_batches
 from stack.evaluation.evaluate import evaluate
 from stack.inference.generate import generate
+from stack.parallel import mesh as meshes
 from stack.parallel.host_memory import keep_freed_memory
 from stack.planner.search import auto
 from stack.step import program as programs
@@ -105,7 +106,7 @@ class Trainer:
         if self.mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
         with (
-            jax.set_mesh(self.mesh),
+            meshes.use(self.mesh),
             Checkpoints(self.folder / "checkpoints", self.config.checkpoint) as checkpoints,
             self._concluding() as summary,
         ):
@@ -126,7 +127,7 @@ class Trainer:
           StackError: nothing is held out.
         """
         params = self._trained()["params"]
-        with jax.set_mesh(self.mesh):
+        with meshes.use(self.mesh):
             return evaluate(self.program, self._eval_step, params, self.data.heldout)
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:

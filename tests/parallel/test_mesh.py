@@ -6,7 +6,6 @@ from jax.sharding import AxisType
 
 from stack.config import Config, ConfigError, DataConfig, DecoderConfig, EvalConfig, MeshConfig, TrainConfig
 from stack.parallel import mesh as meshes
-from stack.planner.compiled import compile as compiling
 
 
 def test_the_free_axis_takes_what_is_left():
@@ -19,12 +18,39 @@ def test_every_axis_is_there_and_explicit():
     assert set(mesh.axis_types) == {AxisType.Explicit}
 
 
-def test_programs_of_several_cpu_devices_are_not_cached():
-    with compiling.without_cache():
-        for devices, cached in ((1, True), (2, False)):
-            jax.config.update("jax_enable_compilation_cache", True)
-            meshes.build(MeshConfig(data=-1, fsdp=1), jax.devices()[:devices])
-            assert jax.config.jax_enable_compilation_cache == cached
+@pytest.fixture
+def cache():
+    """Whether compiled programs are cached; as before, afterwards."""
+    with meshes.without_cache():
+        jax.config.update("jax_enable_compilation_cache", True)
+        yield lambda: bool(jax.config.jax_enable_compilation_cache)
+        meshes.build(MeshConfig(fsdp=1), jax.devices()[:1])
+
+
+def test_programs_of_several_cpu_devices_are_not_cached_and_others_are(cache):
+    one, two = (meshes.build(MeshConfig(), jax.devices()[:number]) for number in (1, 2))
+    assert not cache()
+    for mesh, cached in ((one, True), (two, False), (one, True)):
+        with meshes.use(mesh):
+            assert cache() == cached
+        meshes.build(MeshConfig(), mesh.devices.ravel().tolist())
+        assert cache() == cached
+
+
+def test_a_cache_that_is_off_stays_off(cache):
+    jax.config.update("jax_enable_compilation_cache", False)
+    for number in (1, 2, 1):
+        meshes.build(MeshConfig(), jax.devices()[:number])
+        assert not cache()
+
+
+def test_without_cache_no_mesh_turns_it_on(cache):
+    meshes.build(MeshConfig(), jax.devices()[:2])
+    with meshes.without_cache():
+        meshes.build(MeshConfig(), jax.devices()[:1])
+        assert not cache()
+    meshes.build(MeshConfig(), jax.devices()[:1])
+    assert cache()
 
 
 @pytest.mark.parametrize(

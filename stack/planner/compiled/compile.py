@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from stack.config import Config, StackError
 from stack.kernels.attention.absent import traced_for
-from stack.parallel.mesh import set_compilation_cache
+from stack.parallel import mesh as meshes
 from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import compiler_options, train_step
@@ -139,7 +139,7 @@ def compile_step(config: Config, target_devices: list[Any]) -> jax.stages.Compil
 def lower_step(program: programs.Program) -> jax.stages.Lowered:
     """The training step, traced and typed for the devices of the program's mesh."""
     mesh = states.concrete(program)
-    with jax.set_mesh(mesh), traced_for(mesh.devices.flat[0]):
+    with meshes.use(mesh), traced_for(mesh.devices.flat[0]):
         step = jax.jit(
             lambda state, batch: train_step(program, state, batch),
             donate_argnums=0,
@@ -184,17 +184,6 @@ def avoid_aborts(lowered: str, jax_version: str, compute_capability: float) -> d
             )
         options |= abort.avoid
     return options
-
-
-@contextmanager
-def without_cache() -> Iterator[None]:
-    """No persistent cache within: a hit prints none of the compiler's warnings."""
-    enabled = jax.config.jax_enable_compilation_cache
-    set_compilation_cache(enabled=False)
-    try:
-        yield
-    finally:
-        set_compilation_cache(enabled=enabled)
 
 
 @contextmanager
