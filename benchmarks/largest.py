@@ -20,6 +20,7 @@ from stack.config import Config, DataConfig, DecoderConfig, MeshConfig, StackErr
 from stack.hardware import chip as chips
 from stack.hardware.chip import Hardware
 from stack.models.flops import train_flops_per_token
+from stack.parallel.mesh import without_cache
 from stack.planner.compiled import compile as compiling
 from stack.planner.formula.memory import memory
 from stack.planner.formula.result import Memory
@@ -293,7 +294,7 @@ def _formula(config: Config, devices: int, chip: Hardware) -> Memory:
 def _compiled(config: Config, devices: int, chip: Hardware) -> Use:
     """What the compiled step takes; the runtime's reserve, which no compiler sees, is the formula's."""
     assert chip.compile_target is not None
-    with compiling.captured(), compiling.without_cache():
+    with compiling.captured(), without_cache():
         compiled = compiling.compile_step(config, compiling.devices(chip.compile_target, devices))
     stats: Any = compiled.memory_analysis()
 

@@ -19,8 +19,9 @@ from stack.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from stack.parallel.mesh import without_cache
 from stack.planner.compiled.collectives import Collective, collectives
-from stack.planner.compiled.compile import compile_step, devices, without_cache
+from stack.planner.compiled.compile import compile_step, devices
 from stack.step import program as programs
 
 BATCH, LENGTH = 96, 160  # Numbers no other dimension has.

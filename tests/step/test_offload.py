@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from stack.config import Config, ConfigError
-from stack.planner.compiled.compile import compile_step, devices, has_plugin, without_cache
+from stack.parallel.mesh import without_cache
+from stack.planner.compiled.compile import compile_step, devices, has_plugin
 from stack.step import program as programs
 from stack.step import state as states
 from stack.step.program import Program

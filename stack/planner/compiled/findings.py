@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import NamedSharding
 
+from stack.parallel.mesh import without_cache
 from stack.planner.compiled import compile as compiling
 from stack.planner.compiled.collectives import Collective, sources
 from stack.step.program import Program
@@ -114,7 +115,7 @@ def _partitioned_sources(lowered: jax.stages.Lowered, device: Any) -> dict[int, 
     with (
         tempfile.TemporaryDirectory() as folder,
         compiling.captured(),
-        compiling.without_cache(),
+        without_cache(),
     ):
         compiling.compile_lowered(lowered, device, {"xla_dump_to": folder})
         dumps = list(Path(folder).glob("*after_spmd_partitioner.txt"))

@@ -16,6 +16,7 @@ import jax
 
 from stack.config import Config, StackError
 from stack.hardware import chip as chips
+from stack.parallel.mesh import without_cache
 from stack.planner.compiled import compile as compiling
 from stack.planner.compiled.collectives import Collective, collectives, kernels, runs
 from stack.planner.compiled.findings import Finding, findings, gib, involuntary, over
@@ -157,7 +158,7 @@ def compile_plan(
     start = time.perf_counter()
     chip = hardware if isinstance(hardware, chips.Hardware) else chips.load(hardware)
     target = compile_target(chip, config)
-    with compiling.captured() as warnings, compiling.without_cache():
+    with compiling.captured() as warnings, without_cache():
         absent = compiling.devices(target, devices)
         device = absent[0]
         program = programs.build(config, absent)

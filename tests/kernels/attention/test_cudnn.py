@@ -16,9 +16,10 @@ import pytest
 from stack.config import Config, DataConfig, DecoderConfig, MeshConfig, TrainConfig
 from stack.kernels.attention import Mask, attend, row_mask
 from stack.parallel import mesh as meshes
+from stack.parallel.mesh import without_cache
 from stack.parallel.rules import ONE_DEVICE, Layout
 from stack.planner.compiled.collectives import collectives
-from stack.planner.compiled.compile import compile_step, devices, traced_for, without_cache
+from stack.planner.compiled.compile import compile_step, devices, traced_for
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 8, 64, 4, 2, 64
 HOPPER, AMPERE = (SimpleNamespace(compute_capability=capability) for capability in ("9.0", "8.0"))

@@ -25,6 +25,7 @@ from stack.config import (
     TrainConfig,
 )
 from stack.hardware import chip as chips
+from stack.parallel.mesh import without_cache
 from stack.planner.compiled import compile as compiling
 from stack.planner.compiled.findings import holds_global_batch, involuntary
 from stack.planner.compiled.report import (
@@ -202,7 +203,7 @@ def lowered_and_complaints() -> tuple[jax.stages.Lowered, object, list[str]]:
 
     x = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=split("a", None))
     w = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=split(None, "b"))
-    with compiling.captured() as complaints, compiling.without_cache(), jax.set_mesh(mesh):
+    with compiling.captured() as complaints, without_cache(), jax.set_mesh(mesh):
         lowered = jax.jit(partial(wrong_way, split=split)).lower(x, w)
         compiling.compile_lowered(lowered, device)
     return lowered, device, complaints
@@ -222,7 +223,7 @@ def test_the_cache_is_left_as_it_was():
     before = jax.config.jax_enable_compilation_cache
     for enabled in (not before, before):
         jax.config.update("jax_enable_compilation_cache", enabled)
-        with compiling.without_cache():
+        with without_cache():
             assert not jax.config.jax_enable_compilation_cache
         assert jax.config.jax_enable_compilation_cache == enabled
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from stack import load
 from stack.config import Config, DecoderConfig
 from stack.parallel import mesh as meshes
-from stack.planner.compiled.compile import compile_step, devices, without_cache
+from stack.parallel.mesh import without_cache
+from stack.planner.compiled.compile import compile_step, devices
 from stack.planner.formula.memory import layers_in_flight, memory, published_memory
 from stack.planner.formula.residuals import kept
 from stack.planner.formula.result import Memory
