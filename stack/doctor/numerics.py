@@ -169,7 +169,8 @@ def compute(
     program = programs.build(config_of(cell, family, dtype), devices)
     layout = program.layout
     with meshes.use(program.mesh):
-        params = states.init_params(program)
+        initial = _initial(program)
+        params = jax.tree.map(_place, initial, program.parameters)
         batch = {
             name: jax.make_array_from_callback(
                 values.shape,
@@ -182,8 +183,8 @@ def compute(
         gradient, sums = jax.jit(partial(loss_gradient, program))(params, step, batch)
         return Numbers(
             loss=float(sums["loss"]),
-            params=_on_host(program, params),
-            gradient=_on_host(program, gradient),
+            params=_named(initial),
+            gradient=_named(_on_host(program, gradient)),
         )
 
 
@@ -212,11 +213,33 @@ def distance(numbers: Numbers, reference: Numbers) -> float:
     return norm(difference) / norm(reference.gradient)
 
 
-def _on_host(program: programs.Program, tree: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Leaves by name, whole; gathered by every process of a run."""
+_INITIAL: dict[Any, Any] = {}
+"""Initial parameters by what they are made from: layouts that lie alike need not be compiled again."""
+
+
+def _initial(program: programs.Program) -> dict[str, Any]:
+    """Initial parameters as the program's mesh makes them, on the host."""
+    specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(program.parameters))
+    made_from = program.config.model.model_copy(update={"dtype": "float32"}), program.mesh, specs
+    if made_from not in _INITIAL:
+        _INITIAL[made_from] = _on_host(program, states.init_params(program))
+    return _INITIAL[made_from]
+
+
+def _place(values: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.make_array_from_callback(values.shape, like.sharding, values.__getitem__)
+
+
+def _on_host(program: programs.Program, tree: dict[str, Any]) -> dict[str, Any]:
+    """The same with every leaf whole; gathered by every process of a run."""
     whole = partial(jax.tree.map, partial(jax.reshard, out_shardings=program.layout.sharding().spec))
-    leaves = jax.tree_util.tree_flatten_with_path(jax.jit(whole)(tree))[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+    return jax.tree.map(np.asarray, jax.jit(whole)(tree))
+
+
+def _named(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Leaves by name."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def numerics() -> str:

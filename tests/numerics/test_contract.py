@@ -30,6 +30,14 @@ EVERYDAY = {
     "fsdp zero 1 + accumulation",
     "fsdp zero 3 + tensor",
 }
+BFLOAT16 = {
+    "fsdp zero 1 + accumulation",
+    "data + fsdp zero 3",
+    "fsdp zero 3 + tensor sequence parallel",
+    "tensor + accumulation",
+}
+"""Pairs whose bfloat16 is compared, beside every part alone: all others repeat one of these to the digit,
+as they round the same sums."""
 FAMILIES: tuple[Family, ...] = ("gpt", "llama")
 
 
@@ -67,7 +75,11 @@ def test_float32_loss_and_gradients_equal_one_device(cell, family):
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("cell", cells(), ids=lambda cell: cell.name)
+@pytest.mark.parametrize(
+    "cell",
+    [cell for cell in cells() if len(cell.parts) == 1 or cell.name in BFLOAT16],
+    ids=lambda cell: cell.name,
+)
 def test_bfloat16_gradients_are_as_good_as_on_one_device(cell, family):
     expected = reference(family)
     one_device = distance(reference(family, "bfloat16"), expected)
@@ -78,7 +90,7 @@ def test_every_cell_is_in_a_tier():
     # The tiers are `not full` and `full`; any other mark might leave a cell out of both.
     run = {param.id for param in matrix() if {mark.name for mark in param.marks} <= {"full"}}
     assert run == {f"{family}: {cell.name}" for family in FAMILIES for cell in cells()}
-    assert {cell.name for cell in cells()} >= EVERYDAY
+    assert {cell.name for cell in cells()} >= EVERYDAY | BFLOAT16
 
 
 def test_the_matrix_holds_every_pair():
