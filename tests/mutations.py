@@ -1,0 +1,259 @@
+"""Does a test fail when the code is broken? Breaks one line at a time, in a copy, and runs tests on it.
+
+    uv run python tests/mutations.py [PART OF A NAME ...]
+
+Each mutation below was, or might be, somebody's mistake. The everyday tests beside it must fail; one that
+passes says what no test sees. `tests/test_mutations.py` sees to it that every line is still in its file.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("stack", "tests", "configs", "benchmarks", "docs", "pyproject.toml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One line that is broken, and the tests that must see it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = (
+    Mutation(
+        "optimizer.epsilon ignored",
+        "stack/step/optimizer.py",
+        "config.beta1, config.beta2, config.epsilon)",
+        "config.beta1, config.beta2)",
+        "tests/step/test_optimizer.py",
+    ),
+    Mutation(
+        "clipping after the rule",
+        "stack/step/optimizer.py",
+        "return optax.chain(*clip, *rule)",
+        "return optax.chain(*rule, *clip)",
+        "tests/step/test_optimizer.py",
+    ),
+    Mutation(
+        "vectors decay",
+        "stack/step/optimizer.py",
+        'else {"matrix"}',
+        'else {"matrix", "vector"}',
+        "tests/step/test_optimizer.py",
+    ),
+    Mutation(
+        "the first step wasted",
+        "stack/step/optimizer.py",
+        "joined(step + 1)",
+        "joined(step)",
+        "tests/step/test_optimizer.py",
+    ),
+    Mutation(
+        "one shuffle seed for all sources",
+        "stack/data/mixture.py",
+        "SeedSequence([seed, number])",
+        "SeedSequence([seed, 0])",
+        "tests/data/test_loader.py",
+    ),
+    Mutation(
+        "labels not shifted",
+        "stack/data/packing.py",
+        "self.corpus.tokens[source + 1]",
+        "self.corpus.tokens[source]",
+        "tests/data/test_packing.py",
+    ),
+    Mutation(
+        "held-out text trained on",
+        "stack/data/packing.py",
+        '("train", ~heldout)',
+        '("train", heldout | ~heldout)',
+        "tests/data",
+    ),
+    Mutation(
+        "MFU not divided by devices",
+        "stack/train/watch/speed.py",
+        "self._mfu(places / seconds / self._devices)",
+        "self._mfu(places / seconds)",
+        "tests/train/watch/test_speed.py",
+    ),
+    Mutation(
+        "MFU with rows for tokens",
+        "stack/train/watch/speed.py",
+        "self._config.train.batch_size * self._config.data.sequence_length",
+        "self._config.train.batch_size",
+        "tests/train/watch/test_speed.py",
+    ),
+    Mutation(
+        "a save counted as a step",
+        "stack/train/watch/speed.py",
+        '"""Forgets the last arrival: what came between was more than a step."""\n        self._last = None',
+        '"""Forgets the last arrival: what came between was more than a step."""',
+        "tests/train/watch/test_speed.py",
+    ),
+    Mutation(
+        "z-loss without a gradient",
+        "stack/objectives/cross_entropy.py",
+        "(1.0 + 2.0 * head.z_loss * normaliser) / total",
+        "1.0 / total",
+        "tests/objectives",
+    ),
+    Mutation(
+        "soft cap without a slope",
+        "stack/objectives/cross_entropy.py",
+        "slope = 1.0 - jnp.square(scores / head.softcap)",
+        "slope = 1.0 + 0.0 * scores",
+        "tests/objectives",
+    ),
+    Mutation(
+        "the loss's scale rounded",
+        "stack/objectives/cross_entropy.py",
+        "(gradient.astype(jnp.float32) * scale).astype(gradient.dtype)",
+        "gradient * scale.astype(jnp.bfloat16).astype(gradient.dtype)",
+        "tests/objectives",
+    ),
+    Mutation(
+        "every micro-batch divided by its own labels",
+        "stack/step/step.py",
+        "program.execution(keys=keys), divisor)\n        return value",
+        "program.execution(keys=keys), objective.divisor(micro))\n        return value",
+        "tests/numerics/test_contract.py",
+    ),
+    Mutation(
+        "padded words scored",
+        "stack/layers/head.py",
+        "< vocab_size, scores",
+        "< table.shape[0], scores",
+        "tests/layers/test_head.py",
+    ),
+    Mutation(
+        "documents see each other",
+        "stack/kernels/attention/mask.py",
+        "allowed &= self.query_segments[:, :, None] == self.key_segments[:, None, :]",
+        "pass",
+        "tests/kernels",
+    ),
+    Mutation(
+        "padding is seen",
+        "stack/kernels/attention/mask.py",
+        "allowed &= keys < self.lengths[:, None, None]",
+        "pass",
+        "tests/kernels",
+    ),
+    Mutation(
+        "a window too wide by one",
+        "stack/kernels/attention/mask.py",
+        "abs(distance) < self.window",
+        "abs(distance) <= self.window",
+        "tests/kernels",
+    ),
+    Mutation(
+        "rotation the wrong way",
+        "stack/layers/rotary.py",
+        "second * cos + first * sin",
+        "second * cos - first * sin",
+        "tests/layers/test_rotary.py",
+    ),
+    Mutation(
+        "norm_epsilon ignored",
+        "stack/layers/norm.py",
+        "keepdims=True) + epsilon)",
+        "keepdims=True) + 1e-12)",
+        "tests/layers/test_norm.py",
+    ),
+    Mutation(
+        "dropout not rescaled",
+        "stack/layers/dropout.py",
+        "x / (1.0 - rate)",
+        "x",
+        "tests/layers/test_dropout.py",
+    ),
+    Mutation(
+        "every layer drops the same",
+        "stack/models/stack.py",
+        "layer_keys(run.keys, index)",
+        "layer_keys(run.keys, 0)",
+        "tests/models/test_decoder.py",
+    ),
+    Mutation(
+        "the word table's gradient in bfloat16",
+        "stack/layers/embedding.py",
+        "jax.ops.segment_sum(values.astype(jnp.float32), rows, number)",
+        "jax.ops.segment_sum(values, rows, number).astype(jnp.float32)",
+        "tests/layers/test_embedding.py",
+    ),
+    Mutation(
+        "residual projections start too large",
+        "stack/layers/mlp.py",
+        "math.sqrt(2 * config.num_layers)",
+        "math.sqrt(2)",
+        "tests/models/test_decoder.py",
+    ),
+    Mutation(
+        "temperature ignored",
+        "stack/inference/sampling.py",
+        "logits = logits / temperature",
+        "logits = logits * 1.0",
+        "tests/inference/test_sampling.py",
+    ),
+    Mutation(
+        "keys cached in the first slot",
+        "stack/layers/attention.py",
+        "start_index=slot, axis=1",
+        "start_index=0, axis=1",
+        "tests/inference/test_generate.py",
+    ),
+    Mutation(
+        "a step skipped on resuming",
+        "stack/train/trainer.py",
+        "        return step\n\n    def _record_data",
+        "        return step + 1\n\n    def _record_data",
+        "tests/train/test_trainer.py",
+    ),
+)
+
+
+def survives(mutation: Mutation, folder: Path) -> bool:
+    """Whether the tests pass although the copy in a folder is broken."""
+    file = folder / mutation.file
+    whole = file.read_text("utf-8")
+    file.write_text(whole.replace(mutation.old, mutation.new), "utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.tests]
+    cache = str(ROOT / ".cache" / "jax")
+    environment = os.environ | {"PYTHONPATH": str(folder), "JAX_COMPILATION_CACHE_DIR": cache}
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    finally:
+        file.write_text(whole, "utf-8")
+    if done.returncode not in (0, 1):
+        sys.exit(f"{mutation.name}: the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0
+
+
+def main() -> None:
+    """Breaks what the arguments name, or everything, and tells what no test saw."""
+    wanted = [one for one in MUTATIONS if not sys.argv[1:] or any(part in one.name for part in sys.argv[1:])]
+    with tempfile.TemporaryDirectory() as name:
+        for item in COPIED:
+            copy = shutil.copytree if (ROOT / item).is_dir() else shutil.copy
+            copy(ROOT / item, Path(name) / item)
+        unseen = []
+        for mutation in wanted:
+            passes = survives(mutation, Path(name))
+            unseen += [mutation.name] * passes
+            sys.stdout.write(f"{'NOT SEEN' if passes else 'seen':<9} {mutation.name}\n")
+            sys.stdout.flush()
+    sys.exit(f"{len(unseen)} of {len(wanted)} seen by no test" if unseen else None)
+
+
+if __name__ == "__main__":
+    main()
