@@ -4,11 +4,18 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
+from stack.config.condition import Condition
 from stack.config.section import Section
 
 
 class SourceConfig(Section):
     """One stream of documents."""
+
+    conditions = (
+        Condition(fields=("path",), other="kind", values=("text", "jsonl", "parquet", "tokens")),
+        Condition(fields=("field",), other="kind", values=("jsonl", "parquet")),
+        Condition(fields=("encoding",), other="kind", values=("text", "jsonl")),
+    )
 
     kind: Literal["python", "text", "jsonl", "parquet", "tokens", "synthetic"] = "python"
     """`python`: the documentation and standard library installed with the interpreter; `text`: one
@@ -23,14 +30,11 @@ class SourceConfig(Section):
     max_bytes: PositiveInt | None = None
     """Read documents, in order, until this many bytes of text; null: all."""
     encoding: str = "utf-8"
-    """Character encoding of text on disk; undecodable bytes are an error that names the file."""
+    """`text`, `jsonl`: character encoding on disk; undecodable bytes are an error that names the file."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.kind in ("python", "synthetic"):
-            if self.path is not None:
-                raise ValueError(f"a source of kind {self.kind} has no path; remove path")
-        elif self.path is None:
+        if self.kind not in ("python", "synthetic") and self.path is None:
             raise ValueError(f"a source of kind {self.kind} needs a path")
         return self
 

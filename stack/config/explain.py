@@ -56,6 +56,12 @@ def dotted(path: Keys) -> str:
     return ".".join(map(str, path))
 
 
+def shown(value: Any) -> str:
+    """A value as it would be written in YAML, cut to a readable length."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def annotation_at(root: Any, path: Keys) -> Any:
     """The type at a path (`null` aside), None where there is no such field."""
     here = _without_null(root)
@@ -137,7 +143,7 @@ def _describe(error: Any, root: type[BaseModel]) -> str:
     if kind == "too_long":
         return f"{name} has more than {error['ctx']['max_length']} entries"
     expected = EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
-    return f"{name}={_shown(value)} must be {expected}{_remedy(kind, value, _choices(root, path))}"
+    return f"{name}={shown(value)} must be {expected}{_remedy(kind, value, _choices(root, path))}"
 
 
 def _remedy(kind: str, value: Any, choices: list[str]) -> str:
@@ -191,9 +197,3 @@ def _where(error: Any, root: type[BaseModel], located: Located) -> str:
         candidates = [other for other in mentioned if located.find(other)] or candidates
     places = [located.nearest_place(candidate) for candidate in candidates]
     return max(places, key=lambda place: place.layer).text
-
-
-def _shown(value: Any) -> str:
-    """A value as it would be written in YAML, cut to a readable length."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

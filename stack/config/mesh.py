@@ -4,6 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from stack.config.condition import Condition
 from stack.config.section import Section
 
 AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
@@ -24,6 +25,11 @@ class MeshConfig(Section):
     """
 
     model_config = ConfigDict(json_schema_extra=_or_auto)
+
+    conditions = (
+        Condition(fields=(*AXES, "zero", "sequence_parallel"), other="auto", values=(False,)),
+        Condition(fields=("sequence_parallel",), other="tensor", unless=1),
+    )
 
     auto: bool = False
     """The planner chooses the fastest layout that fits when the run starts, and the run's config holds
@@ -55,8 +61,6 @@ class MeshConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.auto:
-            if given := [name for name in type(self).model_fields if name != "auto" and self._given(name)]:
-                raise ValueError(f"mesh is auto, so {given[0]} is not read; remove it, or auto")
             return self
         sizes = {axis: getattr(self, axis) for axis in AXES}
         for axis, size in sizes.items():
@@ -68,9 +72,4 @@ class MeshConfig(Section):
         for axis in ("stage", "context", "expert"):
             if sizes[axis] != 1:
                 raise ValueError(f"{axis}={sizes[axis]}: this axis is not built yet; set {axis}=1")
-        if self.sequence_parallel and self.tensor == 1:
-            raise ValueError("sequence_parallel=true splits over tensor=1; set tensor > 1")
         return self
-
-    def _given(self, name: str) -> bool:
-        return getattr(self, name) != type(self).model_fields[name].default

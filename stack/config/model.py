@@ -4,11 +4,21 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from stack.config.condition import Condition
 from stack.config.section import Section, one_of
 
 
 class RopeConfig(Section):
     """Rotary position embedding (arXiv 2104.09864) and its extension to longer contexts."""
+
+    conditions = (
+        Condition(fields=("factor",), other="scaling", values=("linear", "llama3")),
+        Condition(
+            fields=("low_frequency_factor", "high_frequency_factor", "original_length"),
+            other="scaling",
+            values=("llama3",),
+        ),
+    )
 
     theta: PositiveFloat = 10_000.0
     """Base of the wavelengths, in positions; 10,000 is the paper's, Llama 3 uses 500,000."""
@@ -16,7 +26,7 @@ class RopeConfig(Section):
     """Stretching of the wavelengths: `linear` divides positions by `factor` (arXiv 2306.15595),
     `llama3` only stretches the long wavelengths (Llama 3.1)."""
     factor: PositiveFloat = 1.0
-    """How many times longer the context is than `original_length`."""
+    """`linear`, `llama3`: how many times longer the context is than the one first trained for."""
     low_frequency_factor: PositiveFloat = 1.0
     """`llama3`: wavelengths above original_length / this are stretched in full."""
     high_frequency_factor: PositiveFloat = 4.0
@@ -31,13 +41,13 @@ class RopeConfig(Section):
                 f"low_frequency_factor={self.low_frequency_factor} must be below"
                 f" high_frequency_factor={self.high_frequency_factor}"
             )
-        if self.scaling == "none" and self.factor != 1:
-            raise ValueError(f"factor={self.factor} is not read with scaling=none; set scaling")
         return self
 
 
 class BlockConfig(Section):
     """A stack of transformer blocks, of whatever model."""
+
+    conditions = (Condition(fields=("rope",), other="position", values=("rotary",)),)
 
     max_length: PositiveInt = 1024
     """Longest sequence in tokens: rows of a learned position table, limit of generation."""
@@ -122,8 +132,6 @@ class BlockConfig(Section):
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}")
         if self.position == "rotary" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.head_width}; set head_dim")
-        if self.position == "learned" and self.rope != RopeConfig():
-            raise ValueError("rope is not read with position=learned; set position=rotary")
         if self.attention == "cudnn":
             if self.attention_dropout:
                 raise ValueError("attention=cudnn has no dropout; set attention_dropout=0 or attention=xla")
@@ -139,6 +147,11 @@ class BlockConfig(Section):
 class LanguageConfig(BlockConfig):
     """What a model of words adds to its blocks."""
 
+    conditions = (
+        *BlockConfig.conditions,
+        Condition(fields=("position_init_std",), other="position", values=("learned",)),
+    )
+
     vocab_size: PositiveInt = 257
     """Words of the tokenizer; 257 is every byte and one end of document."""
     vocab_multiple: PositiveInt = 128
@@ -148,11 +161,11 @@ class LanguageConfig(BlockConfig):
     tied_embeddings: bool = True
     """The output projection is the embedding table (arXiv 1608.05859)."""
     logit_softcap: PositiveFloat | None = None
-    """The same for the logits."""
+    """Logits become c x tanh(logit / c) (Gemma 2, arXiv 2408.00118); null: as they are."""
     embedding_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the embedding dropped in training; 0, as data is rarely seen twice."""
     position_init_std: NonNegativeFloat = 0.01
-    """The same for learned positions; 0.01 in GPT-2's code, 0.02 in Megatron."""
+    """Standard deviation of initial `learned` positions; 0.01 in GPT-2's code, 0.02 in Megatron."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -182,5 +195,5 @@ class ParallelDecoderConfig(LanguageConfig):
 type ModelConfig = DecoderConfig | ParallelDecoderConfig
 """Any of the models: THE list, which alone names their classes."""
 
-AnyModel = one_of(DecoderConfig, ParallelDecoderConfig)
+AnyModel = one_of(ModelConfig)
 """The same as pydantic reads it, by `kind`; without one it is a decoder."""

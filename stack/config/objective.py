@@ -25,5 +25,5 @@ class CausalConfig(Section):
 type ObjectiveConfig = CausalConfig
 """Any of the objectives: THE list, which alone names their classes."""
 
-AnyObjective = one_of(CausalConfig)
+AnyObjective = one_of(ObjectiveConfig)
 """The same as pydantic reads it, by `kind`; without one it is causal."""

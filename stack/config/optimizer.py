@@ -4,11 +4,17 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from stack.config.condition import Condition
 from stack.config.section import Section
 
 
 class ScheduleConfig(Section):
     """Learning rate over steps, as a fraction of optimizer.learning_rate."""
+
+    conditions = (
+        Condition(fields=("decay_steps", "final_fraction"), other="kind", values=("cosine", "wsd", "linear")),
+        Condition(fields=("decay_fraction",), other="kind", values=("wsd",)),
+    )
 
     kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Shape after the warmup: `cosine` (arXiv 1608.03983), `linear`, `constant`, or `wsd`, constant
@@ -26,16 +32,23 @@ class ScheduleConfig(Section):
 class OptimizerConfig(Section):
     """One of Optax's optimizers, with global-norm clipping before and weight decay after."""
 
+    conditions = (
+        Condition(fields=("beta1",), other="kind", values=("adamw", "sgd", "lion")),
+        Condition(fields=("beta2",), other="kind", values=("adamw", "lion")),
+        Condition(fields=("epsilon",), other="kind", values=("adamw",)),
+    )
+
     kind: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
     """AdamW (arXiv 1711.05101), SGD with momentum, Lion (arXiv 2302.06675), Adafactor (1804.04235)."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """Decay of the first moment; SGD's momentum."""
+    """AdamW, Lion: decay of the first moment. SGD: its momentum."""
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    """Decay of the second moment; 0.95 in GPT-3 and Llama, Lion's paper has 0.99."""
+    """AdamW: decay of the second moment; 0.95 in GPT-3 and Llama. Lion: decay of its average of
+    gradients; 0.99 in its paper."""
     epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment (AdamW)."""
+    """AdamW: added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices, per step as learning rate x this; 0.1 in GPT-3."""
     decay_embeddings: bool = True

@@ -59,7 +59,7 @@ def dump(config: Config) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON schema of a config file: names, types, limits, defaults and descriptions, for editors."""
-    tree = _unwrapped(Config.model_json_schema())
+    tree = _for_editors(Config.model_json_schema())
     tree["properties"]["base"] = {
         "type": "string",
         "description": "Another config file, relative to this one, that gives what this one leaves out.",
@@ -78,18 +78,20 @@ def _build(located: Located, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(explain(error, Config, located)) from None
 
 
-def _unwrapped(tree: Any) -> Any:
-    """The schema with every description on one line."""
+def _for_editors(tree: Any) -> Any:
+    """The schema with every description on one line, and one of several sections as any of them.
+
+    pydantic's `oneOf` holds for exactly one of them, but a section without `kind` fits each: an editor
+    would mark every recipe that leaves it out.
+    """
     if isinstance(tree, list):
-        return [_unwrapped(item) for item in tree]
-    if isinstance(tree, dict):
-        return {
-            name: " ".join(item.split())
-            if name == "description" and isinstance(item, str)
-            else _unwrapped(item)
-            for name, item in tree.items()
-        }
-    return tree
+        return [_for_editors(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    inside = {"anyOf" if name == "oneOf" else name: _for_editors(item) for name, item in tree.items()}
+    if isinstance(text := inside.get("description"), str):
+        inside["description"] = " ".join(text.split())
+    return inside
 
 
 def _override(located: Located, override: str) -> Located:

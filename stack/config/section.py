@@ -1,9 +1,10 @@
 """The base of every part of the config tree."""
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, Self, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, model_validator
 
+from stack.config.condition import Condition, describe_unread
 from stack.config.errors import ConfigError
 from stack.config.explain import explain, kind_of
 
@@ -39,22 +40,31 @@ class Section(BaseModel, metaclass=_Reported):
         validate_default=True,
     )
 
+    conditions: ClassVar[tuple[Condition, ...]] = ()
+    """Which of its fields are read only beside some value of another; refused elsewhere, first to last."""
 
-def one_of(first: type[Section], *others: type[Section]) -> Any:
+    @model_validator(mode="after")
+    def _check_read(self) -> Self:
+        if line := describe_unread(self, self.conditions):
+            raise ValueError(line)
+        return self
+
+
+def one_of(union: Any) -> Any:
     """The type of a field that holds one of several sections, told apart by their `kind`.
 
     Args:
-        first: taken where no kind is given.
-        others: their classes, each with a literal field `kind` of its own.
+        union: a named type: a union of their classes, each with a literal field `kind` of its own, of
+            which the first is taken where no kind is given; or a single class.
     """
-    classes = (first, *others)
-    default = kind_of(first)
+    classes = get_args(union.__value__) or (union.__value__,)
+    default = kind_of(classes[0])
 
     def kind(value: Any) -> Any:
         return value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", default)
 
     members = [Annotated[section, Tag(kind_of(section))] for section in classes]
-    union: Any = members[0]
+    joined: Any = members[0]
     for member in members[1:]:
-        union |= member
-    return Annotated[union, Discriminator(kind)] if others else first
+        joined |= member
+    return Annotated[joined, Discriminator(kind)] if len(classes) > 1 else classes[0]

@@ -4,11 +4,16 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from stack.config.condition import Condition
 from stack.config.section import Section
 
 
 class TrainConfig(Section):
     """The training loop."""
+
+    conditions = (
+        Condition(fields=("offload_activations",), other="remat", values=("full", "save_qkv_proj")),
+    )
 
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
@@ -41,8 +46,6 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}"
             )
-        if self.offload_activations and self.remat not in ("full", "save_qkv_proj"):
-            raise ValueError(f"offload_activations=true needs remat full or save_qkv_proj, not {self.remat}")
         if self.profile_steps and self.profile_steps[0] >= self.profile_steps[1]:
             raise ValueError(f"profile_steps={list(self.profile_steps)}: the first must be below the second")
         return self
@@ -52,7 +55,7 @@ class EvalConfig(Section):
     """Held-out evaluation: the whole held-out set, each token once."""
 
     every: NonNegativeInt = 0
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations; 0: only at the end. Nothing is evaluated where no data is held out."""
     batch_size: PositiveInt | None = None
     """Sequences per evaluation step over all devices; null: train.batch_size."""
     trigram: bool = False

@@ -4,6 +4,7 @@ from typing import Self
 
 from pydantic import NonNegativeInt, model_validator
 
+from stack.config.condition import Condition
 from stack.config.data import DataConfig
 from stack.config.mesh import MeshConfig
 from stack.config.model import AnyModel, DecoderConfig
@@ -16,6 +17,21 @@ from stack.config.train import CheckpointConfig, EvalConfig, SampleConfig, Train
 
 class Config(Section):
     """Everything a run needs to know."""
+
+    # Some fields have no effect beside certain values, and are not refused there:
+    # - what depends on the machine, as one recipe serves many: mesh.zero and train.grad_reduce_dtype on
+    #   one device, target.compile_target for a chip that the compiler knows;
+    # - sample.top_k and top_p at temperature 0, which `stack sample --temperature 0` sets over any recipe;
+    # - optimizer.decay_embeddings at weight_decay 0, the end of a sweep: that nothing decays grants it;
+    # - the weight of a lone source, which is still its share and counts when another is added;
+    # - checkpoint.keep_every at every 0: a run that goes on from its end saves more than once.
+    conditions = (
+        # What is to be computed again would be computed at once and kept, so the loop over layers stays.
+        Condition(fields=("model.scan_unroll",), other="train.remat", values=("none", "auto")),
+        Condition(
+            fields=("eval.every", "eval.batch_size", "eval.trigram"), other="data.heldout_fraction", unless=0
+        ),
+    )
 
     name: str = "run"
     """Name of the run; its folder is output_dir/name."""

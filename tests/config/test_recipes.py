@@ -7,9 +7,11 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from stack.config import dump, load, parse, schema
+from stack.config.document import read_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -41,6 +43,20 @@ def test_every_snapshot_has_its_recipe():
 def test_the_schema_is_that_of_the_config_tree(request):
     text = json.dumps(schema(), indent=2) + "\n"
     check_golden(CONFIGS / "schema.json", text, refresh=request.config.getoption("--refresh"))
+
+
+@recipes
+def test_an_editor_finds_nothing_wrong_with_a_recipe(recipe):
+    jsonschema.validate(read_file(recipe).plain(), schema())
+
+
+@pytest.mark.parametrize(
+    "model", [{"num_layer": 4}, {"kind": "decodr"}, {"kind": "parallel_decoder", "norm": "none"}]
+)
+def test_an_editor_finds_what_is_wrong_in_a_section_of_several_kinds(model):
+    with pytest.raises(jsonschema.ValidationError) as error:
+        jsonschema.validate({"model": model}, schema())
+    assert error.value.absolute_path[0] == "model"
 
 
 @recipes

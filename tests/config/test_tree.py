@@ -53,34 +53,18 @@ def test_a_list_stands_for_a_tuple():
     ("section", "fields", "told"),
     [
         (SourceConfig, {"kind": "text"}, "a source of kind text needs a path"),
-        (SourceConfig, {"path": "a"}, "a source of kind python has no path; remove path"),
         (DataConfig, {"sources": [{"weight": 0.0}]}, "every source has weight 0"),
         (MeshConfig, {"data": -1, "fsdp": -1}, "only one mesh axis may be -1, not data and fsdp"),
         (MeshConfig, {"tensor": 0}, "tensor=0: a mesh axis has at least 1 device"),
         (MeshConfig, {"stage": 2}, "stage=2: this axis is not built yet; set stage=1"),
         (MeshConfig, {"context": 2}, "context=2: this axis is not built yet; set context=1"),
         (MeshConfig, {"expert": 2}, "expert=2: this axis is not built yet; set expert=1"),
-        (
-            MeshConfig,
-            {"sequence_parallel": True},
-            "sequence_parallel=true splits over tensor=1; set tensor > 1",
-        ),
         (DecoderConfig, {"embed_dim": 100}, "embed_dim=100 is not a multiple of num_heads=12; set head_dim"),
         (DecoderConfig, {"num_kv_heads": 5}, "num_heads=12 is not a multiple of num_kv_heads=5"),
         (
             DecoderConfig,
             {"position": "rotary", "head_dim": 3},
             "rotary positions need an even head width, not 3",
-        ),
-        (
-            DecoderConfig,
-            {"rope": {"theta": 5e5}},
-            "rope is not read with position=learned; set position=rotary",
-        ),
-        (
-            DecoderConfig,
-            {"rope": {"factor": 8.0}},
-            "rope: factor=8.0 is not read with scaling=none; set scaling",
         ),
         (
             DecoderConfig,
