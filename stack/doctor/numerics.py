@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from pydantic import TypeAdapter
 
-from stack.config import CausalConfig, Config, DataConfig, DecoderConfig, MeshConfig, StackError, TrainConfig
+from stack.config import CausalConfig, Config, DataConfig, MeshConfig, StackError, TrainConfig
+from stack.config.model import AnyModel
 from stack.parallel import mesh as meshes
 from stack.step import program as programs
 from stack.step import state as states
@@ -39,7 +41,8 @@ PARTS: dict[str, frozenset[str]] = {
 }
 """THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other."""
 
-Family = Literal["gpt", "llama"]
+Family = Literal["gpt", "llama", "palm"]
+"""Models that go through the matrix; `palm`, of parallel blocks, through the parts and some pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,16 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
         "tied_embeddings": False,
         "sliding_window": 7,
     },
+    "palm": {
+        "kind": "parallel_decoder",
+        "num_kv_heads": 4,
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "position": "rotary",
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
+    },
 }
 
 
@@ -123,7 +136,7 @@ def config_of(cell: Cell, family: Family, dtype: str) -> Config:
     """A tiny model with an odd vocabulary, dropout everywhere and packed rows, laid out as a cell says."""
     return Config(
         seed=3,
-        model=DecoderConfig(**_SHARED, **_FAMILIES[family], dtype=dtype),
+        model=TypeAdapter(AnyModel).validate_python(_SHARED | _FAMILIES[family] | {"dtype": dtype}),
         data=DataConfig(sequence_length=_LENGTH),
         mesh=cell.mesh,
         train=TrainConfig(batch_size=_BATCH, accumulation=cell.accumulation, remat="full"),

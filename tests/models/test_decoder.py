@@ -172,6 +172,7 @@ def count_equations(jaxpr):
         ("gpt2_1_5b", 8, 1_557_611_200),
         ("llama3_8b", 8, 8_030_261_248),
         ("llama3_70b", 64, 70_553_706_496),
+        ("palm_8b", 8, 8_632_012_800),
     ],
 )
 def test_published_parameter_counts_without_allocating_one(recipe, devices, parameters):

@@ -75,7 +75,7 @@ def _chosen(config: Config, chip: Hardware, devices: int) -> Config:
         if why := candidate.work.why_modelled():
             raise ConfigError(f"mesh: auto finds nothing that runs on {chip.title}: {why}")
         chosen = laid_out(config, candidate.work)
-        chosen = config.model_copy(update={"mesh": chosen.mesh, "train": chosen.train})
+        chosen = config.model_copy(update={"mesh": chosen.mesh, "train": chosen.train, "model": chosen.model})
         try:
             meshes.check_divides(chosen, dict(meshes.resolve(chosen.mesh, devices)))
         except ConfigError as error:  # Only the evaluation's batch may not divide.
@@ -93,7 +93,13 @@ def _with_remat(config: Config, chip: Hardware, devices: int, remats: Sequence[R
         train = config.train.model_copy(update={"remat": remat})
         works.append(from_config(config.model_copy(update={"train": train}), devices, chip))
     chosen = fastest_first([[work] for work in works], chip)[0].work
-    return config.model_copy(update={"train": config.train.model_copy(update={"remat": chosen.remat})})
+    return _remat(config, chosen.remat)
+
+
+def _remat(config: Config, remat: Remat) -> Config:
+    """The config with a remat; layers that are computed again are not unrolled."""
+    rolled = () if remat == "none" else ("model.scan_unroll=1",)
+    return config.replace(f"train.remat={remat}", *rolled)
 
 
 def _earlier(config: Config, devices: int) -> Config | None:
@@ -103,13 +109,9 @@ def _earlier(config: Config, devices: int) -> Config | None:
     if next(steps, None) is None or not (folder / RUN_CONFIG).is_file():
         return None
     run = load(folder)
-    train, mesh = config.train, config.mesh
-    kept = config.model_copy(
-        update={
-            "mesh": run.mesh if mesh.auto else mesh,
-            "train": train.model_copy(update={"remat": run.train.remat}) if train.remat == "auto" else train,
-        }
-    )
+    kept = config.model_copy(update={"mesh": run.mesh if config.mesh.auto else config.mesh})
+    if config.train.remat == "auto":
+        kept = _remat(kept, run.train.remat)
     try:
         meshes.check_divides(kept, meshes.resolve(kept.mesh, devices))
     except ConfigError:

@@ -161,8 +161,9 @@ def _obstacle(start: Workload, axis: str, size: int, sizes: dict[str, int]) -> t
                 f"context={size} of {start.length:,} tokens",
             )
     elif axis == "fsdp":
+        tensor = sizes.get("tensor", 1)
         for part in parameters(model):
-            if part.matrix and part.shard(fsdp=size) == part.size:
+            if part.is_matrix and part.shard(fsdp=size, tensor=tensor) == part.shard(tensor=tensor):
                 shape = " x ".join(f"{name} {extent}" for name, extent in part.axes)
                 return "fsdp leaves a matrix whole", f"fsdp={size} splits no axis of {shape}"
     return None

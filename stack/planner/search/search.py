@@ -173,6 +173,8 @@ def laid_out(config: Config, work: Workload) -> Config:
     changes |= {f"mesh.{axis}": getattr(work, axis) for axis in AXES}
     changes |= {"mesh.zero": work.zero, "mesh.sequence_parallel": work.sequence_parallel}
     changes |= {"train.accumulation": work.accumulation, "train.remat": work.remat}
+    if work.remat != "none":  # Layers that are computed again are not unrolled.
+        changes["model.scan_unroll"] = 1
     if rows := config.eval.batch_size:
         changes["eval.batch_size"] = -(-rows // work.replicas) * work.replicas
     chosen = config.replace(*(f"{name}={json.dumps(value)}" for name, value in changes.items()))
