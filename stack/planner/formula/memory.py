@@ -111,7 +111,7 @@ def _ends(w: Workload, *, first: bool, last: bool) -> tuple[Parameter, ...]:
         return (*found.embedding, *found.head)
     if first:
         return found.embedding
-    return (*found.head, found.embedding[0]) if w.model.tied_embeddings else found.head
+    return (*found.head, found.words) if w.model.tied_embeddings else found.head
 
 
 def optimizer_numbers(workload: Workload) -> float:
@@ -141,7 +141,7 @@ def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ..
         return 4 * sum(p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
 
     def whole(parts: tuple[Parameter, ...]) -> float:
-        return compute * sum(p.shard(tensor=w.tensor) for p in parts if p.matrix)
+        return compute * sum(p.shard(tensor=w.tensor) for p in parts if p.is_matrix)
 
     return _Sizes(
         shard=shard(layers) / w.stage + shard(ends),
@@ -149,7 +149,7 @@ def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ..
         whole=whole(layers) / w.stage + whole(ends),
         layers_whole=whole(layers) / w.stage,
         layer=whole(layers) / w.model.num_layers,
-        table=4 * parameters(w.model).embedding[0].shard(tensor=w.tensor) if last else 0.0,
+        table=4 * parameters(w.model).words.shard(tensor=w.tensor) if last else 0.0,
         tables=whole(ends),
         largest=4 / w.stage * max(p.shard(tensor=w.tensor) for p in layers),
         compute=compute,
@@ -339,7 +339,7 @@ def _published_stage(w: Workload, rank: int) -> Memory:
     layers = _balanced_layers(w)[rank]
     found = parameters(w.model)
     layer = sum(p.shard(tensor=w.tensor) for p in found.layers) / w.model.num_layers
-    table = found.embedding[0].shard(tensor=w.tensor)
+    table = found.words.shard(tensor=w.tensor)
     first, last = rank == 0, rank == w.stage - 1
     held = layers * layer
     if first:
@@ -377,7 +377,7 @@ def _balanced_layers(w: Workload) -> list[int]:
     """Layers of each stage, such that none does much more than its share of the matrix products."""
     count = w.model.num_layers
     head = w.model.padded_vocab_size * w.model.embed_dim
-    layer = sum(p.size for p in parameters(w.model).layers if p.matrix) / count
+    layer = sum(p.size for p in parameters(w.model).layers if p.is_matrix) / count
     if w.virtual_stages > 1:
         # Parts of equal size, as many on each stage.
         return [math.ceil(count / w.stage)] * w.stage

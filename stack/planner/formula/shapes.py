@@ -1,15 +1,30 @@
-"""The parameters of a model, by shape, and what each device holds of them."""
+"""The parameters of a model, read from the model itself, and what each device holds of them."""
 
 import dataclasses
 import math
 from collections.abc import Iterator
 from functools import cache
 
+import jax
+from flax import nnx
+
+from stack.config import MeshConfig
 from stack.config.model import ModelConfig
-from stack.parallel.rules import TABLE
+from stack.models import model_class
+from stack.parallel import mesh as meshes
+from stack.parallel.rules import Layout, Role
+from stack.parallel.zero import is_variable
 
 Axes = tuple[tuple[str, int], ...]
 """Logical axes and their sizes."""
+
+_LAYERS, _LENGTH = 7919, 7907
+"""A number of layers and of positions that no other axis of a model is as long as: they tell what there is
+once for each. A model is then built once, whatever its depth and length."""
+
+_HEAD = ("final_norm", "head")
+"""What of a model its last pipeline stage holds, by the names that the model gives; what else is in no layer
+is in front of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,10 +32,15 @@ class Parameter:
     """One parameter, or the same one of every layer."""
 
     axes: Axes
-    matrix: bool
-    """Used in a matrix product or a look-up; all others are never split over `fsdp`."""
+    """Of one layer's."""
+    role: Role
     copies: int = 1
     """Layers that have one."""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is split over `fsdp` and used in the compute dtype, as tables are too."""
+        return self.role != "vector"
 
     @property
     def size(self) -> int:
@@ -28,11 +48,13 @@ class Parameter:
         return self.copies * math.prod(size for _, size in self.axes)
 
     def shard(self, *, fsdp: int = 1, tensor: int = 1) -> float:
-        """Elements on each device, of all copies, split as `Layout.parameter_spec` splits them."""
-        split = ["tensor" in TABLE[name] for name, _ in self.axes]
-        whole = (size for (_, size), n in zip(self.axes, split, strict=True) if not n)
-        ways = fsdp if self.matrix and any(size % fsdp == 0 for size in whole) else 1
-        return self.size / ways / (tensor if any(split) else 1)
+        """Elements on each device, of all copies.
+
+        Args:
+          fsdp: ways it is split at rest; 1 also for what is gathered.
+          tensor: ways of tensor parallelism.
+        """
+        return self.size / _ways(self.axes, self.role, fsdp, tensor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,46 +73,64 @@ class Parameters:
         yield from self.layers
         yield from self.head
 
+    @property
+    def words(self) -> Parameter:
+        """The table that embeds words."""
+        return next(part for part in self.embedding if "vocab" in dict(part.axes))
+
 
 def num_parameters(model: ModelConfig) -> int:
     """All parameters of a model, the padding of the vocabulary left out."""
-    tables = 1 if model.tied_embeddings else 2
-    padding = tables * (model.padded_vocab_size - model.vocab_size) * model.embed_dim
-    return sum(part.size for part in parameters(model)) - padding
+    return sum(
+        part.copies * math.prod(model.vocab_size if name == "vocab" else size for name, size in part.axes)
+        for part in parameters(model)
+    )
 
 
 @cache
 def parameters(model: ModelConfig) -> Parameters:
-    """All parameters of a model."""
-    embed, rows = ("embed", model.embed_dim), ("vocab", model.padded_vocab_size)
-    table = Parameter(axes=(rows, embed), matrix=True)
-    positions = Parameter(axes=(("length", model.max_length), embed), matrix=True)
+    """All parameters of a model, as its class declares them; nothing is allocated."""
+    parts = _parts(model.model_copy(update={"num_layers": _LAYERS, "max_length": _LENGTH}))
+
+    def resolve(part: Parameter) -> Parameter:
+        axes = tuple((name, model.max_length if size == _LENGTH else size) for name, size in part.axes)
+        copies = model.num_layers if part.copies == _LAYERS else part.copies
+        return dataclasses.replace(part, axes=axes, copies=copies)
+
     return Parameters(
-        layers=_layers(model),
-        embedding=(table, positions) if model.position == "learned" else (table,),
-        head=_norm(embed, model.norm) + (() if model.tied_embeddings else (table,)),
+        layers=tuple(map(resolve, parts.layers)),
+        embedding=tuple(map(resolve, parts.embedding)),
+        head=tuple(map(resolve, parts.head)),
     )
 
 
-def _layers(model: ModelConfig) -> tuple[Parameter, ...]:
-    embed, mlp, width = ("embed", model.embed_dim), ("mlp", model.mlp_width), ("head_dim", model.head_width)
-    heads, kv_heads = (("heads", model.num_heads), width), (("kv_heads", model.kv_heads), width)
-    one = [
-        *(2 * _norm(embed, model.norm)),
-        *_linear((embed,), heads, model.qkv_bias),
-        *(2 * _linear((embed,), kv_heads, model.qkv_bias)),
-        *((2 * _norm(width, "rmsnorm")) if model.qk_norm else ()),
-        *_linear(heads, (embed,), model.out_bias),
-        *((2 if model.gated else 1) * _linear((embed,), (mlp,), model.mlp_bias)),
-        *_linear((mlp,), (embed,), model.mlp_bias),
-    ]
-    return tuple(dataclasses.replace(part, copies=model.num_layers) for part in one)
+@cache
+def _parts(model: ModelConfig) -> Parameters:
+    """The parameters of an abstract model, 0.1 s of tracing."""
+    abstract = nnx.eval_shape(lambda: model_class(model)(model, rngs=nnx.Rngs(0)))
+    layers, embedding, head = [], [], []
+    for name, module in vars(abstract).items():
+        for variable in filter(is_variable, jax.tree.leaves(module, is_leaf=is_variable)):
+            axes = tuple(zip(variable.axes, variable.shape, strict=True))
+            if axes[0][0] == "layers":
+                layers.append(Parameter(axes=axes[1:], role=variable.role, copies=axes[0][1]))
+            else:
+                place = head if name in _HEAD else embedding
+                place.append(Parameter(axes=axes, role=variable.role))
+    return Parameters(layers=tuple(layers), embedding=tuple(embedding), head=tuple(head))
 
 
-def _linear(inputs: Axes, outputs: Axes, bias: bool) -> tuple[Parameter, ...]:
-    kernel = Parameter(axes=inputs + outputs, matrix=True)
-    return (kernel, Parameter(axes=outputs, matrix=False)) if bias else (kernel,)
+@cache
+def _ways(axes: Axes, role: Role, fsdp: int, tensor: int) -> int:
+    """Devices that a parameter is split over, by the rule of the trainer."""
+    mesh = MeshConfig(fsdp=fsdp, tensor=tensor, zero=1)
+    layout = Layout.of(meshes.abstract(mesh, fsdp * tensor), mesh)
+    names, shape = zip(*axes, strict=True)
+    spec = layout.parameter_spec(names, shape, role)
+    return math.prod(layout.size(axis) for axis in _mesh_axes(spec))
 
 
-def _norm(axis: tuple[str, int], kind: str) -> tuple[Parameter, ...]:
-    return (Parameter(axes=(axis,), matrix=False),) * (2 if kind == "layernorm" else 1)
+def _mesh_axes(spec: jax.sharding.PartitionSpec) -> Iterator[str]:
+    for entry in spec:
+        if entry is not None:
+            yield from entry if isinstance(entry, tuple) else (entry,)

@@ -267,8 +267,8 @@ def _stage(work: Workload, chip: Hardware) -> Communication:
 def _held(work: Workload) -> tuple[float, float]:
     """Elements of the matrices of one layer, and of the embedding and the head, split over tensor."""
     held = parameters(work.model)
-    layer = sum(p.shard(tensor=work.tensor) for p in held.layers if p.matrix) / work.model.num_layers
-    ends = sum(p.shard(tensor=work.tensor) for p in (*held.embedding, *held.head) if p.matrix)
+    layer = sum(p.shard(tensor=work.tensor) for p in held.layers if p.is_matrix) / work.model.num_layers
+    ends = sum(p.shard(tensor=work.tensor) for p in (*held.embedding, *held.head) if p.is_matrix)
     return layer, ends
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from stack.planner.compiled.compile import compile_step, devices
 from stack.planner.formula.memory import layers_in_flight, memory, published_memory
 from stack.planner.formula.residuals import kept
 from stack.planner.formula.result import Memory
-from stack.planner.formula.shapes import parameters
+from stack.planner.formula.shapes import num_parameters, parameters
 from stack.planner.formula.workload import Workload, from_config
 from stack.step import program as programs
 from stack.step import state as states
@@ -66,15 +67,47 @@ def test_parameters_by_shape_are_those_of_the_model(name: str) -> None:
     assert found == sorted(leaf.size for leaf in jax.tree.leaves(program.parameters))
 
 
+NARROW = ("model.embed_dim=66", "model.num_heads=6", "model.head_dim=16", "model.mlp_dim=256")
+"""A width that nothing divides: MLP and words are split over `fsdp` in its place, where `tensor` is 1."""
+
+
 @pytest.mark.parametrize("zero", [0, 1, 3])
-@pytest.mark.parametrize("name", ["gpt2_124m", "llama3_8b", "qwen3_0_6b", "turing_nlg_small"])
-def test_shards_by_shape_are_those_of_the_program(name: str, zero: int) -> None:
-    mesh = ("mesh.data=2", "mesh.fsdp=4", "mesh.tensor=2", f"mesh.zero={zero}")
-    config = recipe(name, *mesh)
-    program = programs.on_mesh(config, meshes.abstract(config.mesh, 16), "cpu")
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *(("gpt2_124m", changes) for changes in ((), NARROW)),
+        *((name, ()) for name in ("llama3_8b", "qwen3_0_6b", "turing_nlg_small")),
+    ],
+)
+def test_shards_by_shape_are_those_of_the_program(
+    name: str, changes: tuple[str, ...], tensor: int, zero: int
+) -> None:
+    mesh = ("mesh.data=2", "mesh.fsdp=4", f"mesh.tensor={tensor}", f"mesh.zero={zero}")
+    config = recipe(name, *changes, *mesh, "mesh.sequence_parallel=false")
+    program = programs.on_mesh(config, meshes.abstract(config.mesh, 8 * tensor), "cpu")
     fsdp = 4 if zero else 1
-    found = sorted(part.shard(fsdp=fsdp, tensor=2) for part in parameters(config.model))
-    assert found == sorted(map(shard_elements, jax.tree.leaves(program.parameters)))
+    shards = sorted(part.shard(fsdp=fsdp, tensor=tensor) for part in parameters(config.model))
+    assert shards == sorted(map(shard_elements, jax.tree.leaves(program.parameters)))
+
+
+@pytest.mark.parametrize("kind", [None, "parallel_decoder"])
+def test_parameters_are_of_the_layers_or_of_an_end(kind: str | None) -> None:
+    config = recipe("gpt2_124m", *([f"model.kind={kind}"] if kind else []))
+    parts = parameters(config.model)
+    assert {part.copies for part in parts.layers} == {12}
+    assert all(part.copies == 1 for part in (*parts.embedding, *parts.head))
+    assert sorted(part.axes[0] for part in parts.embedding) == [("length", 1024), ("vocab", 50304)]
+    assert parts.words.axes == (("vocab", 50304), ("embed", 768))
+    assert [part.role for part in parts.head] == ["vector"] * 2, "the final norm"
+    assert len(parameters(LLAMA).head) == 2, "the final norm and the output table"
+
+
+def test_a_model_is_built_once_whatever_its_depth_and_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters(GPT)
+    monkeypatch.setattr(nnx, "eval_shape", None)
+    deeper = GPT.model_copy(update={"num_layers": 25, "max_length": 2048})
+    assert num_parameters(deeper) - num_parameters(GPT) == 12 * 1024**2 + 13 * 1024 + 1024 * 1024
 
 
 def test_a_size_that_does_not_divide_stays_whole_over_fsdp() -> None:
