@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import jax
 from flax import nnx
@@ -110,7 +111,8 @@ def _parts(model: ModelConfig) -> Parameters:
     abstract = nnx.eval_shape(lambda: model_class(model)(model, rngs=nnx.Rngs(0)))
     layers, embedding, head = [], [], []
     for name, module in vars(abstract).items():
-        for variable in filter(is_variable, jax.tree.leaves(module, is_leaf=is_variable)):
+        variables: Any = filter(is_variable, jax.tree.leaves(module, is_leaf=is_variable))
+        for variable in variables:
             axes = tuple(zip(variable.axes, variable.shape, strict=True))
             if axes[0][0] == "layers":
                 layers.append(Parameter(axes=axes[1:], role=variable.role, copies=axes[0][1]))
