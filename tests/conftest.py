@@ -19,6 +19,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+from jaxtyping import install_import_hook  # noqa: E402 (imports jax)
+
+# Shapes and types in annotations are checked at every call.
+install_import_hook(["stack.layers", "stack.kernels", "stack.objectives", "stack.data"], "beartype.beartype")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--refresh` writes the files that tests compare with anew: config snapshots and the schema."""

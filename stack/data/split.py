@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+from jaxtyping import Bool, UInt64
 
 
 def document_hash(text: bytes) -> int:
@@ -10,7 +11,7 @@ def document_hash(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def heldout_mask(hashes: np.ndarray, fraction: float) -> np.ndarray:
+def heldout_mask(hashes: UInt64[np.ndarray, " documents"], fraction: float) -> Bool[np.ndarray, " documents"]:
     """Which of these documents [documents] (uint64 hashes) are held out.
 
     The text alone decides: adding, removing or reordering documents moves no other, equal texts fall

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,7 @@ _EOS_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|i
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "[CLS]")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the stack asks of a tokenizer."""
 

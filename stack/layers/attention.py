@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Key
 
 from stack.config import BlockConfig
 from stack.kernels.attention import Choice, Mask, Request, attend, choose
@@ -20,8 +21,8 @@ from stack.parallel.rules import Layout
 class Cache(NamedTuple):
     """Keys and values of one layer for tokens seen, [batch, slots, kv_heads, head_dim] each."""
 
-    key: jax.Array
-    value: jax.Array
+    key: Float[Array, "*layers batch slots kv_heads head_dim"]
+    value: Float[Array, "*layers batch slots kv_heads head_dim"]
 
 
 class Attention(nnx.Module):
@@ -42,15 +43,15 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "batch length embed"],
         mask: Mask,
         layout: Layout,
         *,
         kernel: str,
-        keys: jax.Array | None = None,
+        keys: Key[Array, " batch"] | None = None,
         cache: Cache | None = None,
         slot: jax.Array | int = 0,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[Float[Array, "batch length embed"], Cache | None]:
         """[batch, length, embed] -> [batch, residual_length, embed], and the cache with x written at `slot`.
 
         Args:

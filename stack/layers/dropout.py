@@ -6,6 +6,7 @@ rematerialisation draws them again.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from stack.parallel.rules import Layout
 
@@ -13,31 +14,31 @@ EMBEDDING, ATTENTION, ATTENTION_OUT, MLP_OUT = range(4)
 """The places of a layer where bits are drawn."""
 
 
-def example_keys(seed: int, step: jax.Array, example: jax.Array) -> jax.Array:
+def example_keys(seed: int, step: Int[Array, ""], example: Int[Array, " batch"]) -> Key[Array, " batch"]:
     """One key per example, [batch]; `example` is its number within the step, [batch] int32."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return fold(key, example)
 
 
-def fold(key: jax.Array, numbers: jax.Array) -> jax.Array:
+def fold(key: Key[Array, ""], numbers: Int[Array, " batch"]) -> Key[Array, " batch"]:
     """`key` folded with each of `numbers`, [batch]."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
 
 
-def layer_keys(keys: jax.Array, layer: jax.Array | int) -> jax.Array:
+def layer_keys(keys: Key[Array, " batch"], layer: Int[Array, ""] | int) -> Key[Array, " batch"]:
     """The keys of one layer, [batch]."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
 
 
 def dropout(
-    x: jax.Array,
+    x: Float[Array, "batch ..."],
     *,
     rate: float,
-    keys: jax.Array | None,
+    keys: Key[Array, " batch"] | None,
     place: int,
     layout: Layout,
     names: tuple[str | None, ...],
-) -> jax.Array:
+) -> Float[Array, "batch ..."]:
     """Zeroes a share `rate` of `x` and divides the rest by 1 - rate; nothing without keys.
 
     Args:

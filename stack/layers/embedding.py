@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32, Int
 
 from stack.layers.parameter import parameter
 from stack.parallel.rules import Layout
@@ -21,13 +22,17 @@ class Embedding(nnx.Module):
         table = jnp.where(jnp.arange(size)[:, None] < used, table, 0.0)
         self.table = parameter(table, axes=(name, "embed"), role="table")
 
-    def __call__(self, ids: jax.Array, layout: Layout, dtype: jnp.dtype) -> jax.Array:
+    def __call__(
+        self, ids: Int[Array, "batch length"], layout: Layout, dtype: jnp.dtype
+    ) -> Float[Array, "batch length embed"]:
         """[batch, length] int32 -> [batch, residual_length, embed] in `dtype`."""
         rows = lookup(self.table[...].astype(dtype), ids, layout)
         return layout.shard(rows, "batch", "residual_length", "embed")
 
 
-def lookup(table: jax.Array, ids: jax.Array, layout: Layout) -> jax.Array:
+def lookup(
+    table: Float[Array, "rows embed"], ids: Int[Array, "batch length"], layout: Layout
+) -> Float[Array, "batch length embed"]:
     """Rows of a table that may be split over `tensor`, [batch, length, embed].
 
     Inside `shard_map`, where each device reads its own rows and the rest are added as zeros: a plain
@@ -75,7 +80,9 @@ def lookup(table: jax.Array, ids: jax.Array, layout: Layout) -> jax.Array:
     return call(table, ids)
 
 
-def sum_rows(values: jax.Array, rows: jax.Array, number: int) -> jax.Array:
+def sum_rows(
+    values: Float[Array, "values width"], rows: Int[Array, " values"], number: int
+) -> Float32[Array, "{number} width"]:
     """The sum of the values of each row, [number, width] float32, the same bits each time.
 
     A CPU adds them one after another. Elsewhere a scatter would add atomically, in any order, so values
@@ -95,7 +102,9 @@ def _scatter_rows(values: jax.Array, rows: jax.Array, *, number: int) -> jax.Arr
     return jax.ops.segment_sum(values.astype(jnp.float32), rows, number)
 
 
-def scan_rows(values: jax.Array, rows: jax.Array, *, number: int) -> jax.Array:
+def scan_rows(
+    values: Float[Array, "values width"], rows: Int[Array, " values"], *, number: int
+) -> Float32[Array, "{number} width"]:
     """`sum_rows` by sorting and scanning, as on an accelerator."""
     order = jnp.argsort(rows, stable=True)
     rows = rows[order]

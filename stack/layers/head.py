@@ -1,19 +1,19 @@
 """From hidden states to scores of words."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 from stack.parallel.rules import ONE_DEVICE, Layout
 
 
 def logits(
-    hidden: jax.Array,
-    table: jax.Array,
+    hidden: Float[Array, "batch length embed"],
+    table: Float[Array, "vocab embed"],
     *,
     vocab_size: int,
     softcap: float | None = None,
     layout: Layout = ONE_DEVICE,
-) -> jax.Array:
+) -> Float32[Array, "batch length vocab"]:
     """Scores of every word, [batch, length, vocab] float32, the least float for padded rows.
 
     Args:
@@ -35,6 +35,6 @@ def logits(
     return jnp.where(word_numbers(table.shape[0], layout) < vocab_size, scores, jnp.finfo(jnp.float32).min)
 
 
-def word_numbers(rows: int, layout: Layout) -> jax.Array:
+def word_numbers(rows: int, layout: Layout) -> Int32[Array, " rows"]:
     """0 .. rows - 1, [rows] int32, split as the vocabulary is."""
     return layout.shard(jnp.arange(rows, dtype=jnp.int32), "vocab")

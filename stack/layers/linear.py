@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32
 
 from stack.layers.parameter import parameter
 from stack.parallel.rules import Layout
@@ -24,7 +25,9 @@ class Linear(nnx.Module):
         self.kernel = parameter(kernel, axes=names, role="matrix")
         self.bias = _bias(outputs) if bias else None
 
-    def __call__(self, x: jax.Array, layout: Layout, names: tuple[str, ...]) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "batch length *inputs"], layout: Layout, names: tuple[str, ...]
+    ) -> Float[Array, "batch length *outputs"]:
         """`x` ends in the input axes; the result has its dtype and the logical axes `names`."""
         y = project(x, self.kernel, layout, names, contracted=self.num_inputs)
         return y if self.bias is None else add_bias(y, self.bias[...])
@@ -35,6 +38,6 @@ def _bias(outputs: Axes) -> nnx.Param:
     return parameter(jnp.zeros(shape, jnp.float32), axes=names, role="vector")
 
 
-def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+def add_bias(y: Float[Array, "*whole"], bias: Float32[Array, "..."]) -> Float[Array, "*whole"]:
     """Y + bias, in the dtype of y; added in float32, so that the bias's gradient is summed in float32."""
     return (y.astype(jnp.float32) + bias).astype(y.dtype)

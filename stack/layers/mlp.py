@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from stack.config import BlockConfig
 from stack.layers.linear import Linear
@@ -30,7 +31,9 @@ class Mlp(nnx.Module):
         self.up = linear(embed, mlp, std=config.init_std)
         self.down = linear(mlp, embed, std=residual_std(config))
 
-    def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "batch length embed"], layout: Layout
+    ) -> Float[Array, "batch length embed"]:
         """[batch, length, embed] -> [batch, residual_length, embed]."""
         inside = ("batch", "length", "mlp")
         y = self.up(x, layout, inside)

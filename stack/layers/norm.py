@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from stack.layers.parameter import parameter
 
@@ -21,7 +22,7 @@ class Norm(nnx.Module):
         zeros = jnp.zeros((size,), jnp.float32)
         self.bias = parameter(zeros, axes=(name,), role="vector") if kind == "layernorm" else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rest width"]) -> Float[Array, "*rest width"]:
         """Shape and dtype of `x`."""
         bias = None if self.bias is None else self.bias[...]
         return _normalise(x, self.scale[...], bias, self.epsilon)

@@ -1,12 +1,12 @@
 """What a parameter says of itself: its logical axes and its role."""
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float32
 
 from stack.parallel.rules import Role
 
 
-def parameter(value: jax.Array, *, axes: tuple[str, ...], role: Role) -> nnx.Param:
+def parameter(value: Float32[Array, "..."], *, axes: tuple[str, ...], role: Role) -> nnx.Param:
     """Declares a parameter.
 
     Args:

@@ -2,13 +2,13 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from stack.config import RopeConfig
 
 
-def frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
+def frequencies(config: RopeConfig, head_dim: int) -> Float32[Array, " half"]:
     """Radians per position of each pair of channels, [head_dim / 2] float32."""
     base = config.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if config.scaling == "none":
@@ -29,7 +29,11 @@ def frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
     return base * (keep + (1 - keep) / config.factor)
 
 
-def rotate(x: jax.Array, positions: jax.Array, radians: jax.Array) -> jax.Array:
+def rotate(
+    x: Float[Array, "batch length heads head_dim"],
+    positions: Int[Array, "batch length"],
+    radians: Float32[Array, " half"],
+) -> Float[Array, "batch length heads head_dim"]:
     """Rotates channel i against channel i + head_dim / 2 by position x frequency.
 
     Args:

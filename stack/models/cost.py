@@ -17,11 +17,19 @@ class Product:
     columns: Axis
     name: str = ""
     """By which a remat policy saves its result; empty: none does."""
+    parts: tuple[int, ...] = ()
+    """Columns of the products it stands for, which read the same input, in the order they are computed;
+    empty: it is one."""
 
     @property
     def size(self) -> int:
         """Multiplications per token: the parameters of the weight."""
         return self.inner[1] * self.columns[1]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each product by itself."""
+        return self.parts or (self.columns[1],)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +83,18 @@ def block_cost(config: BlockConfig, *, norms: int = 2) -> Layers:
     return Layers(
         number=config.num_layers,
         products=(
-            Product(inner=("embed", embed), columns=("heads", queries + 2 * keys), name="qkv_proj"),
+            Product(
+                inner=("embed", embed),
+                columns=("heads", queries + 2 * keys),
+                name="qkv_proj",
+                parts=(queries, keys, keys),
+            ),
             Product(inner=("heads", queries), columns=("embed", embed)),
-            Product(inner=("embed", embed), columns=("mlp", gates * config.mlp_width)),
+            Product(
+                inner=("embed", embed),
+                columns=("mlp", gates * config.mlp_width),
+                parts=(config.mlp_width,) * gates,
+            ),
             Product(inner=("mlp", config.mlp_width), columns=("embed", embed)),
         ),
         attention=Attention(

@@ -1,7 +1,7 @@
 """What the step, the planner and inference ask of a model."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -19,6 +19,7 @@ class Output(NamedTuple):
     """[vocab, embed] in the compute dtype: the rows that hidden states are compared with."""
 
 
+@runtime_checkable
 class Model(Protocol):
     """An `nnx.Module` built as `Class(config, rngs=...)`, whose parameters are declared by `parameter`.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32, Int
 
 from stack.layers.head import logits, word_numbers
 from stack.parallel.rules import ONE_DEVICE, Layout
@@ -22,11 +23,11 @@ LEAST_LOGITS_BYTES = 64 * 2**20
 class Sums(NamedTuple):
     """Sums over the labels that count, float32 scalars."""
 
-    loss: jax.Array
+    loss: Float32[Array, ""]
     """Nats, z-loss included, times the scale."""
-    nll: jax.Array
+    nll: Float32[Array, ""]
     """Negative log-likelihood, nats."""
-    correct: jax.Array
+    correct: Float32[Array, ""]
     """Labels with the highest score."""
 
 
@@ -43,7 +44,11 @@ class Head(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
-    hidden: jax.Array, table: jax.Array, labels: jax.Array, scale: jax.Array, head: Head
+    hidden: Float[Array, "batch length embed"],
+    table: Float[Array, "vocab embed"],
+    labels: Int[Array, "batch length"],
+    scale: Float32[Array, ""],
+    head: Head,
 ) -> Sums:
     """Sums of the loss over labels >= 0; differentiable in `hidden` and `table` through `loss` alone.
 

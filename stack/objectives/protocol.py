@@ -1,7 +1,7 @@
 """What the step, the loader, the planner and the trainer ask of an objective."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -13,6 +13,7 @@ type Sums = dict[str, jax.Array]
 """Float32 scalars that add up over micro-batches and batches."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a model is trained for, built as `Class(config)` from the whole config.
 

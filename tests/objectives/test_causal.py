@@ -77,7 +77,7 @@ def test_padding_changes_neither_loss_nor_gradient(model):
 
 def test_the_divisor_is_the_labels_and_at_least_one():
     objective = Causal(Config())
-    assert objective.divisor(rows(8)) == 12
+    assert objective.divisor({"labels": jnp.asarray(rows(8)["labels"])}) == 12
     assert objective.divisor({"labels": jnp.full((2, 3), -1)}) == 1
 
 

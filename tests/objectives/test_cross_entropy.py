@@ -47,6 +47,8 @@ def close(actual, expected):
 
 
 def loss_and_gradients(head, hidden, table, labels):
+    hidden, table, labels = map(jnp.asarray, (hidden, table, labels))
+
     def loss(hidden, table):
         sums = cross_entropy(hidden, table, labels, jnp.float32(1), head)
         return sums.loss, sums

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+from jaxtyping import Array, Float
 
 from stack.kernels.attention.choice import KERNELS
 from stack.kernels.attention.mask import Mask
@@ -10,17 +11,17 @@ from stack.parallel.rules import Layout
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads head_dim"],
     mask: Mask,
     layout: Layout,
     *,
     kernel: str,
-    bias: jax.Array | None = None,
+    bias: Float[Array, "#batch #heads #queries #keys"] | None = None,
     softcap: float | None = None,
     drop: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:
+) -> Float[Array, "batch queries heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim) + bias) value, over the keys that a mask allows.
 
     Args:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -25,6 +25,7 @@ class Choice:
         return f"attention: {self.kernel} ({self.reason})"
 
 
+@runtime_checkable
 class Attend(Protocol):
     """An implementation; see `stack.kernels.attention.attend` for what it computes."""
 

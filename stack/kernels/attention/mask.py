@@ -1,26 +1,15 @@
 """Who sees whom."""
 
 import dataclasses
-from functools import partial
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import jax
+from jaxtyping import Array, Bool, Int
 
 Kind = Literal["causal", "full", "prefix"]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "query_positions",
-        "key_positions",
-        "query_segments",
-        "key_segments",
-        "lengths",
-        "prefix",
-    ],
-    meta_fields=["kind", "window"],
-)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
     """Which keys each query sees: those of its own document that its kind allows."""
@@ -30,20 +19,20 @@ class Mask:
     besides, all of the document's prefix (arXiv 1910.10683, section 3.2.1)."""
     window: int | None = None
     """Positions a query sees, its own included; of `full`, as many to either side. None: all."""
-    query_positions: jax.Array
+    query_positions: Int[Array, "batch queries"]
     """[batch, queries] int32, position within the document."""
-    key_positions: jax.Array
+    key_positions: Int[Array, "batch keys"]
     """[batch, keys] int32."""
-    query_segments: jax.Array | None = None
+    query_segments: Int[Array, "batch queries"] | None = None
     """[batch, queries] int32, number of the document within the row; None: one document per row."""
-    key_segments: jax.Array | None = None
+    key_segments: Int[Array, "batch keys"] | None = None
     """[batch, keys] int32."""
-    lengths: jax.Array | None = None
+    lengths: Int[Array, " batch"] | None = None
     """[batch] int32: keys of a row that hold a token, the first ones; None: all do, or segments tell."""
-    prefix: jax.Array | None = None
+    prefix: Bool[Array, "batch keys"] | None = None
     """[batch, keys] bool: the keys that are in their document's prefix; read with `prefix` alone."""
 
-    def allowed(self) -> jax.Array:
+    def allowed(self) -> Bool[Array, "batch queries keys"]:
         """[batch, queries, keys] bool."""
         distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
         allowed = distance >= 0
@@ -63,9 +52,28 @@ class Mask:
         return allowed
 
 
+_STATIC = ("kind", "window")
+_ARRAYS = tuple(field.name for field in dataclasses.fields(Mask) if field.name not in _STATIC)
+
+
+def _flatten(mask: Mask) -> tuple[list[Any], tuple[Any, ...]]:
+    return [getattr(mask, name) for name in _ARRAYS], tuple(getattr(mask, name) for name in _STATIC)
+
+
+def _unflatten(static: tuple[Any, ...], arrays: Iterable[Any]) -> Mask:
+    """Not through the constructor: a tree of partitions, say, is a mask of no arrays."""
+    mask = object.__new__(Mask)
+    for name, value in zip((*_ARRAYS, *_STATIC), (*arrays, *static), strict=True):
+        object.__setattr__(mask, name, value)
+    return mask
+
+
+jax.tree_util.register_pytree_node(Mask, _flatten, _unflatten)
+
+
 def row_mask(
-    segments: jax.Array,
-    positions: jax.Array,
+    segments: Int[Array, "batch length"],
+    positions: Int[Array, "batch length"],
     *,
     packed: bool,
     kind: Kind = "causal",

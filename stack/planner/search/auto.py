@@ -96,7 +96,7 @@ def _with_remat(config: Config, chip: Hardware, devices: int, remats: Sequence[R
     return _remat(config, chosen.remat)
 
 
-def _remat(config: Config, remat: Remat) -> Config:
+def _remat(config: Config, remat: str) -> Config:
     """The config with a remat; layers that are computed again are not unrolled."""
     rolled = () if remat == "none" else ("model.scan_unroll=1",)
     return config.replace(f"train.remat={remat}", *rolled)

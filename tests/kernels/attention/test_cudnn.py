@@ -31,9 +31,12 @@ def layout(request):
     return Layout.of(meshes.build(config), config)
 
 
-def row_mask_of(place, *, packed):
-    segments = {"query_segments": place, "key_segments": place} if packed else {}
-    return Mask(query_positions=place, key_positions=place, **segments)
+def abstract_mask(place, *, packed):
+    """Of rows that are not there."""
+    zeros = jnp.zeros(place.shape, place.dtype)
+    segments = zeros if packed else None
+    mask = Mask(query_positions=zeros, key_positions=zeros, query_segments=segments, key_segments=segments)
+    return jax.tree.map(lambda _: place, mask)
 
 
 def inputs(layout, *, packed, head_dim=HEAD_DIM):
@@ -44,7 +47,7 @@ def inputs(layout, *, packed, head_dim=HEAD_DIM):
     query = array("bfloat16", "batch", None, "heads", shape=(BATCH, LENGTH, HEADS, head_dim))
     key = array("bfloat16", "batch", None, "kv_heads", shape=(BATCH, LENGTH, KV_HEADS, head_dim))
     place = array("int32", "batch", shape=(BATCH, LENGTH))
-    return (query, key, key), row_mask_of(place, packed=packed)
+    return (query, key, key), abstract_mask(place, packed=packed)
 
 
 @pytest.mark.parametrize("window", [None, 16])
