@@ -15,13 +15,16 @@ from typing import Any, get_args
 from stack.config import ConfigError, DecoderConfig
 from stack.hardware import chip as chips
 from stack.hardware.chip import Precision
-from stack.planner.formula.memory import published_memory
+from stack.planner.formula.projects import published_memory
 from stack.planner.formula.time import step_time
 from stack.planner.formula.workload import Remat, Schedule, Workload
 from stack.planner.search.layouts import describe
 
 TABLE = Path(str(files("stack.planner"))) / "data" / "published_runs.csv"
 """Published runs, each with its source; those the efficiencies are calibrated on."""
+
+TORCHTITAN = TABLE.with_name("torchtitan_runs.csv")
+"""More of them, with the same columns, on which nothing is calibrated."""
 
 GIB = 2**30
 
@@ -37,8 +40,17 @@ _REMATS: Mapping[str, Remat] = {
     "": "none",
     "none(default)": "none",
     "minimal_flash": "dots",
+    "selective": "attention_core",
+    "selective op": "alternate_products",
+    "selective layer": "alternate_layers",
 }
-"""Other projects' names for what is not recomputed; what is not recorded is taken for none."""
+"""Other projects' names for what is computed again; what is not recorded is taken for none."""
+
+_SELECTIVE: Mapping[str, Remat] = {"torchtitan": "alternate_products", "2410.06511": "alternate_products"}
+"""What `selective` means where the source has this in its name; elsewhere it is Megatron-LM's, whose word it
+is (arXiv 2205.05198), as in Megatron-Bridge and NeMo. torchtitan's presets for Llama 3 set
+`selective_ac_option = 'op'` (train_configs/llama3_8b.toml); its other option, whole layers in turn, is named
+`selective layer` here as in its docs/performance.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,9 +302,17 @@ def _workload(cells: Mapping[str, str]) -> Workload:
             cells["schedule"] or "1f1b", {name: name for name in get_args(Schedule)}, "schedule"
         ),
         overlapped_tensor_parallel=_flag(cells, "overlapped_tensor_parallel"),
-        remat=_choice(cells["remat"], _REMATS, "remat"),
+        remat=_remat(cells),
         precision=_choice(cells["precision"], _PRECISIONS, "precision"),
     )
+
+
+def _remat(cells: Mapping[str, str]) -> Remat:
+    source = cells["source"].lower()
+    meanings = (meaning for project, meaning in _SELECTIVE.items() if project in source)
+    if cells["remat"] == "selective" and (meaning := next(meanings, None)):
+        return meaning
+    return _choice(cells["remat"], _REMATS, "remat")
 
 
 def _integer(cells: Mapping[str, str], name: str) -> int:

@@ -20,6 +20,7 @@ CHIPS = [load(name) for name in names()]
         ("NVIDIA H200", "NVIDIA H200 SXM", 989, 141),
         ("NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM", 989, 80),
         ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe", 756, 80),
+        ("NVIDIA H100", "NVIDIA H100 SXM 96 GB HBM2e", 912, 96),
         ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 SXM 80 GB", 312, 80),
         ("NVIDIA B200", "NVIDIA B200", 2250, 180),
         ("TPU v5 lite", "TPU v5e", 197, 16),
@@ -45,6 +46,7 @@ PRINTED = {
     "a100-40gb": (312, 40, 1.555, 8, 300, 200 / 8),
     "a100-80gb": (312, 80, 2.039, 8, 300, 200 / 8),
     "h100": (989, 80, 3.35, 8, 450, 400 / 8),
+    "h100-96gb": (912, 96, 2.4, 8, 450, 400 / 8),
     "h200": (989, 141, 4.8, 8, 450, 400 / 8),
     "b200": (2250, 180, 8.0, 8, 900, 400 / 8),
     "gb200": (2500, 186, 8.0, 72, 900, 50),
@@ -77,6 +79,8 @@ def test_the_figures_are_those_printed(name: str) -> None:
         ("a100", "a100-80gb"),
         ("V100", "v100-32gb"),
         ("GB200", "gb200"),
+        ("H100-96GB", "h100-96gb"),
+        ("H100 96GB HBM2e", "h100-96gb"),
     ],
 )
 def test_a_chip_answers_to_its_names_in_any_case(asked: str, name: str) -> None:

@@ -75,6 +75,14 @@ def test_attention_is_stated_as_it_is():
     assert attention.kind == Mask(query_positions=positions, key_positions=positions).kind
 
 
+@pytest.mark.parametrize("config", MODELS, ids=lambda config: f"{config.kind}, {config.mlp}")
+def test_products_that_read_the_same_input_are_stated_one_by_one_too(config):
+    products = model_cost(config).stacks[0].products
+    assert all(sum(product.widths) == product.columns[1] for product in products)
+    # Queries, keys, values, out, up and down, with a gate one more.
+    assert sum(len(product.widths) for product in products) == (7 if config.gated else 6)
+
+
 def test_a_parallel_block_moves_less_memory():
     one, two = (model_cost(config).stacks[0].elementwise[0][1] for config in (MODELS[2], MODELS[0]))
     assert (one, two) == (6 * 64, 10 * 64)

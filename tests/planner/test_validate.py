@@ -6,7 +6,7 @@ import json
 import pytest
 
 from stack.config import ConfigError
-from stack.planner.validate import TABLE, Score, as_dict, lines, percentile, validate
+from stack.planner.validate import TABLE, TORCHTITAN, Score, as_dict, lines, percentile, validate
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,35 @@ def test_published_memory_is_within_a_tenth(result):
     median = result.memory.median_abs_error
     assert median is not None
     assert median <= 0.10
+
+
+def test_runs_that_nothing_was_fitted_to_are_predicted_too():
+    """torchtitan's, on A100 and on H100 of 96 GB: without a compiler its H100s are slower and hold more."""
+    runs = validate(TORCHTITAN).runs
+    assert len(runs) == 22
+    ampere = [abs(run.error) for run in runs if run.hardware == "A100-80GB"]
+    assert len(ampere) == 8
+    assert max(ampere) < 0.06
+    selective = [run for run in runs if run.work.remat == "alternate_products" and "H100" in run.hardware]
+    quick = [run.memory_error for run in selective if run.seconds < 2.7]
+    assert quick == pytest.approx([0.0] * 4, abs=0.02), "the other two were not compiled"
+
+
+@pytest.mark.parametrize(
+    ("source", "word", "remat"),
+    [
+        ("Korthikanti arXiv 2205.05198 Table 5", "selective", "attention_core"),
+        ("NeMo 24.07 perf summary", "selective", "attention_core"),
+        ("torchtitan llama3_h100_202412", "selective", "alternate_products"),
+        ("TorchTitan (arXiv 2410.06511)", "selective", "alternate_products"),
+        ("torchtitan docs/performance.md", "selective layer", "alternate_layers"),
+        ("torchtitan docs/performance.md", "selective op", "alternate_products"),
+        ("mine", "alternate_layers", "alternate_layers"),
+    ],
+)
+def test_selective_means_what_its_project_means_by_it(tmp_path, source, word, remat):
+    (run, *_) = validate(write(tmp_path / "runs.csv", {0: {"source": source, "remat": word}})).runs
+    assert run.work.remat == remat
 
 
 def test_the_ranking_of_layouts_is_mostly_right(result):

@@ -2,13 +2,12 @@
 
 `memory` is of Stack's own compiled step, which is followed through its phases: the loss, the backward
 pass of a layer, the scattering of gradients, the update. What is always held is added to the worst of
-them. `published_memory` is of the usual layout of other frameworks.
+them. `stack.planner.formula.projects` has the usual layout of other frameworks.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable
-from typing import cast
+from typing import cast, get_args
 
 from stack.models.stack import Remat
 from stack.planner.formula.residuals import Kept, kept
@@ -288,8 +287,8 @@ def _saved(w: Workload) -> Kept:
 
 
 def _policy(w: Workload) -> Remat:
-    # Megatron's selective recomputation leaves out the scores, which a fused kernel never keeps.
-    return "none" if w.remat == "selective" else cast("Remat", w.remat)
+    # Other projects' are not run here.
+    return cast("Remat", w.remat) if w.remat in get_args(Remat) else "none"
 
 
 def _kept(w: Workload, remat: Remat) -> Kept:
@@ -301,110 +300,3 @@ def _kept(w: Workload, remat: Remat) -> Kept:
         sequence_parallel=w.sequence_parallel,
         fused_attention=w.fused_attention,
     )
-
-
-# The usual layout of other frameworks (Megatron-LM, nanotron, torchtitan, NeMo), in bytes per element.
-WEIGHT, MASTER, GRADIENT = 2, 4, 4
-"""Weights in bfloat16, master weights, each moment and summed gradients in float32."""
-
-PENDING_GRADIENT = 1
-"""Of a parameter: its bfloat16 gradient until it is added to the float32 sum, half of them at a time."""
-
-LOGIT = 2 + 4 + 4
-"""Of a score of the vocabulary: in bfloat16 from the matmul, in float32 for the loss, its gradient."""
-
-FRAGMENTATION = 0.04
-"""Of what is allocated: what a caching allocator holds besides; 2 to 10 % is usual."""
-
-RUNTIME = 1.5e9
-"""Bytes of context, workspaces and the network's buffers on every device; 1 to 3 GB is usual."""
-
-
-def published_memory(workload: Workload) -> Memory:
-    """Bytes per device under the usual layout of other frameworks, on the stage that holds most.
-
-    Bfloat16 weights; float32 master weights and moments, split over fsdp x context from ZeRO stage 1;
-    float32 sums of gradients, split from stage 2; at stage 3 only float32 shards at rest. Nothing of
-    the logits is chunked. Stages of a pipeline are
-    balanced by their matrix products, the head's included.
-
-    Args:
-        workload: the step.
-    """
-    work = workload.as_run()
-    return max((_published_stage(work, rank) for rank in range(work.stage)), key=lambda memory: memory.total)
-
-
-def _published_stage(w: Workload, rank: int) -> Memory:
-    layers = _balanced_layers(w)[rank]
-    found = parameters(w.model)
-    layer = sum(p.shard(tensor=w.tensor) for p in found.layers) / w.model.num_layers
-    table = found.words.shard(tensor=w.tensor)
-    first, last = rank == 0, rank == w.stage - 1
-    held = layers * layer
-    if first:
-        held += sum(p.shard(tensor=w.tensor) for p in found.embedding)
-    if last and not (first and w.model.tied_embeddings):
-        held += table
-    ways = w.fsdp * w.context
-    alone = w.data * w.expert * ways == 1
-    weights = held * (MASTER / ways if w.zero == 3 else WEIGHT)
-    states = MOMENTS[w.optimizer] * MASTER + (0 if w.zero == 3 else MASTER)
-    optimizer = held * states / (ways if w.zero else 1)
-    gradients = held * GRADIENT / (ways if w.zero >= 2 else 1)
-    pending = held * PENDING_GRADIENT if w.zero < 3 and not alone else 0.0
-    in_flight = 2 * (WEIGHT + GRADIENT) * layer if w.zero == 3 else 0.0
-    per_layer = w.micro_tokens * _published_activations(w, w.remat)
-    saved = per_layer * layers_in_flight(w, rank) * layers * w.stage / w.model.num_layers
-    again = w.micro_tokens * _published_activations(w, "none") - per_layer
-    logits = w.micro_tokens * w.model.padded_vocab_size / w.tensor * LOGIT if last else 0.0
-    everything = weights + optimizer + gradients + pending + in_flight + saved + again + logits
-    offloaded = optimizer if w.offload_optimizer else 0.0
-    return Memory(
-        parameters=weights,
-        gradients=gradients + pending,
-        optimizer=optimizer - offloaded,
-        activations=saved,
-        logits=logits,
-        temporaries=again,
-        collectives=in_flight,
-        reserve=RUNTIME + FRAGMENTATION * (everything - offloaded),
-        host=offloaded,
-    )
-
-
-def _balanced_layers(w: Workload) -> list[int]:
-    """Layers of each stage, such that none does much more than its share of the matrix products."""
-    count = w.model.num_layers
-    head = w.model.padded_vocab_size * w.model.embed_dim
-    layer = sum(p.size for p in parameters(w.model).layers if p.is_matrix) / count
-    if w.virtual_stages > 1:
-        # Parts of equal size, as many on each stage.
-        return [math.ceil(count / w.stage)] * w.stage
-    share = (count + head / layer) / w.stage
-    bounds = [min(count, math.ceil(share * (rank + 1))) for rank in range(w.stage)]
-    return [end - start for start, end in zip([0, *bounds[:-1]], [*bounds[:-1], count], strict=True)]
-
-
-def _published_activations(w: Workload, remat: str) -> float:
-    """Bytes per token that one layer keeps in 16 bits, matrix products' inputs and what else is read again.
-
-    Per token of width h: the inputs of two norms and their results, 8h; queries, keys and values, twice
-    for what the rotation writes, and the attention's result; the MLP's projections, its activation and
-    their product. Without a fused kernel five bytes per score besides, for softmax, dropout and its mask
-    (arXiv 2205.05198). Tensor parallelism splits all but the 8h, sequence parallelism those too.
-    """
-    model, tensor = w.model, w.tensor
-    queries, keys = model.num_heads * model.head_width, model.kv_heads * model.head_width
-    stream = 2 * model.embed_dim / (tensor if w.sequence_parallel else 1)
-    projections = 2 * (queries + 2 * keys) / tensor
-    if remat == "full":
-        return stream
-    if remat == "save_qkv_proj":
-        return stream + projections
-    rotated = 2 * (queries + keys) / tensor if model.position == "rotary" else 0.0
-    mlp = 2 * (4 if model.gated else 2) * model.mlp_width / tensor
-    if remat == "dots":
-        return stream + projections + 2 * model.embed_dim + mlp / 2
-    scores = 0.0 if w.fused_attention or remat == "selective" else 5 * model.num_heads * w.length / tensor
-    return 4 * stream + projections + rotated + 2 * queries / tensor + mlp + scores

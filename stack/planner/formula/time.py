@@ -20,6 +20,7 @@ from stack.models.cost import Axis, Layers, Product
 from stack.models.flops import keys_per_token
 from stack.parallel.rules import TABLE
 from stack.planner.formula.memory import optimizer_numbers
+from stack.planner.formula.projects import alternate_products
 from stack.planner.formula.result import Communication, Time
 from stack.planner.formula.shapes import parameters
 from stack.planner.formula.workload import Workload
@@ -198,9 +199,15 @@ def _recomputed(work: Workload, forward: Spent) -> Spent:
         return Spent()
     if work.remat == "full":
         return forward
-    if work.remat == "selective":
+    if work.remat == "attention_core":
         return Spent(attention=forward.attention, launch=forward.launch / _KERNELS)
+    if work.remat == "alternate_layers":
+        return forward * 0.5
     products = _layers(work).products
+    if work.remat == "alternate_products":
+        saved = sum(product.inner[1] * width for product, width in alternate_products(_layers(work)))
+        saved /= sum(product.size for product in products)
+        return dataclasses.replace(forward, matmul=forward.matmul * (1 - saved), attention=0.0)
     saved = sum(product.size for product in products if work.remat == "dots" or product.name == "qkv_proj")
     saved /= sum(product.size for product in products)
     return dataclasses.replace(forward, matmul=forward.matmul * (1 - saved))

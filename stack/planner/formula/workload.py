@@ -2,15 +2,21 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from stack.config import Config, ConfigError, ModelConfig
 from stack.hardware.chip import Hardware, Precision
 from stack.layers.attention import choose_attention
+from stack.models.stack import Remat as StackRemat
 from stack.objectives.cross_entropy import chunk_columns, chunk_tokens
 from stack.parallel.mesh import check_divides, resolve
 
-Remat = Literal["none", "full", "dots", "save_qkv_proj", "selective"]
+Remat = Literal[
+    "none", "full", "dots", "save_qkv_proj", "attention_core", "alternate_layers", "alternate_products"
+]
+"""What the backward pass computes again. The last three are other projects': `attention_core` is scores
+and softmax alone (arXiv 2205.05198, section 5); `alternate_layers` every second layer as a whole;
+`alternate_products` of every layer all but attention and every second matrix product, from the first."""
 Schedule = Literal["1f1b", "interleaved", "gpipe"]
 Axis = Literal["data", "fsdp", "stage", "context", "expert", "tensor"]
 
@@ -111,8 +117,8 @@ class Workload:
             return "float16 is not built: chips without bfloat16 cannot train it yet"
         if self.overlapped_tensor_parallel:
             return "overlapped tensor parallelism is not built yet"
-        if self.remat == "selective":
-            return "remat selective is Megatron's; save_qkv_proj is the nearest here"
+        if self.remat not in get_args(StackRemat):
+            return f"remat {self.remat} is another project's; save_qkv_proj is the nearest here"
         return None
 
 

@@ -17,9 +17,8 @@ from stack.config import Config, DecoderConfig
 from stack.parallel import mesh as meshes
 from stack.parallel.mesh import without_cache
 from stack.planner.compiled.compile import compile_step, devices
-from stack.planner.formula.memory import layers_in_flight, memory, published_memory
+from stack.planner.formula.memory import layers_in_flight, memory
 from stack.planner.formula.residuals import kept
-from stack.planner.formula.result import Memory
 from stack.planner.formula.shapes import num_parameters, parameters
 from stack.planner.formula.workload import Workload, from_config
 from stack.step import program as programs
@@ -233,41 +232,6 @@ def test_a_pipelines_first_stage_holds_as_many_micro_batches_as_there_are_stages
     assert layers_in_flight(work(stage=4, batch=2 * 4 * 8), 0) == 2 * 6
     assert layers_in_flight(work(stage=4, schedule="gpipe", batch=16 * 4 * 8), 0) == 16 * 6
     assert memory(pipeline).parameters < memory(work(fsdp=2)).parameters
-
-
-# The usual layout of other frameworks
-
-
-def test_the_usual_layout_is_16_bytes_of_state_per_parameter_without_zero() -> None:
-    found = published_memory(work(zero=0, fsdp=1))
-    count = sum(part.size for part in parameters(GPT))
-    assert found.parameters + found.optimizer + found.gradients == pytest.approx(18 * count, rel=0.001)
-
-
-def published(**changes: Any) -> Memory:
-    return published_memory(work(**changes))
-
-
-def test_the_usual_layout_splits_the_optimizer_at_stage_1_and_gradients_at_stage_2() -> None:
-    assert published(zero=1).optimizer == published(zero=0).optimizer / 8
-    assert published(zero=2).gradients < published(zero=1).gradients
-    assert published(zero=3).parameters < published(zero=2).parameters
-
-
-def test_the_usual_layout_keeps_five_bytes_per_score_unless_fused_or_computed_again() -> None:
-    def activations(remat: str, fused: bool) -> float:
-        return published(remat=remat, fused_attention=fused).activations
-
-    scores = 4 * 24 * 16 * 1024**2
-    assert activations("none", False) - activations("none", True) == 5 * scores
-    assert activations("selective", False) == activations("none", True)
-
-
-def test_a_pipeline_of_the_usual_layout_holds_every_layer_once() -> None:
-    whole = published(zero=0, fsdp=1, model=LLAMA).parameters
-    parts = [published(zero=0, fsdp=1, model=LLAMA, stage=stages).parameters for stages in (2, 4, 8)]
-    shares = [part * stages / whole for stages, part in zip((2, 4, 8), parts, strict=True)]
-    assert all(1 < share < 1.7 for share in shares), shares
 
 
 # The compiled step, for 8 H200 that are not here

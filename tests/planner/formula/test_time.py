@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from stack.config import DecoderConfig
 from stack.hardware.chip import load
-from stack.planner.formula.memory import memory, published_memory
+from stack.planner.formula.memory import memory
+from stack.planner.formula.projects import published_memory
 from stack.planner.formula.published import zero_elements_sent
 from stack.planner.formula.shapes import parameters
 from stack.planner.formula.time import product_seconds, ring_seconds, step_time
