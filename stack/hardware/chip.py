@@ -21,6 +21,7 @@ from stack.config.explain import dotted, explain, nearest
 from stack.config.located import Keys, Located, Place, merge
 
 Precision = Literal["float32", "tensorfloat32", "float16", "bfloat16", "float8"]
+Platform = Literal["cpu", "gpu", "rocm", "tpu"]
 type _Text = Annotated[str, Field(strict=True, min_length=1)]
 type _Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 type _Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -104,6 +105,13 @@ class Hardware:
     """What programs get of these figures."""
     source: _Text
     """Where most of the figures are printed; the file has that of each."""
+
+    @property
+    def platform(self) -> Platform:
+        """What JAX calls its kind of device; `gpu` is NVIDIA's."""
+        if self.compute_capability is not None:
+            return "gpu"
+        return "cpu" if self.generation == "cpu" else "tpu" if self.generation == "tpu" else "rocm"
 
 
 def names() -> tuple[str, ...]:

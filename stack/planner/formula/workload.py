@@ -141,11 +141,10 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         )
     sizes = resolve(config.mesh, num_devices)
     check_divides(config, sizes)
-    capability = 9.0 if chip is None else chip.compute_capability
     attention = choose_attention(
         model,
-        platform="cpu" if capability is None else "gpu",
-        compute_capability=capability,
+        platform="gpu" if chip is None else chip.platform,
+        compute_capability=9.0 if chip is None else chip.compute_capability,
         packed_length=data.sequence_length if data.packed else None,
     )
     micro_batch = train.batch_size // (sizes["data"] * sizes["fsdp"] * train.accumulation)
