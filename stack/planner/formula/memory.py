@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import cast, get_args
 
 from stack.models.stack import Remat
-from stack.planner.formula.residuals import Kept, kept
+from stack.planner.formula.residuals import LayerResiduals, trace_residuals
 from stack.planner.formula.result import Memory
 from stack.planner.formula.shapes import Parameter, parameters
 from stack.planner.formula.workload import Workload
@@ -97,44 +97,45 @@ def _of_stage(w: Workload, *, first: bool, last: bool) -> Memory:
     layers, ends = parameters(w.model).layers, _ends(w, first=first, last=last)
     sizes = _sizes(w, layers, ends, last=last)
     optimizer = 4 * (_moments(w, layers) / w.stage + _moments(w, ends))
-    residuals, stacked = _residuals(w, rank=0 if first else w.stage - 1)
+    activations, stack_bytes = _activation_bytes(w, rank=0 if first else w.stage - 1)
     always = {
         "parameters": sizes.shard + _compute_copies(w, sizes),
         "optimizer": 0.0 if w.offload_optimizer else optimizer,
         "reserve": RESERVE,
-        "host": (optimizer if w.offload_optimizer else 0.0) + (stacked if w.offload_activations else 0.0),
+        "host": (optimizer if w.offload_optimizer else 0.0) + (stack_bytes if w.offload_activations else 0.0),
     }
     always |= dict.fromkeys(_CATEGORIES, 0.0)
-    phases = [always | held for held in _phases(w, sizes, residuals, last=last)]
-    return Memory(**max(phases, key=lambda held: sum(held.values())))
+    phases = [always | phase for phase in _phases(w, sizes, activations, last=last)]
+    return Memory(**max(phases, key=lambda phase: sum(phase.values())))
 
 
 def _ends(w: Workload, *, first: bool, last: bool) -> tuple[Parameter, ...]:
     """The parameters of a pipeline stage that are in no layer."""
-    found = parameters(w.model)
+    parts = parameters(w.model)
     if first and last:
-        return (*found.embedding, *found.head)
+        return (*parts.embedding, *parts.head)
     if first:
-        return found.embedding
-    return (*found.head, found.words) if w.model.tied_embeddings else found.head
+        return parts.embedding
+    return (*parts.head, parts.words) if w.model.tied_embeddings else parts.head
 
 
 def optimizer_numbers(workload: Workload) -> float:
     """Float32 numbers of the optimizer's state on one device; of a pipeline, with half of both ends."""
-    found = parameters(workload.model)
-    ends = (*found.embedding, *found.head)
-    layers = _moments(workload, found.layers) / workload.stage
+    parts = parameters(workload.model)
+    ends = (*parts.embedding, *parts.head)
+    layers = _moments(workload, parts.layers) / workload.stage
     return layers + _moments(workload, ends) / min(workload.stage, 2)
 
 
 def _moments(w: Workload, parts: Iterable[Parameter]) -> float:
     """Numbers of the optimizer's state on one device."""
-    kept_of = [p for p in parts if w.optimizer != "adafactor" or not _factored(p)]
     fsdp = w.fsdp if w.zero else 1
-    return MOMENTS[w.optimizer] * sum(p.shard(fsdp=fsdp, tensor=w.tensor) for p in kept_of)
+    if w.optimizer == "adafactor":
+        parts = (p for p in parts if not _is_factored(p))
+    return MOMENTS[w.optimizer] * sum(p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
 
 
-def _factored(part: Parameter) -> bool:
+def _is_factored(part: Parameter) -> bool:
     return sum(size >= FACTORED for _, size in part.axes) >= 2
 
 
@@ -164,26 +165,26 @@ def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ..
 _CATEGORIES = ("gradients", "activations", "logits", "temporaries", "collectives")
 
 
-def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable[dict[str, float]]:
+def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> Iterable[dict[str, float]]:
     """What is held besides parameters and moments, in each phase of a step that can be the worst."""
     several = w.accumulation > 1
-    summed = s.whole * w.reduce_bytes / s.compute
+    whole_sums = s.whole * w.reduce_bytes / s.compute
     # The sums over micro-batches.
-    carried = 0.0
+    sums = 0.0
     if several:
-        carried = summed if w.zero < 2 else s.shard
-    activations = {"activations": residuals}
+        sums = whole_sums if w.zero < 2 else s.shard
+    activations = {"activations": activation_bytes}
     ahead = AHEAD if w.zero == 3 and (w.remat != "full" or w.sequence_parallel) else 0.0
     layer = _layer_temporaries(w) * (1 + ahead)
-    turned_scores, turned_inputs = _laid_out_anew(w)
+    score_copies, input_copies = _layout_copies(w)
     yield activations | {
-        "gradients": carried,
+        "gradients": sums,
         "logits": s.table,
-        "temporaries": turned_scores + turned_inputs,
+        "temporaries": score_copies + input_copies,
     }
     if last:
         yield activations | {
-            "gradients": carried,
+            "gradients": sums,
             "logits": 2 * s.table + _logits(w),
             "temporaries": w.micro_tokens * w.model.embed_dim * s.compute,
             "collectives": s.tables if w.zero == 3 else 0.0,
@@ -194,20 +195,20 @@ def _phases(w: Workload, s: _Sizes, residuals: float, *, last: bool) -> Iterable
         # Weights of two layers, one of them the next, and gradients of one that are being summed.
         in_flight = 2 * s.layer + w.reduce_bytes / s.compute * s.layer
     yield activations | {
-        "gradients": carried + stack,
+        "gradients": sums + stack,
         "logits": s.table,
-        "temporaries": layer + turned_inputs,
+        "temporaries": layer + input_copies,
         "collectives": in_flight,
     }
     if w.zero == 2 or (w.zero == 1 and not several):
         # Scattered matrix by matrix in what they are summed in, beside the weights for the next
         # micro-batch; after the last, half of it lies where those were.
-        begun = BEGUN * s.largest / (1 if several else 2)
-        yield {"gradients": carried + s.whole, "collectives": min(summed, begun)}
+        next_matrix = BEGUN * s.largest / (1 if several else 2)
+        yield {"gradients": sums + s.whole, "collectives": min(whole_sums, next_matrix)}
     # The update, which needs no copies of the weights.
     yield {
         "parameters": s.shard,
-        "gradients": s.shard + (carried if w.zero == 1 and w.fsdp > 1 else 0.0),
+        "gradients": s.shard + (sums if w.zero == 1 and w.fsdp > 1 else 0.0),
     }
 
 
@@ -216,21 +217,21 @@ def _compute_copies(w: Workload, s: _Sizes) -> float:
 
     Layers in one piece of code have each other's gradients in their place.
     """
-    if w.zero == 3 or _unrolled(w) or (s.compute == 4 and (w.zero == 0 or w.fsdp == 1)):
+    if w.zero == 3 or _is_unrolled(w) or (s.compute == 4 and (w.zero == 0 or w.fsdp == 1)):
         return 0.0
     return s.whole
 
 
-def _residuals(w: Workload, *, rank: int) -> tuple[float, float]:
+def _activation_bytes(w: Workload, *, rank: int) -> tuple[float, float]:
     """Saved activations on the device, and what of them offloading moves to the host."""
-    found = _saved(w)
+    layer = _layer_residuals(w)
     rows = w.micro_batch / w.context
-    stacked = rows * layers_in_flight(w, rank) * found.per_layer(w.tensor)
-    rest = rows * found.once
+    stack_bytes = rows * layers_in_flight(w, rank) * layer.per_layer(w.tensor)
+    rest = rows * layer.once
     if w.offload_activations:
         # Two layers are on their way at a time.
-        return rest + 2 * rows * found.per_layer(w.tensor), stacked
-    return rest + stacked, stacked
+        return rest + 2 * rows * layer.per_layer(w.tensor), stack_bytes
+    return rest + stack_bytes, stack_bytes
 
 
 def _layer_temporaries(w: Workload) -> float:
@@ -240,11 +241,11 @@ def _layer_temporaries(w: Workload) -> float:
     Under sequence parallelism the gradients of what was gathered besides, until they are scattered. Without
     a fused kernel that of the scores, or what their backward pass alone works on.
     """
-    if _unrolled(w):
+    if _is_unrolled(w):
         return 0.0
     model, bytes_each = w.model, 4 if w.model.dtype == "float32" else 2
-    gathered = 2 * w.micro_tokens * model.embed_dim * bytes_each if w.sequence_parallel else 0.0
-    everything = w.micro_batch / w.context * _kept(w, "none").per_layer(w.tensor) + gathered
+    gathers = 2 * w.micro_tokens * model.embed_dim * bytes_each if w.sequence_parallel else 0.0
+    everything = w.micro_batch / w.context * _trace(w, "none").per_layer(w.tensor) + gathers
     if w.fused_attention:
         return everything
     scores = w.length * model.num_heads / w.tensor
@@ -256,20 +257,20 @@ def _layer_temporaries(w: Workload) -> float:
     return max(attention, everything + bytes_each * w.micro_tokens * scores)
 
 
-def _laid_out_anew(w: Workload) -> tuple[float, float]:
+def _layout_copies(w: Workload) -> tuple[float, float]:
     """Copies of saved activations that the backward pass wants with their axes in another order.
 
     Without recomputation, of float32 scores, whose first version is then freed; and under sequence
     parallelism of what was gathered along the sequence, which puts the sequence before the rows; at
     stage 3, whose matmuls stand each by itself, of half of that.
     """
-    if w.remat != "none" or _unrolled(w):
+    if w.remat != "none" or _is_unrolled(w):
         return 0.0, 0.0
     rows, layers = w.micro_batch / w.context, w.model.num_layers / w.stage
     scores = 0.0 if w.fused_attention else 4 * w.length**2 * w.model.num_heads / w.tensor
-    gathered = _kept(w, "none").whole if w.sequence_parallel and w.micro_batch > 1 else 0.0
-    gathered *= 0.5 if w.zero == 3 else 1
-    return rows * layers * scores, rows * layers * gathered
+    gathers = _trace(w, "none").whole if w.sequence_parallel and w.micro_batch > 1 else 0.0
+    gathers *= 0.5 if w.zero == 3 else 1
+    return rows * layers * scores, rows * layers * gathers
 
 
 def _logits(w: Workload) -> float:
@@ -279,17 +280,17 @@ def _logits(w: Workload) -> float:
     return chunk * vocab * (4 + (4 if w.model.dtype == "float32" else 2))
 
 
-def _unrolled(w: Workload) -> bool:
+def _is_unrolled(w: Workload) -> bool:
     return w.remat == "none" and w.model.scan_unroll >= w.model.num_layers
 
 
-def _saved(w: Workload) -> Kept:
-    if _unrolled(w):
+def _layer_residuals(w: Workload) -> LayerResiduals:
+    if _is_unrolled(w):
         # In one piece of code the compiler makes the gate's activation and slope anew.
-        found = _kept(w, "none")
+        layer = _trace(w, "none")
         gates = 2 * w.model.mlp_width * w.length * (4 if w.model.dtype == "float32" else 2)
-        return dataclasses.replace(found, split=found.split - gates) if w.model.gated else found
-    return _kept(w, _policy(w))
+        return dataclasses.replace(layer, split=layer.split - gates) if w.model.gated else layer
+    return _trace(w, _policy(w))
 
 
 def _policy(w: Workload) -> Remat:
@@ -297,8 +298,8 @@ def _policy(w: Workload) -> Remat:
     return cast("Remat", w.remat) if w.remat in get_args(Remat) else "none"
 
 
-def _kept(w: Workload, remat: Remat) -> Kept:
-    return kept(
+def _trace(w: Workload, remat: Remat) -> LayerResiduals:
+    return trace_residuals(
         w.model,
         length=w.length,
         remat=remat,

@@ -27,7 +27,7 @@ from stack.planner.compiled.compile import traced_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kept:
+class LayerResiduals:
     """Bytes per row of one micro-batch."""
 
     whole: float
@@ -48,7 +48,7 @@ _HOPPER: Any = SimpleNamespace(compute_capability="9.0")
 _LAYERS = 7919
 
 
-def kept(
+def trace_residuals(
     model: ModelConfig,
     *,
     length: int,
@@ -56,8 +56,8 @@ def kept(
     tensor: int,
     sequence_parallel: bool,
     fused_attention: bool,
-) -> Kept:
-    """What one layer keeps.
+) -> LayerResiduals:
+    """What one layer keeps, by a trace without arrays.
 
     Args:
         model: shapes and kinds.
@@ -71,20 +71,20 @@ def kept(
     ways = 1 if tensor == 1 else 2 if tensor % 2 == 0 else tensor
     parts = (model.num_heads, model.kv_heads, model.mlp_width, length if sequence_parallel else ways)
     if any(size % ways for size in parts):
-        whole = _kept(model, length, remat, 1, False, kernel)
-        return Kept(whole=0.0, split=whole.whole + whole.split, once=whole.once)
-    return _kept(model, length, remat, ways, sequence_parallel and tensor > 1, kernel)
+        whole = _trace(model, length, remat, 1, False, kernel)
+        return LayerResiduals(whole=0.0, split=whole.whole + whole.split, once=whole.once)
+    return _trace(model, length, remat, ways, sequence_parallel and tensor > 1, kernel)
 
 
 @cache
-def _kept(
+def _trace(
     model: ModelConfig,
     length: int,
     remat: Remat,
     tensor: int,
     sequence_parallel: bool,
     kernel: str,
-) -> Kept:
+) -> LayerResiduals:
     small = model.model_copy(
         update={"num_layers": _LAYERS, "vocab_size": 1, "vocab_multiple": tensor, "scan_unroll": 1}
     )
@@ -114,7 +114,7 @@ def _kept(
             split += size / _LAYERS
         else:
             whole += size / _LAYERS
-    return Kept(whole=whole, split=split, once=once)
+    return LayerResiduals(whole=whole, split=split, once=once)
 
 
 def _backward(model: ModelConfig, layout: Layout, length: int, remat: Remat, kernel: str) -> Jaxpr:

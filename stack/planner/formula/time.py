@@ -39,7 +39,7 @@ _SCORE_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spent:
+class Seconds:
     """Seconds on one device, by what they are spent on, one after the other."""
 
     matmul: float = 0.0
@@ -52,18 +52,18 @@ class Spent:
         """All of them."""
         return self.matmul + self.attention + self.memory + self.launch
 
-    def __add__(self, other: "Spent") -> "Spent":
+    def __add__(self, other: "Seconds") -> "Seconds":
         """One, then the other."""
-        return Spent(
+        return Seconds(
             matmul=self.matmul + other.matmul,
             attention=self.attention + other.attention,
             memory=self.memory + other.memory,
             launch=self.launch + other.launch,
         )
 
-    def __mul__(self, times: float) -> "Spent":
+    def __mul__(self, times: float) -> "Seconds":
         """Several times."""
-        return Spent(
+        return Seconds(
             matmul=self.matmul * times,
             attention=self.attention * times,
             memory=self.memory * times,
@@ -75,21 +75,21 @@ def step_time(work: Workload, chip: Hardware) -> Time:
     """The time of one optimizer step, by what it is spent on."""
     work = work.as_run()
     forward, head = _layer_forward(work, chip), _head(work, chip)
-    recomputed, backward = _recomputed(work, forward), _backward(work, forward)
+    recomputation, backward = _recomputation(work, forward), _backward(work, forward)
     layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
-    layer = forward + recomputed + backward
+    layer = forward + recomputation + backward
     # All stages run side by side; the last has the head as well and sets the pace.
     busy = (layer * layers + head) * micro_batches
     inside = {
         "tensor": _tensor(
-            work, chip, passes=2 if work.remat == "none" else 2 + recomputed.matmul / forward.matmul
+            work, chip, passes=2 if work.remat == "none" else 2 + recomputation.matmul / forward.matmul
         ),
         "context": _context(work, chip, layer.attention),
     }
     per_micro_batch = layer.total * layers + sum(part.exposed for part in inside.values()) * layers
     communication = {name: _times(part, layers * micro_batches) for name, part in inside.items()}
     communication["stage"] = _stage(work, chip)
-    communication["fsdp"] = _fsdp(work, chip, forward.total, (recomputed + backward).total, head.total)
+    communication["fsdp"] = _fsdp(work, chip, forward.total, (recomputation + backward).total, head.total)
     communication["data"] = _data(work, chip, backward.total * layers)
     communication["host"] = _host_memory(work, chip, layer.total)
     return Time(
@@ -103,7 +103,7 @@ def step_time(work: Workload, chip: Hardware) -> Time:
     )
 
 
-def _layer_forward(work: Workload, chip: Hardware) -> Spent:
+def _layer_forward(work: Workload, chip: Hardware) -> Seconds:
     """One layer, forward, one micro-batch, on one device; collectives left out."""
     layers, tokens = _layers(work), work.micro_tokens
     matmul = sum(_product(work, product, work.precision, chip) for product in layers.products)
@@ -121,7 +121,7 @@ def _layer_forward(work: Workload, chip: Hardware) -> Spent:
     attention = 4 * scores * part.head_dim / (_peak(chip, "bfloat16") * chip.efficiency.attention)
     if not work.fused_attention:
         attention += scores * 2 * _SCORE_BYTES / _bandwidth(chip)  # No half of the mask is left out.
-    return Spent(
+    return Seconds(
         matmul=matmul,
         attention=attention,
         memory=tokens * traffic / _bandwidth(chip),
@@ -193,38 +193,38 @@ def _bandwidth(chip: Hardware) -> float:
     return chip.memory_bandwidth * chip.efficiency.memory
 
 
-def _recomputed(work: Workload, forward: Spent) -> Spent:
+def _recomputation(work: Workload, forward: Seconds) -> Seconds:
     """What the backward pass computes again of a layer."""
     if work.remat == "none":
-        return Spent()
+        return Seconds()
     if work.remat == "full":
         return forward
     if work.remat == "attention_core":
-        return Spent(attention=forward.attention, launch=forward.launch / _KERNELS)
+        return Seconds(attention=forward.attention, launch=forward.launch / _KERNELS)
     if work.remat == "alternate_layers":
         return forward * 0.5
     products = _layers(work).products
     if work.remat == "alternate_products":
-        saved = sum(product.inner[1] * width for product, width in alternate_products(_layers(work)))
-        saved /= sum(product.size for product in products)
-        return dataclasses.replace(forward, matmul=forward.matmul * (1 - saved), attention=0.0)
-    saved = sum(product.size for product in products if work.remat == "dots" or product.name == "qkv_proj")
-    saved /= sum(product.size for product in products)
-    return dataclasses.replace(forward, matmul=forward.matmul * (1 - saved))
+        share = sum(product.inner[1] * width for product, width in alternate_products(_layers(work)))
+        share /= sum(product.size for product in products)
+        return dataclasses.replace(forward, matmul=forward.matmul * (1 - share), attention=0.0)
+    share = sum(product.size for product in products if work.remat == "dots" or product.name == "qkv_proj")
+    share /= sum(product.size for product in products)
+    return dataclasses.replace(forward, matmul=forward.matmul * (1 - share))
 
 
-def _backward(work: Workload, forward: Spent) -> Spent:
+def _backward(work: Workload, forward: Seconds) -> Seconds:
     """Two products for each, attention's five for its two (arXiv 2307.08691), twice the traffic."""
     attention = 2.5 if work.fused_attention else 2
     return dataclasses.replace(forward * 2, attention=forward.attention * attention)
 
 
-def _head(work: Workload, chip: Hardware) -> Spent:
+def _head(work: Workload, chip: Hardware) -> Seconds:
     """Logits, loss and their gradients of one micro-batch; never in float8."""
     precision = "bfloat16" if work.precision == "float8" else work.precision
     head = model_cost(work.model).head
     scores = work.micro_tokens * sum(_size(work, product.columns) for product in head)
-    return Spent(
+    return Seconds(
         matmul=3 * sum(_product(work, product, precision, chip) for product in head),
         memory=scores * _LOGIT_BYTES / _bandwidth(chip),
     )
@@ -241,9 +241,9 @@ def _tensor(work: Workload, chip: Hardware, *, passes: float) -> Communication:
     """One layer, one micro-batch: two all-reduces each pass (arXiv 1909.08053), or as much in halves."""
     size = work.micro_tokens * work.model.embed_dim * _BYTES
     seconds = 2 * passes * 2 * ring_seconds(size, work.tensor, 1, chip)
-    hidden = chip.efficiency.overlap if work.overlapped_tensor_parallel else 0.0
-    sent = 2 * passes * 2 * size * (work.tensor - 1) / work.tensor
-    return Communication(bytes=sent, seconds=seconds, exposed=seconds * (1 - hidden))
+    overlap = chip.efficiency.overlap if work.overlapped_tensor_parallel else 0.0
+    volume = 2 * passes * 2 * size * (work.tensor - 1) / work.tensor
+    return Communication(bytes=volume, seconds=seconds, exposed=seconds * (1 - overlap))
 
 
 def _context(work: Workload, chip: Hardware, attention: float) -> Communication:
@@ -266,22 +266,22 @@ def _stage(work: Workload, chip: Hardware) -> Communication:
     one = size / (bandwidth * chip.efficiency.link) + latency
     times = 2 * _chunks(work) * work.accumulation
     # 1F1B waits for its neighbours at each turn; interleaved, there is other work meanwhile.
-    hidden = chip.efficiency.overlap if work.schedule == "interleaved" else 0.0
-    exposed = one * times * (1 - hidden) + 2 * (work.stage - 1) * one
+    overlap = chip.efficiency.overlap if work.schedule == "interleaved" else 0.0
+    exposed = one * times * (1 - overlap) + 2 * (work.stage - 1) * one
     return Communication(bytes=size * times, seconds=one * times, exposed=exposed)
 
 
-def _held(work: Workload) -> tuple[float, float]:
+def _matrix_elements(work: Workload) -> tuple[float, float]:
     """Elements of the matrices of one layer, and of the embedding and the head, split over tensor."""
-    held = parameters(work.model)
-    layer = sum(p.shard(tensor=work.tensor) for p in held.layers if p.is_matrix) / work.model.num_layers
-    ends = sum(p.shard(tensor=work.tensor) for p in (*held.embedding, *held.head) if p.is_matrix)
+    parts = parameters(work.model)
+    layer = sum(p.shard(tensor=work.tensor) for p in parts.layers if p.is_matrix) / work.model.num_layers
+    ends = sum(p.shard(tensor=work.tensor) for p in (*parts.embedding, *parts.head) if p.is_matrix)
     return layer, ends
 
 
 def _on_device(work: Workload) -> float:
     """Elements of the matrices of the fullest pipeline stage."""
-    layer, ends = _held(work)
+    layer, ends = _matrix_elements(work)
     return layer * work.model.num_layers / work.stage + ends / min(work.stage, 2)
 
 
@@ -289,27 +289,27 @@ def _fsdp(work: Workload, chip: Hardware, forward: float, rest: float, head: flo
     """A step's gathers of weights and scatters of gradients (arXiv 1910.02054), by ZeRO stage."""
     stride = work.tensor * work.context * work.expert * work.stage
     ways = work.fsdp
-    kept = (ways - 1) / ways
+    share = (ways - 1) / ways
     layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
     if work.zero == 0:
         size = _on_device(work) * work.reduce_bytes
         seconds = 2 * ring_seconds(size, ways, stride, chip)
-        return _beside(2 * size * kept, seconds, rest * layers, chip)
+        return _beside(2 * size * share, seconds, rest * layers, chip)
     if work.zero < 3:
         size, scatters = _on_device(work), micro_batches if work.zero == 2 else 1
         gather = ring_seconds(size * _BYTES, ways, stride, chip)
         scatter = ring_seconds(size * work.reduce_bytes, ways, stride, chip)
-        one = _beside(size * _BYTES * kept, gather, forward * layers, chip)
+        one = _beside(size * _BYTES * share, gather, forward * layers, chip)
         return _sum(
-            (one, _times(_beside(size * work.reduce_bytes * kept, scatter, rest * layers, chip), scatters))
+            (one, _times(_beside(size * work.reduce_bytes * share, scatter, rest * layers, chip), scatters))
         )
-    layer, ends = _held(work)
+    layer, ends = _matrix_elements(work)
     parts = []
     for size, before, after, times in ((layer, forward, rest, layers), (ends, 0.0, head, 1)):
         gather = ring_seconds(size * _BYTES, ways, stride, chip)
         scatter = ring_seconds(size * work.reduce_bytes, ways, stride, chip)
-        both = size * (_BYTES + work.reduce_bytes) * kept
-        parts.append(_times(_beside(size * _BYTES * kept, gather, before, chip), times * micro_batches))
+        both = size * (_BYTES + work.reduce_bytes) * share
+        parts.append(_times(_beside(size * _BYTES * share, gather, before, chip), times * micro_batches))
         parts.append(_times(_beside(both, gather + scatter, after, chip), times * micro_batches))
     return _sum(parts)
 
@@ -348,11 +348,11 @@ def _optimizer(work: Workload, chip: Hardware) -> float:
     return (weights * (3 * 4 + _BYTES) + optimizer_numbers(work) * 2 * 4) / _bandwidth(chip)
 
 
-def _beside(sent: float, seconds: float, arithmetic: float, chip: Hardware) -> Communication:
+def _beside(volume: float, seconds: float, arithmetic: float, chip: Hardware) -> Communication:
     """A collective that runs beside arithmetic: what goes on longer shows, and a share of what does not."""
     longer = max(0.0, seconds - arithmetic)
     exposed = longer + (seconds - longer) * (1 - chip.efficiency.overlap)
-    return Communication(bytes=sent, seconds=seconds, exposed=exposed)
+    return Communication(bytes=volume, seconds=seconds, exposed=exposed)
 
 
 def _times(part: Communication, times: float) -> Communication:

@@ -18,7 +18,7 @@ from stack.parallel import mesh as meshes
 from stack.parallel.mesh import without_cache
 from stack.planner.compiled.compile import compile_step, devices
 from stack.planner.formula.memory import layers_in_flight, memory
-from stack.planner.formula.residuals import kept
+from stack.planner.formula.residuals import trace_residuals
 from stack.planner.formula.shapes import num_parameters, parameters
 from stack.planner.formula.workload import Workload, from_config
 from stack.step import program as programs
@@ -50,7 +50,7 @@ def work(**changes: Any) -> Workload:
     return Workload(**(sizes | changes))
 
 
-def held(**changes: Any) -> float:
+def program_bytes(**changes: Any) -> float:
     return memory(work(**changes)).program
 
 
@@ -62,8 +62,8 @@ def test_parameters_by_shape_are_those_of_the_model(name: str) -> None:
     one = ("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1", "mesh.sequence_parallel=false")
     config = recipe(name, *one)
     program = programs.on_mesh(config, meshes.abstract(config.mesh, 1), "cpu")
-    found = sorted(part.size for part in parameters(config.model))
-    assert found == sorted(leaf.size for leaf in jax.tree.leaves(program.parameters))
+    sizes = sorted(part.size for part in parameters(config.model))
+    assert sizes == sorted(leaf.size for leaf in jax.tree.leaves(program.parameters))
 
 
 NARROW = ("model.embed_dim=66", "model.num_heads=6", "model.head_dim=16", "model.mlp_dim=256")
@@ -134,13 +134,13 @@ def test_full_remat_keeps_the_input_of_each_layer(name: str) -> None:
     model = recipe(name).model
     asked: Any = {"length": 256, "remat": "full", "fused_attention": False}
     layer_input = 256 * model.embed_dim * 2
-    assert kept(model, tensor=1, sequence_parallel=False, **asked).per_layer(1) == layer_input
-    assert kept(model, tensor=4, sequence_parallel=False, **asked).per_layer(4) == layer_input
-    assert kept(model, tensor=4, sequence_parallel=True, **asked).per_layer(4) == layer_input / 4
+    assert trace_residuals(model, tensor=1, sequence_parallel=False, **asked).per_layer(1) == layer_input
+    assert trace_residuals(model, tensor=4, sequence_parallel=False, **asked).per_layer(4) == layer_input
+    assert trace_residuals(model, tensor=4, sequence_parallel=True, **asked).per_layer(4) == layer_input / 4
 
 
 def test_llama_keeps_queries_keys_and_values_besides() -> None:
-    found = kept(
+    residuals = trace_residuals(
         LLAMA,
         length=64,
         remat="save_qkv_proj",
@@ -148,8 +148,8 @@ def test_llama_keeps_queries_keys_and_values_besides() -> None:
         sequence_parallel=False,
         fused_attention=True,
     )
-    assert found.whole == 64 * 4096 * 2
-    assert found.split == 64 * (32 + 2 * 8) * 128 * 2
+    assert residuals.whole == 64 * 4096 * 2
+    assert residuals.split == 64 * (32 + 2 * 8) * 128 * 2
 
 
 def test_more_is_kept_the_less_is_computed_again() -> None:
@@ -169,10 +169,10 @@ def test_only_an_unfused_kernel_keeps_the_scores() -> None:
 
 
 def test_categories_add_up() -> None:
-    found = memory(work(zero=2, tensor=2, micro_batch=8))
-    fields = dataclasses.asdict(found)
-    assert found.total == pytest.approx(sum(fields.values()) - found.host)
-    assert found.program == found.total - found.reserve
+    step = memory(work(zero=2, tensor=2, micro_batch=8))
+    fields = dataclasses.asdict(step)
+    assert step.total == pytest.approx(sum(fields.values()) - step.host)
+    assert step.program == step.total - step.reserve
     assert all(value >= 0 for value in fields.values())
 
 
@@ -180,8 +180,8 @@ def test_categories_add_up() -> None:
 @pytest.mark.parametrize("micro_batch", [4, 64])
 def test_each_stage_of_zero_holds_less_state_than_the_one_below(remat: str, micro_batch: int) -> None:
     def state(zero: int) -> float:
-        found = memory(work(zero=zero, remat=remat, micro_batch=micro_batch, model=LLAMA))
-        return found.program - found.activations - found.logits - found.temporaries
+        step = memory(work(zero=zero, remat=remat, micro_batch=micro_batch, model=LLAMA))
+        return step.program - step.activations - step.logits - step.temporaries
 
     assert state(3) < state(2) <= state(1) < state(0)
 
@@ -197,13 +197,13 @@ def test_more_devices_hold_no_more_each_and_more_rows_no_less(
     zero: int, remat: str, fsdp: int, micro_batch: int
 ) -> None:
     base = {"zero": zero, "remat": remat, "fsdp": fsdp, "micro_batch": micro_batch}
-    now = held(**base)
-    assert held(**base | {"fsdp": 2 * fsdp}) <= now
-    assert held(**base | {"micro_batch": 2 * micro_batch}) >= now
-    assert held(**base | {"tensor": 2}) < now
-    assert held(**base | {"tensor": 2, "sequence_parallel": True, "micro_batch": 1}) <= held(
-        **base | {"tensor": 2, "micro_batch": 1}
-    )
+    now = program_bytes(**base)
+    assert program_bytes(**base | {"fsdp": 2 * fsdp}) <= now
+    assert program_bytes(**base | {"micro_batch": 2 * micro_batch}) >= now
+    assert program_bytes(**base | {"tensor": 2}) < now
+    assert program_bytes(
+        **base | {"tensor": 2, "sequence_parallel": True, "micro_batch": 1}
+    ) <= program_bytes(**base | {"tensor": 2, "micro_batch": 1})
 
 
 def test_context_parallelism_splits_what_is_saved() -> None:

@@ -89,10 +89,10 @@ def test_every_second_product_of_llama_is_that_of_torchtitan() -> None:
 
 
 def test_alternate_products_keep_the_input_the_attention_and_their_results() -> None:
-    kept = activations_per_token(work(model=LLAMA), "alternate_products")
-    assert kept == 2 * (4096 + 4096 + 4096 + 1024 + 14336 + 4096)
+    token_bytes = activations_per_token(work(model=LLAMA), "alternate_products")
+    assert token_bytes == 2 * (4096 + 4096 + 4096 + 1024 + 14336 + 4096)
     four = activations_per_token(work(model=LLAMA, tensor=4, sequence_parallel=True), "alternate_products")
-    assert four == kept / 4
+    assert four == token_bytes / 4
 
 
 def test_alternate_layers_keep_half_of_two_layers_and_work_on_a_whole_one() -> None:

@@ -96,11 +96,11 @@ def test_a_ring_is_no_faster_than_its_links(members, stride, size):
 @pytest.mark.parametrize("reduce_bytes", [2, 4])
 def test_each_zero_stage_sends_what_its_paper_says(zero, reduce_bytes):
     """Weights in two bytes, gradients in those they are summed in, which are all that stage 0 sends."""
-    sent = step_time(work(batch=16, zero=zero, reduce_bytes=reduce_bytes), H100).communication["fsdp"].bytes
+    volume = step_time(work(batch=16, zero=zero, reduce_bytes=reduce_bytes), H100).communication["fsdp"].bytes
     matrices = sum(part.size for part in parameters(MODEL) if part.is_matrix)
     gradients = 2 if zero == 0 else 1
     weights = zero_elements_sent(1, zero) - gradients
-    assert sent == pytest.approx((2 * weights + reduce_bytes * gradients) * matrices * 7 / 8)
+    assert volume == pytest.approx((2 * weights + reduce_bytes * gradients) * matrices * 7 / 8)
 
 
 def test_stage_2_scatters_every_micro_batch_and_stage_1_once():
@@ -111,9 +111,9 @@ def test_stage_2_scatters_every_micro_batch_and_stage_1_once():
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_replicas_sum_their_shards_once_a_step(zero):
-    sent = step_time(work(batch=128, data=2, zero=zero), H100).communication["data"].bytes
+    volume = step_time(work(batch=128, data=2, zero=zero), H100).communication["data"].bytes
     matrices = sum(part.size for part in parameters(MODEL) if part.is_matrix)
-    assert sent == pytest.approx(4 * matrices / 8)
+    assert volume == pytest.approx(4 * matrices / 8)
 
 
 def test_a_pipeline_gathers_and_scatters_once_whatever_the_stage_of_zero():
