@@ -44,7 +44,7 @@ def run(model, tokens, lengths):
     """The second row is padded on the right, as a segment of its own."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    batch = {"tokens": tokens, "positions": positions, "segments": segments}
+    batch = {"tokens": jnp.asarray(tokens), "positions": positions, "segments": segments}
     return model(batch, Execution())
 
 
@@ -73,7 +73,7 @@ def test_logits(golden, config, params):
 
 def test_loss_and_gradients(golden, config, params):
     tokens, lengths = golden.results["tokens"], golden.results["lengths"]
-    labels = next_tokens(tokens, lengths)
+    labels = jnp.asarray(next_tokens(tokens, lengths))
 
     @optimised
     @jax.value_and_grad

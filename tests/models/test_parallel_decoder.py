@@ -89,7 +89,7 @@ def test_cached_generation_is_the_model_itself():
     model = program.merge(params)
     for place, token in enumerate(text, start=1):
         tokens = jnp.asarray([[5, 9, *text, *[0] * LENGTH][:LENGTH]], jnp.int32)
-        output = model(ROW | {"tokens": tokens}, Execution())
+        output = model(jax.tree.map(jnp.asarray, ROW) | {"tokens": tokens}, Execution())
         assert int((output.hidden[0, place] @ output.table[:61].T).argmax()) == token
 
 
