@@ -71,11 +71,11 @@ def main() -> None:
     for name, values in constants.items():
         print(name, {key: float(f"{value:.3g}") for key, value in values.items()})
     _report("fitted on all", runs, {run.line: _error(run, constants) for run in runs})
-    left_out = {}
+    cross_validation = {}
     for source in dict.fromkeys(run.source for run in runs):
         others = fit_all([run for run in runs if run.source != source])
-        left_out |= {run.line: _error(run, others) for run in runs if run.source == source}
-    _report("each source predicted from the others", runs, left_out)
+        cross_validation |= {run.line: _error(run, others) for run in runs if run.source == source}
+    _report("each source predicted from the others", runs, cross_validation)
 
 
 def _report(title: str, runs: Sequence[Run], errors: dict[int, float]) -> None:

@@ -176,11 +176,11 @@ def largest(
             need = _formula(config(number, method, devices, length), devices, chip)
             return Use(device=need.total, host=need.host)
 
-        def measured(number: int) -> Use:
+        def measure(number: int) -> Use:
             progress(f"compiling {method.name}: {_billions(num_parameters(member(number, length)))}")
-            return _compiled(config(number, method, devices, length), devices, chip)
+            return _compiled_use(config(number, method, devices, length), devices, chip)
 
-        best, uses = boundary(limit, formula, formula if note else measured)
+        best, uses = boundary(limit, formula, formula if note else measure)
         if best < 0:
             raise StackError(
                 f"{method.name}: not even {num_parameters(member(0, length)) / 1e6:.0f} M parameters fit in "
@@ -236,19 +236,19 @@ def config(number: int, method: Method, devices: int, length: int) -> Config:
 
 
 def boundary(
-    limit: float, formula: Callable[[int], Use], measured: Callable[[int], Use]
+    limit: float, formula: Callable[[int], Use], measure: Callable[[int], Use]
 ) -> tuple[int, dict[int, Use]]:
     """The largest number whose measured use is within the limit while the next one's is not.
 
     Args:
       limit: bytes.
       formula: grows with the number; says where to measure, corrected by the last two measurements.
-      measured: dear.
+      measure: dear.
 
     Returns:
       The number, -1 if 0 is over the limit; and what was measured, of it and the next at least.
     """
-    found: dict[int, Use] = {}
+    uses: dict[int, Use] = {}
     low, high = -1, None
     slope, at = 1.0, (0.0, 0.0)  # Of what is measured over what the formula says, and where it starts.
 
@@ -259,15 +259,15 @@ def boundary(
         number = max(low + 1, _last(fits))
         if high is not None:
             number = min(number, high - 1)
-        found[number] = measured(number)
-        here = (formula(number).device, found[number].device)
+        uses[number] = measure(number)
+        here = (formula(number).device, uses[number].device)
         slope = min(2.0, max(0.5, (here[1] - at[1]) / (here[0] - at[0])))
         at = here
-        if found[number].device <= limit:
+        if uses[number].device <= limit:
             low = number
         else:
             high = number
-    return low, found
+    return low, uses
 
 
 def _last(holds: Callable[[int], bool]) -> int:
@@ -291,18 +291,18 @@ def _formula(config: Config, devices: int, chip: Hardware) -> Memory:
     return memory(from_config(config, devices, chip))
 
 
-def _compiled(config: Config, devices: int, chip: Hardware) -> Use:
+def _compiled_use(config: Config, devices: int, chip: Hardware) -> Use:
     """What the compiled step takes; the runtime's reserve, which no compiler sees, is the formula's."""
     assert chip.compile_target is not None
-    with compiling.captured(), without_cache():
+    with compiling.capture_stderr(), without_cache():
         compiled = compiling.compile_step(config, compiling.devices(chip.compile_target, devices))
     stats: Any = compiled.memory_analysis()
 
-    def held(where: str) -> int:
+    def size_of(where: str) -> int:
         sizes = {name: getattr(stats, f"{where}{name}_size_in_bytes") for name in _SIZES}
         return sum(sizes.values()) - 2 * sizes["alias"]
 
-    return Use(device=held("") + _formula(config, devices, chip).reserve, host=held("host_"))
+    return Use(device=size_of("") + _formula(config, devices, chip).reserve, host=size_of("host_"))
 
 
 _SIZES = ("argument", "output", "temp", "alias")
@@ -361,18 +361,18 @@ def _fastest(chip: Hardware, layouts: list[Workload]) -> Workload | None:
     return min(fitting, key=lambda work: step_time(work, chip).total, default=None)
 
 
-def lines(found: Largest) -> list[str]:
+def lines(result: Largest) -> list[str]:
     """The answer in print."""
-    on = f"{found.devices:,} x {found.hardware.title} of {_gigabytes(found.memory_bytes)}"
-    by = f"by formula ({found.note})" if found.note else "by compiled memory"
+    on = f"{result.devices:,} x {result.hardware.title} of {_gigabytes(result.memory_bytes)}"
+    by = f"by formula ({result.note})" if result.note else "by compiled memory"
     return [
-        f"the largest model on {on}, one row of {found.length:,} tokens a device,",
+        f"the largest model on {on}, one row of {result.length:,} tokens a device,",
         f"{by}; the runtime's reserve is in it",
-        *_table(found),
+        *_table(result),
         *_ANNOUNCED_SIZE,
         "",
         "predicted speed of tensor parallelism over all nodes, and of ZeRO with it inside a node",
-        *(f"  {line}" for speed in found.speeds for line in _speed_lines(speed, found.hardware)),
+        *(f"  {line}" for speed in result.speeds for line in _speed_lines(speed, result.hardware)),
         "  announced in 2020: 10 times faster",
     ]
 
@@ -384,7 +384,7 @@ _ANNOUNCED_SIZE = (
 )
 
 
-def _table(found: Largest) -> list[str]:
+def _table(result: Largest) -> list[str]:
     headings = ("", "parameters", "layers x width", "device", "host", "ratio", "next size")
     rows = [
         (
@@ -393,10 +393,10 @@ def _table(found: Largest) -> list[str]:
             f"{row.model.num_layers} x {row.model.embed_dim}",
             _gigabytes(row.use.device),
             _gigabytes(row.use.host) if row.use.host else "-",
-            f"{found.ratio(row):.1f}x",
+            f"{result.ratio(row):.1f}x",
             f"{_billions(row.next_parameters)} needs {_gigabytes(row.next_use.device)}",
         )
-        for row in found.rows
+        for row in result.rows
     ]
     cells = [headings, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -420,14 +420,14 @@ def _speed_lines(speed: Speed, chip: Hardware) -> list[str]:
     ]
 
 
-def as_dict(found: Largest) -> dict[str, Any]:
+def as_dict(result: Largest) -> dict[str, Any]:
     """The answer for JSON: bytes per device, seconds, `null` where nothing fits."""
     return {
-        "hardware": found.hardware.name,
-        "devices": found.devices,
-        "length": found.length,
-        "device_memory_bytes": found.memory_bytes,
-        "note": found.note,
+        "hardware": result.hardware.name,
+        "devices": result.devices,
+        "length": result.length,
+        "device_memory_bytes": result.memory_bytes,
+        "note": result.note,
         "rows": [
             {
                 "method": row.method.name,
@@ -437,12 +437,12 @@ def as_dict(found: Largest) -> dict[str, Any]:
                 "embed_dim": row.model.embed_dim,
                 "bytes_per_device": row.use.device,
                 "host_bytes": row.use.host,
-                "ratio": found.ratio(row),
+                "ratio": result.ratio(row),
                 "next_parameters": row.next_parameters,
                 "next_bytes_per_device": row.next_use.device,
                 "memory_source": row.source,
             }
-            for row in found.rows
+            for row in result.rows
         ],
         "speeds": [
             {
@@ -455,7 +455,7 @@ def as_dict(found: Largest) -> dict[str, Any]:
                 "zero_step_seconds": speed.zero and speed.zero_seconds,
                 "ratio": speed.ratio,
             }
-            for speed in found.speeds
+            for speed in result.speeds
         ],
     }
 
@@ -478,12 +478,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
     arguments = parser.parse_args()
     try:
-        found = largest(
+        result = largest(
             arguments.hardware, arguments.devices, progress=lambda text: print(text, file=sys.stderr)
         )
     except StackError as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(as_dict(found), indent=2) if arguments.json else "\n".join(lines(found)))
+    print(json.dumps(as_dict(result), indent=2) if arguments.json else "\n".join(lines(result)))
 
 
 if __name__ == "__main__":

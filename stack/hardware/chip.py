@@ -131,8 +131,8 @@ def load(name_or_path: str | Path) -> Hardware:
       ConfigError: there is no such chip or file, or what is wrong in the file, with its line.
     """
     name = str(name_or_path)
-    if path := _named(name):
-        return _packaged()[path.stem]
+    if path := _find_file(name):
+        return _chips()[path.stem]
     path = Path(name_or_path).expanduser()
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _build(path)
@@ -142,38 +142,38 @@ def load(name_or_path: str | Path) -> Hardware:
 def lookup(device_kind: str) -> Hardware | None:
     """The chip of a `jax.Device.device_kind`; None if it is not among them, as a CPU never is."""
     # Matched whole: "... MIG 3g.40gb" is a part of a chip and has not its peak.
-    return next((chip for chip in _packaged().values() if device_kind in chip.device_kinds), None)
+    return next((chip for chip in _chips().values() if device_kind in chip.device_kinds), None)
 
 
 def generations() -> dict[str, Efficiency]:
     """The efficiencies of each generation of chips."""
-    read = _shared().plain()["generations"]
+    read = _generation_file().plain()["generations"]
     return {name: Efficiency(**constants) for name, constants in read.items()}
 
 
 def ranges() -> dict[str, tuple[float, float]]:
     """What each efficiency can physically be, lowest and highest."""
-    return {name: (low, high) for name, (low, high) in _shared().plain()["ranges"].items()}
+    return {name: (low, high) for name, (low, high) in _generation_file().plain()["ranges"].items()}
 
 
 @cache
-def _shared() -> Located:
+def _generation_file() -> Located:
     return read_file(_GENERATIONS)
 
 
 @cache
-def _packaged() -> dict[str, Hardware]:
+def _chips() -> dict[str, Hardware]:
     """All chips that come with Stack, by name."""
     return {name: _build(_FOLDER / f"{name}.yaml") for name in names()}
 
 
-def _named(name: str) -> Path | None:
+def _find_file(name: str) -> Path | None:
     """The file of a chip of Stack's; None where the name is that of a file."""
     if name.casefold() in names():
         return _FOLDER / f"{name.casefold()}.yaml"
     if Path(name).suffix in (".yaml", ".yml"):
         return None
-    for chip in _packaged().values():
+    for chip in _chips().values():
         if name.casefold() in chip.aliases:
             return _FOLDER / f"{chip.name}.yaml"
     return None
@@ -181,14 +181,14 @@ def _named(name: str) -> Path | None:
 
 def _base(name: str) -> Path | None:
     """The file of a `base:`; one without a suffix can only be a chip of Stack's."""
-    path = _named(name)
+    path = _find_file(name)
     if path is None and not Path(name).suffix:
         raise _unknown(name)
     return path
 
 
 def _unknown(name: str) -> ConfigError:
-    aliases = [alias for chip in _packaged().values() for alias in chip.aliases]
+    aliases = [alias for chip in _chips().values() for alias in chip.aliases]
     close = nearest(name.casefold(), [*names(), *aliases])
     return ConfigError(
         f"hardware {name!r} is unknown{f'; did you mean {close}?' if close else ''}; there are "
@@ -198,20 +198,20 @@ def _unknown(name: str) -> ConfigError:
 
 def _build(path: Path) -> Hardware:
     own = read_file(path, named=_base)
-    located = merge(_left_out(path, own), own)
+    located = merge(_defaults(path, own), own)
     try:
         return TypeAdapter(Hardware).validate_python(located.plain())
     except ValidationError as error:
         raise ConfigError(_explain(error, located)) from None
 
 
-def _left_out(path: Path, own: Located) -> Located:
+def _defaults(path: Path, own: Located) -> Located:
     """What a file may leave out: its name, and the efficiencies of its generation."""
     place = Place(text=str(path))
     fields = {"name": Located(value=path.stem, place=place)}
     generation = own.find(("generation",))
-    if generation and (shared := _shared().find(("generations", generation.value))):
-        fields["efficiency"] = shared
+    if generation and (constants := _generation_file().find(("generations", generation.value))):
+        fields["efficiency"] = constants
     return Located(value=fields, place=place)
 
 

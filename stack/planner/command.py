@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stack.config import Config, ConfigError, StackError, load
-from stack.planner.plan import named_chip
+from stack.planner.plan import find_chip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,16 +36,16 @@ def run(
     Raises:
       ConfigError: two that exclude each other, one that is missing, or a value that cannot be.
     """
-    asked = {
+    questions = {
         "--search": search,
         "--compile": compile_step,
         "--validate": validate is not None,
         "--devices A..B": devices is not None and ".." in devices,
     }
-    chosen = [name for name, given in asked.items() if given]
-    if len(chosen) > 1:
-        raise ConfigError(f"{' and '.join(chosen)} are different questions; ask one at a time")
-    if out and not (search or asked["--devices A..B"]):
+    options = [name for name, is_given in questions.items() if is_given]
+    if len(options) > 1:
+        raise ConfigError(f"{' and '.join(options)} are different questions; ask one at a time")
+    if out and not (search or questions["--devices A..B"]):
         raise ConfigError("--out is written by --search (a config) and --devices A..B (a plot); add one")
     if price is not None and price <= 0:
         raise ConfigError(f"--price {price:g} must be above 0")
@@ -55,7 +55,7 @@ def run(
         if config is None:
             raise ConfigError("which config? for example `stack plan configs/llama3_8b.yaml`")
         tree = load(config, overrides)
-        if asked["--devices A..B"]:
+        if questions["--devices A..B"]:
             answer = _scaling(tree, hardware, str(devices), out)
         elif search:
             answer = _search(tree, hardware, _count(devices), top, out, base=None if overrides else config)
@@ -68,18 +68,18 @@ def _plan(
     config: Config, hardware: str | None, devices: int | None, price: float | None, compile_too: bool
 ) -> Answer:
     from stack.planner import report
-    from stack.planner.plan import compiled, plan
+    from stack.planner.plan import add_compiled, plan
 
-    found = plan(config, hardware=hardware, devices=devices, price_per_hour=price)
+    result = plan(config, hardware=hardware, devices=devices, price_per_hour=price)
     if compile_too:
         try:
-            found = compiled(found)
+            result = add_compiled(result)
         except ConfigError:
             raise
         except StackError as error:
             note = f"not compiled, so the memory is the formula's: {error}"
-            found = dataclasses.replace(found, notes=(*found.notes, note))
-    return Answer(lines=report.lines(found), json=report.as_dict(found))
+            result = dataclasses.replace(result, notes=(*result.notes, note))
+    return Answer(lines=report.lines(result), json=report.as_dict(result))
 
 
 def _search(
@@ -89,20 +89,20 @@ def _search(
 
     if top < 1:
         raise ConfigError(f"--top {top} must be at least 1")
-    found = search.search(
-        config, hardware=named_chip(config, hardware), devices=_of(config, devices), top=top
+    result = search.search(
+        config, hardware=find_chip(config, hardware), devices=_of(config, devices), top=top
     )
-    text = search.lines(found)
+    text = search.lines(result)
     if out:
-        search.write(found, out, base=base)
+        search.write(result, out, base=base)
         text = [*text, "", f"wrote the first to {out}"]
-    return Answer(lines=text, json=search.as_dict(found))
+    return Answer(lines=text, json=search.as_dict(result))
 
 
 def _scaling(config: Config, hardware: str | None, devices: str, out: str | None) -> Answer:
     from stack.planner.search import scaling
 
-    curves = scaling.scaling(config, hardware=named_chip(config, hardware), devices=scaling.counts(devices))
+    curves = scaling.scaling(config, hardware=find_chip(config, hardware), devices=scaling.counts(devices))
     text = scaling.lines(curves)
     if out:
         text = [*text, "", f"drew {scaling.plot(curves, out)}"]

@@ -138,12 +138,12 @@ def plan(
         names the nearest that do.
       StackError: compiling was asked for and cannot be.
     """
-    chip = named_chip(config, hardware)
+    chip = find_chip(config, hardware)
     if price_per_hour is not None:
         chip = dataclasses.replace(chip, price_per_hour=price_per_hour)
-    scaled, notes = for_devices(config, devices)
-    count = math.prod(getattr(scaled.mesh, axis) for axis in AXES)
-    work = from_config(scaled, count, chip)
+    resized, notes = for_devices(config, devices)
+    count = math.prod(getattr(resized.mesh, axis) for axis in AXES)
+    work = from_config(resized, count, chip)
     if work.precision == "float16" and config.model.dtype == "bfloat16":
         notes.append(f"{chip.name} has no bfloat16: planned in float16, which is modelled only")
     elif why := work.why_modelled():
@@ -151,7 +151,7 @@ def plan(
     if not chip.peak_flops.get(work.precision):
         notes.append(f"{chip.name} lists no peak for {work.precision}: another precision's is used")
     result = Plan(
-        config=scaled,
+        config=resized,
         hardware=chip,
         devices=count,
         work=work,
@@ -161,10 +161,10 @@ def plan(
         time=step_time(work, chip),
         notes=tuple(notes),
     )
-    return compiled(result) if compile_step else result
+    return add_compiled(result) if compile_step else result
 
 
-def compiled(result: Plan) -> Plan:
+def add_compiled(result: Plan) -> Plan:
     """The plan with its exact step compiled for the chip.
 
     Raises:
@@ -215,7 +215,7 @@ def for_devices(config: Config, devices: int | None) -> tuple[Config, list[str]]
     return config.replace(*changes), notes
 
 
-def named_chip(config: Config, hardware: str | Path | Hardware | None) -> Hardware:
+def find_chip(config: Config, hardware: str | Path | Hardware | None) -> Hardware:
     """The chip that is named, or the target's.
 
     Raises:
@@ -223,12 +223,12 @@ def named_chip(config: Config, hardware: str | Path | Hardware | None) -> Hardwa
     """
     if isinstance(hardware, Hardware):
         return hardware
-    named = hardware or (config.target.hardware if config.target else None)
-    if named is None:
+    name = hardware or (config.target.hardware if config.target else None)
+    if name is None:
         raise ConfigError(
             f"no hardware is named; give --hardware, one of {', '.join(chips.names())}, or set target"
         )
-    return chips.load(named)
+    return chips.load(name)
 
 
 def _own_devices(config: Config) -> int:

@@ -96,7 +96,7 @@ class Validation:
     """Every run of a table, and what could not be scored."""
 
     runs: tuple[Run, ...]
-    refused: tuple[str, ...]
+    refusals: tuple[str, ...]
     """`line 12: why`, one each."""
 
     def score(self, *precisions: str) -> Score:
@@ -147,13 +147,13 @@ def validate(path: str | Path = TABLE) -> Validation:
     missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise ConfigError(f"{path}: no column {missing[0]}; the columns are {', '.join(_COLUMNS)}")
-    runs, refused = [], []
+    runs, refusals = [], []
     for row in reader:
         try:
             runs.append(_run(row, reader.line_num))
         except (ValueError, ConfigError) as error:
-            refused.append(f"line {reader.line_num}: {error}")
-    return Validation(runs=tuple(runs), refused=tuple(refused))
+            refusals.append(f"line {reader.line_num}: {error}")
+    return Validation(runs=tuple(runs), refusals=tuple(refusals))
 
 
 def as_dict(validation: Validation) -> dict[str, Any]:
@@ -163,15 +163,15 @@ def as_dict(validation: Validation) -> dict[str, Any]:
         "fp8": dataclasses.asdict(validation.score("fp8")),
         "memory": dataclasses.asdict(validation.memory),
         "kendall_tau": validation.kendall_tau,
-        "refused": list(validation.refused),
+        "refused": list(validation.refusals),
     }
 
 
 def lines(validation: Validation, *, worst: int = 12) -> list[str]:
     """Errors of the step time by source, chip, precision and size; of the memory; and the worst runs."""
     runs = validation.runs
-    text = [f"{len(runs)} runs predicted, {len(validation.refused)} refused"]
-    text += [f"  refused {refusal}" for refusal in validation.refused]
+    text = [f"{len(runs)} runs predicted, {len(validation.refusals)} refused"]
+    text += [f"  refused {refusal}" for refusal in validation.refusals]
     text += ["", "step time, error as a share of the published"]
     heading = f"{'':52} {'runs':>5} {'median':>8} {'p90':>8} {'bias':>8}"
     for title, key in _GROUPINGS.items():
@@ -359,11 +359,11 @@ def _score(errors: Sequence[tuple[str, float]]) -> Score:
 
 def percentile(values: Iterable[float], share: float) -> float:
     """The value below which that share lies, interpolated between neighbours."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
+    order = sorted(values)
+    place = share * (len(order) - 1)
     low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    high = min(low + 1, len(order) - 1)
+    return order[low] + (place - low) * (order[high] - order[low])
 
 
 def _errors(errors: Sequence[float]) -> str:

@@ -64,20 +64,20 @@ def test_every_method_is_a_config_the_trainer_takes_on_the_same_mesh(method):
 @pytest.mark.parametrize(("share", "offset"), [(0.6, 0.0), (1.0, 0.0), (1.3, 0.0), (0.8, 20.0)])
 @pytest.mark.parametrize(("limit", "best"), [(100.0, 9), (99.9, 8), (1.0, 0), (0.5, -1)])
 def test_the_boundary_is_measured_on_both_sides_whatever_the_formula_says(limit, best, share, offset):
-    asked = []
+    numbers = []
 
-    def measured(number: int) -> Use:
-        asked.append(number)
+    def measure(number: int) -> Use:
+        numbers.append(number)
         return Use(device=(number + 1.0) ** 2, host=0.0)
 
     def formula(number: int) -> Use:
         return Use(device=share * (number + 1.0) ** 2 + offset, host=0.0)
 
-    found, uses = boundary(limit, formula, measured)
-    assert found == best
+    result, uses = boundary(limit, formula, measure)
+    assert result == best
     assert uses[best + 1].device > limit
     assert best < 0 or uses[best].device <= limit
-    assert len(asked) == len(set(asked)) <= 4
+    assert len(numbers) == len(set(numbers)) <= 4
 
 
 def test_a_chip_the_compiler_does_not_know_is_by_formula_and_says_so(by_formula):
@@ -149,15 +149,15 @@ def test_what_cannot_be_answered_is_refused_in_a_line(chip, memory_bytes, error,
 @pytest.mark.full
 @pytest.mark.skipif(not has_plugin(), reason="compiling for GPUs needs the extra plan")
 def test_compiled_sizes_fit_and_the_next_do_not():
-    told = []
-    found = largest(
-        "h100", 8, length=512, memory_bytes=4 * GB, methods=[PLAIN, OFFLOAD], progress=told.append
+    progress = []
+    result = largest(
+        "h100", 8, length=512, memory_bytes=4 * GB, methods=[PLAIN, OFFLOAD], progress=progress.append
     )
-    assert {row.source for row in found.rows} == {"compiled"}
-    for row in found.rows:
+    assert {row.source for row in result.rows} == {"compiled"}
+    for row in result.rows:
         assert row.use.device <= 4 * GB < row.next_use.device
-    plain, offload = found.rows
-    assert found.ratio(offload) > 5
+    plain, offload = result.rows
+    assert result.ratio(offload) > 5
     assert plain.use.host == 0
     assert offload.use.host == pytest.approx(offload.parameters * 8 / 8, rel=0.01)
-    assert 4 <= len(told) <= 9
+    assert 4 <= len(progress) <= 9

@@ -70,7 +70,7 @@ def test_the_figures_are_those_printed(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "name"),
+    ("word", "name"),
     [
         ("H100", "h100"),
         ("h100-80gb", "h100"),
@@ -83,8 +83,8 @@ def test_the_figures_are_those_printed(name: str) -> None:
         ("H100 96GB HBM2e", "h100-96gb"),
     ],
 )
-def test_a_chip_answers_to_its_names_in_any_case(asked: str, name: str) -> None:
-    assert load(asked).name == name
+def test_a_chip_answers_to_its_names_in_any_case(word: str, name: str) -> None:
+    assert load(word).name == name
 
 
 def test_no_two_chips_share_a_kind_or_a_name() -> None:
@@ -235,7 +235,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("word", "message"),
     [
         ("h1000", "hardware 'h1000' is unknown; did you mean h100?; there are a100-40gb, "),
         ("A100-80", "did you mean a100-80gb?"),
@@ -244,9 +244,9 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(
         ("nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )
-def test_hardware_nobody_knows_is_refused_with_the_nearest_name(asked: str, message: str) -> None:
+def test_hardware_nobody_knows_is_refused_with_the_nearest_name(word: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load(asked)
+        load(word)
     assert message in str(error.value)
 
 

@@ -87,7 +87,7 @@ def test_validate_takes_a_table_of_the_users_own(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "which config? for example `stack plan configs/llama3_8b.yaml`"),
         ([LLAMA, "--hardware", "h1000"], "'h1000' is unknown; did you mean h100?"),
@@ -105,9 +105,9 @@ def test_validate_takes_a_table_of_the_users_own(capsys, tmp_path):
         (["--validate", "none.csv"], "none.csv: cannot be read as a CSV file"),
     ],
 )
-def test_what_cannot_be_is_one_line_with_status_2(capsys, arguments, told):
+def test_what_cannot_be_is_one_line_with_status_2(capsys, arguments, message):
     status, out, error = plan(capsys, *arguments)
     assert (status, out) == (2, "")
     assert error.startswith("error: ")
-    assert told in error
+    assert message in error
     assert error.count("\n") == 1

@@ -19,26 +19,26 @@ def llama(*overrides: str) -> Config:
 
 
 def test_devices_grow_data_and_the_batch():
-    found = plan(llama(), hardware="h100", devices=1024)
-    assert (found.work.data, found.work.fsdp) == (128, 8)
-    assert found.work.batch == 128 * 512
-    assert found.work.micro_batch == 1
+    result = plan(llama(), hardware="h100", devices=1024)
+    assert (result.work.data, result.work.fsdp) == (128, 8)
+    assert result.work.batch == 128 * 512
+    assert result.work.micro_batch == 1
     assert (
-        "the global batch is 65,536 rows, not the config's 512: each replica keeps its 64" in found.notes[0]
+        "the global batch is 65,536 rows, not the config's 512: each replica keeps its 64" in result.notes[0]
     )
 
 
 def test_the_configs_own_devices_leave_its_batch():
-    found = plan(llama(), hardware="h100", devices=8)
-    assert found.work.batch == 512
-    assert found.notes == ()
+    result = plan(llama(), hardware="h100", devices=8)
+    assert result.work.batch == 512
+    assert result.notes == ()
 
 
 def test_the_target_stands_for_the_options():
     config = llama("target={hardware: h200, devices: 64}", "train.accumulation=8")
-    found = plan(config)
-    assert (found.hardware.name, found.devices, found.work.data) == ("h200", 64, 8)
-    assert found.work.batch == 512
+    result = plan(config)
+    assert (result.hardware.name, result.devices, result.work.data) == ("h200", 64, 8)
+    assert result.work.batch == 512
 
 
 def test_the_run_is_the_configs_tokens_whatever_the_batch():
@@ -52,34 +52,34 @@ def test_the_run_is_the_configs_tokens_whatever_the_batch():
 
 
 def test_cost_and_energy_are_of_the_device_hours():
-    found = plan(llama(), hardware="h100", devices=8, price_per_hour=2.5)
-    assert found.cost == pytest.approx(2.5 * found.device_hours)
-    assert found.energy_kwh == pytest.approx(0.7 * found.device_hours)
+    result = plan(llama(), hardware="h100", devices=8, price_per_hour=2.5)
+    assert result.cost == pytest.approx(2.5 * result.device_hours)
+    assert result.energy_kwh == pytest.approx(0.7 * result.device_hours)
     assert plan(llama(), hardware="h100", devices=8).cost is None
 
 
 def test_both_conventions_of_mfu_differ_by_the_half_of_attention():
-    found = plan(llama(), hardware="h100", devices=8)
-    full, causal = found.mfu("full"), found.mfu("causal")
+    result = plan(llama(), hardware="h100", devices=8)
+    full, causal = result.mfu("full"), result.mfu("causal")
     assert full is not None
     assert causal is not None
     assert full / causal == pytest.approx(1.13, abs=0.01)
-    assert causal * 989e12 * 8 * found.time.total == pytest.approx(found.flops_per_step)
+    assert causal * 989e12 * 8 * result.time.total == pytest.approx(result.flops_per_step)
 
 
 def test_turing_nlg_is_planned_on_the_machine_it_was_trained_on():
-    found = plan(load(CONFIGS / "turing_nlg_17b.yaml"), hardware="v100-32gb", devices=256)
-    assert (found.work.data, found.work.fsdp, found.work.tensor, found.work.batch) == (2, 32, 4, 512)
-    assert found.parameters == 17_177_045_760
-    full, peak = found.mfu("full"), found.peak_flops
+    result = plan(load(CONFIGS / "turing_nlg_17b.yaml"), hardware="v100-32gb", devices=256)
+    assert (result.work.data, result.work.fsdp, result.work.tensor, result.work.batch) == (2, 32, 4, 512)
+    assert result.parameters == 17_177_045_760
+    full, peak = result.mfu("full"), result.peak_flops
     assert full is not None
     assert peak is not None
-    assert full * peak * 256 * found.time.total == pytest.approx(5.615e16, rel=1e-3)
-    assert any("no bfloat16" in note for note in found.notes)
+    assert full * peak * 256 * result.time.total == pytest.approx(5.615e16, rel=1e-3)
+    assert any("no bfloat16" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(
-    ("hardware", "devices", "told"),
+    ("hardware", "devices", "message"),
     [
         ("h1000", 8, "'h1000' is unknown; did you mean h100?"),
         ("h100", 12, "mesh.fsdp=6 (data 2); or use 8 or 16 devices"),
@@ -88,10 +88,10 @@ def test_turing_nlg_is_planned_on_the_machine_it_was_trained_on():
         (None, 8, "no hardware is named; give --hardware, one of a100-40gb"),
     ],
 )
-def test_what_cannot_be_is_one_line_with_the_nearest_that_can(hardware, devices, told):
+def test_what_cannot_be_is_one_line_with_the_nearest_that_can(hardware, devices, message):
     with pytest.raises(ConfigError) as error:
         plan(llama(), hardware=hardware, devices=devices)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -106,18 +106,18 @@ def test_an_open_layout_is_not_guessed():
 
 
 def test_what_does_not_fit_is_said_with_a_remedy():
-    found = plan(llama("train.remat=none"), hardware="l4", devices=8)
-    assert not found.fits
-    assert found.binds.startswith("memory: it needs")
-    assert "set train.remat=full" in found.binds
-    assert any("DOES NOT FIT" in line for line in report.lines(found))
+    result = plan(llama("train.remat=none"), hardware="l4", devices=8)
+    assert not result.fits
+    assert result.binds.startswith("memory: it needs")
+    assert "set train.remat=full" in result.binds
+    assert any("DOES NOT FIT" in line for line in report.lines(result))
 
 
 def test_a_fit_names_what_it_rests_on():
-    found = plan(llama(), hardware="h100", devices=8)
-    assert found.fits
-    assert any("fits in 80 (by formula, not compiled)" in line for line in report.lines(found))
-    assert report.as_dict(found)["memory_source"] == "formula"
+    result = plan(llama(), hardware="h100", devices=8)
+    assert result.fits
+    assert any("fits in 80 (by formula, not compiled)" in line for line in report.lines(result))
+    assert report.as_dict(result)["memory_source"] == "formula"
 
 
 def test_the_json_is_whole_and_plain():
@@ -142,16 +142,16 @@ def test_the_json_is_whole_and_plain():
 def test_a_chip_of_the_users_own_is_planned_for(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("base: h100\nmemory_bytes: 40e9\n")
-    found = plan(llama(), hardware=file, devices=8)
-    assert found.hardware.memory_bytes == 40e9
-    assert found.time == plan(llama(), hardware="h100", devices=8).time
+    result = plan(llama(), hardware=file, devices=8)
+    assert result.hardware.memory_bytes == 40e9
+    assert result.time == plan(llama(), hardware="h100", devices=8).time
 
 
 @pytest.mark.parametrize("chip", chips.names())
 def test_every_chip_plans(chip):
-    found = plan(llama(), hardware=chip, devices=8)
-    assert found.time.total > 0
-    assert report.lines(found)
+    result = plan(llama(), hardware=chip, devices=8)
+    assert result.time.total > 0
+    assert report.lines(result)
 
 
 @pytest.mark.full
@@ -162,8 +162,8 @@ def test_a_plan_is_compiled_for_the_chip_of_the_users_own(tmp_path):
     file.write_text("base: h100\nmemory_bytes: 40e9\n")
     small = llama("model.num_layers=2", "model.embed_dim=256", "model.mlp_dim=512", "model.num_heads=8")
     small = small.replace("train.batch_size=8", "train.accumulation=1", "eval.batch_size=8")
-    found = plan(small, hardware=file, devices=8, compile_step=True)
-    assert found.compiled is not None
-    assert found.compiled.memory.device == 40e9
-    assert report.as_dict(found)["memory_source"] == "compiled"
-    assert found.bytes_per_device == found.compiled.memory.total + found.memory.reserve
+    result = plan(small, hardware=file, devices=8, compile_step=True)
+    assert result.compiled is not None
+    assert result.compiled.memory.device == 40e9
+    assert report.as_dict(result)["memory_source"] == "compiled"
+    assert result.bytes_per_device == result.compiled.memory.total + result.memory.reserve

@@ -29,7 +29,7 @@ def write(path, changes, *, table=TABLE, rows=3):
 
 def test_every_published_run_is_predicted(result):
     assert len(result.runs) == 169
-    assert result.refused == ()
+    assert result.refusals == ()
 
 
 def test_bfloat16_runs_are_within_the_goals(result):
@@ -108,7 +108,7 @@ def test_the_print_has_every_source_and_the_worst(result):
 
 
 @pytest.mark.parametrize(
-    ("cells", "told"),
+    ("cells", "message"),
     [
         ({"layers": "many"}, "layers='many' is not a number"),
         ({"layers": "1.5"}, "layers=1.5 is not a whole number"),
@@ -125,18 +125,18 @@ def test_the_print_has_every_source_and_the_worst(result):
         ({"gated_mlp": "yes"}, "gated_mlp='yes' is none of 0, 1, false, true"),
     ],
 )
-def test_a_malformed_row_is_named_by_its_line_and_the_rest_scored(tmp_path, cells, told):
+def test_a_malformed_row_is_named_by_its_line_and_the_rest_scored(tmp_path, cells, message):
     result = validate(write(tmp_path / "runs.csv", {0: cells}))
-    (refusal,) = result.refused
+    (refusal,) = result.refusals
     assert refusal.startswith("line 2: ")
-    assert told in refusal
+    assert message in refusal
     assert [run.line for run in result.runs] == [3, 4]
 
 
 def test_a_row_that_breaks_off_is_refused(tmp_path):
     path = write(tmp_path / "runs.csv", {})
     path.write_text(path.read_text().rstrip().rsplit(",", 12)[0] + "\n")
-    assert validate(path).refused == ("line 4: too few columns",)
+    assert validate(path).refusals == ("line 4: too few columns",)
 
 
 def test_a_missing_column_or_file_is_one_line(tmp_path):
@@ -149,9 +149,9 @@ def test_a_missing_column_or_file_is_one_line(tmp_path):
 
 
 def test_the_speed_stands_in_for_a_step_time_that_is_not_given(tmp_path):
-    given = validate(write(tmp_path / "a.csv", {}))
-    derived = validate(write(tmp_path / "b.csv", {0: {"step_seconds": ""}}))
-    assert derived.runs[0].seconds == pytest.approx(given.runs[0].seconds, rel=1e-3)
+    whole = validate(write(tmp_path / "a.csv", {}))
+    without = validate(write(tmp_path / "b.csv", {0: {"step_seconds": ""}}))
+    assert without.runs[0].seconds == pytest.approx(whole.runs[0].seconds, rel=1e-3)
 
 
 def test_an_empty_table_scores_nothing(tmp_path):

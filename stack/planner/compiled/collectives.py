@@ -24,9 +24,9 @@ _BITS = {
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?(\S+) = (.+?) ({_KINDS})(-start)?\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
-_CALLED = re.compile(r"(?:calls|body|condition|to_apply|called_computations)=\{?%([^\s,}]+)")
+_CALLEE = re.compile(r"(?:calls|body|condition|to_apply|called_computations)=\{?%([^\s,}]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CARRIED = re.compile(r"%[^\s,()]+#(\d+)|get-tuple-element\([^)]*\), index=(\d+)")
+_CARRY = re.compile(r"%[^\s,()]+#(\d+)|get-tuple-element\([^)]*\), index=(\d+)")
 _DEFINITION = re.compile(r"^\s+(?:ROOT )?%(\S+) = ")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
@@ -75,7 +75,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
       mesh: the mesh axes and their sizes, in order; device n is at place n of it.
     """
     times, lines = runs(hlo), sources(hlo)
-    found, computation = [], ""
+    operations, computation = [], ""
     for line in hlo.splitlines():
         if heading := _COMPUTATION.match(line):
             computation = heading[2]
@@ -84,7 +84,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
             group = _first_group(rest)
             name = re.search(r'op_name="([^"]*)"', rest)
             frame = _FRAME.search(rest)
-            found.append(
+            operations.append(
                 Collective(
                     kind=kind,
                     arrays=_arrays(_results(result) if start else result),
@@ -95,7 +95,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
                     source=lines.get(int(frame[1]), "") if frame else "",
                 )
             )
-    return found
+    return operations
 
 
 def kernels(hlo: str) -> dict[str, int]:
@@ -108,8 +108,8 @@ def kernels(hlo: str) -> dict[str, int]:
     for line in hlo.splitlines():
         if heading := _COMPUTATION.match(line):
             computation = heading[2]
-        elif times[computation] and "-done(" not in line and (found := _KERNEL.search(line)):
-            counts[found[1] or found[2]] += times[computation]
+        elif times[computation] and "-done(" not in line and (kernel := _KERNEL.search(line)):
+            counts[kernel[1] or kernel[2]] += times[computation]
     return dict(counts.most_common())
 
 
@@ -135,11 +135,11 @@ def sources(hlo: str) -> dict[int, str]:
     frames = {number: _fields(text) for number, text in tables.get("StackFrames", {}).items()}
     # The number of the parent is printed one too high in some versions; the first frame has none.
     shift = frames[1]["parent_frame_id"] if 1 in frames else 0
-    found: dict[int, str] = {}
+    owners: dict[int, str] = {}
     for number, frame in frames.items():  # Callers come before what they call.
-        parent = found.get(frame["parent_frame_id"] - shift, "")
-        found[number] = places[frame["file_location_id"]] or parent
-    return {number: place for number, place in found.items() if place}
+        parent = owners.get(frame["parent_frame_id"] - shift, "")
+        owners[number] = places[frame["file_location_id"]] or parent
+    return {number: place for number, place in owners.items() if place}
 
 
 def _fields(text: str) -> dict[str, int]:
@@ -151,45 +151,45 @@ def _own_line(file: str, line: int) -> str | None:
     path = Path(file)
     if path.is_relative_to(_PACKAGE):
         return f"{path.relative_to(_PACKAGE.parent)}:{line}"
-    installed = {"site-packages", "dist-packages"} & set(path.parts)
-    return None if installed or file.startswith("<") else f"{file}:{line}"
+    library = {"site-packages", "dist-packages"} & set(path.parts)
+    return None if library or file.startswith("<") else f"{file}:{line}"
 
 
 def runs(hlo: str) -> dict[str, int]:
     """How often each computation of a program's text runs in one step."""
     callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    defined = {match[1]: line for line in hlo.splitlines() if (match := _DEFINITION.match(line))}
+    definitions = {match[1]: line for line in hlo.splitlines() if (match := _DEFINITION.match(line))}
     entry, computation = "", ""
     for line in hlo.splitlines():
         if heading := _COMPUTATION.match(line):
             computation = heading[2]
             entry = computation if heading[1] else entry
         elif computation:
-            trips = _trips(line, hlo, defined) if " while(" in line else 1
-            for called in _CALLED.findall(line):
-                callers[called].append((computation, trips))
-    memory: dict[str, int] = {entry: 1}
+            trips = _trips(line, hlo, definitions) if " while(" in line else 1
+            for callee in _CALLEE.findall(line):
+                callers[callee].append((computation, trips))
+    counts: dict[str, int] = {entry: 1}
 
     def count(name: str) -> int:
-        if name not in memory:
-            memory[name] = sum(count(caller) * trips for caller, trips in callers[name])
-        return memory[name]
+        if name not in counts:
+            counts[name] = sum(count(caller) * trips for caller, trips in callers[name])
+        return counts[name]
 
     return defaultdict(int, {name: count(name) for name in [*callers, entry]})
 
 
-def _trips(line: str, hlo: str, defined: Mapping[str, str]) -> int:
+def _trips(line: str, hlo: str, definitions: Mapping[str, str]) -> int:
     """Trips of a loop that counts by one: as the compiler notes, or from where it starts and ends."""
-    if known := _TRIPS.search(line):
-        return int(known[1])
+    if count := _TRIPS.search(line):
+        return int(count[1])
     operand, condition = re.search(r" while\(%([^)]+)\)", line), re.search(r"condition=%([^\s,]+)", line)
     if operand and condition:
         test = _text(condition[1], hlo)
-        carried = dict.fromkeys(int(a or b) for a, b in _CARRIED.findall(test))
-        test += "".join(_text(called, hlo) for called in _CALLED.findall(test))
-        entries = re.findall(r"%([^\s,)]+)", defined[operand[1]].split(" tuple(")[-1])
+        indices = dict.fromkeys(int(a or b) for a, b in _CARRY.findall(test))
+        test += "".join(_text(callee, hlo) for callee in _CALLEE.findall(test))
+        entries = re.findall(r"%([^\s,)]+)", definitions[operand[1]].split(" tuple(")[-1])
         bounds = [int(bound) for bound in re.findall(r" s32\[\] constant\((\d+)\)", test)]
-        bounds += [n for index in carried if (n := _constant(entries[index], defined)) is not None]
+        bounds += [n for index in indices if (n := _constant(entries[index], definitions)) is not None]
         if len(bounds) == 2:
             return abs(bounds[0] - bounds[1])
     raise ValueError(f"the compiled program has a loop of unknown length: {line.strip()[:80]}")
@@ -200,11 +200,11 @@ def _text(computation: str, hlo: str) -> str:
     return hlo[start : hlo.index("\n}", start)]
 
 
-def _constant(name: str, defined: Mapping[str, str]) -> int | None:
+def _constant(name: str, definitions: Mapping[str, str]) -> int | None:
     """The value of an integer that is a constant, or a copy of one."""
-    while copied := re.search(r" copy\(%([^)]+)\)", defined[name]):
-        name = copied[1]
-    value = re.search(r" constant\((\d+)\)", defined[name])
+    while copy := re.search(r" copy\(%([^)]+)\)", definitions[name]):
+        name = copy[1]
+    value = re.search(r" constant\((\d+)\)", definitions[name])
     return int(value[1]) if value else None
 
 
@@ -228,15 +228,15 @@ def _arrays(type_text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 def _first_group(text: str) -> list[int]:
     """The device numbers of the group that device 0 is in, from any of HLO's three notations."""
-    if listed := re.search(r"replica_groups=\{\{([0-9,]+)\}", text):
-        return [int(number) for number in listed[1].split(",")]
-    if tiled := re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", text):
-        groups, sizes, order = (_numbers(part) for part in tiled.groups())
+    if explicit := re.search(r"replica_groups=\{\{([0-9,]+)\}", text):
+        return [int(number) for number in explicit[1].split(",")]
+    if tiles := re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", text):
+        groups, sizes, order = (_numbers(part) for part in tiles.groups())
         devices = np.arange(math.prod(sizes)).reshape(sizes)
         return devices.transpose(order or range(len(sizes))).reshape(groups)[0].tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        over = set(re.findall(r"'([^']+)'", named[2]))
+    if names := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", names[1])}
+        over = set(re.findall(r"'([^']+)'", names[2]))
         devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
         index = tuple(slice(None) if axis in over else 0 for axis in sizes)
         return devices[index].reshape(-1).tolist()

@@ -65,10 +65,10 @@ ABORTS = (
 
 def has_plugin() -> bool:
     """Whether JAX's CUDA plugin is installed."""
-    return any(_installed(f"jax_plugins.xla_cuda{version}") for version in (13, 12))
+    return any(_has_module(f"jax_plugins.xla_cuda{version}") for version in (13, 12))
 
 
-def _installed(module: str) -> bool:
+def _has_module(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -187,7 +187,7 @@ def avoid_aborts(lowered: str, jax_version: str, compute_capability: float) -> d
 
 
 @contextmanager
-def captured() -> Iterator[list[str]]:
+def capture_stderr() -> Iterator[list[str]]:
     """Lines written to the standard error by anyone, the compiler's C++ included, once it is left.
 
     They are shown after all where an exception passes that is not of the user's making.
@@ -197,12 +197,12 @@ def captured() -> Iterator[list[str]]:
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
-        failed = True
+        failure = True
         try:
             yield lines
-            failed = False
+            failure = False
         except StackError:
-            failed = False
+            failure = False
             raise
         finally:
             sys.stderr.flush()
@@ -211,5 +211,5 @@ def captured() -> Iterator[list[str]]:
             file.seek(0)
             text = file.read().decode(errors="replace")
             lines += text.splitlines()
-            if failed:
+            if failure:
                 sys.stderr.write(text)

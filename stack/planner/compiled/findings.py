@@ -49,33 +49,33 @@ class Finding:
 
 
 def findings(
-    program: Program, found: Iterable[Collective], *, needed: float, memory: float, warnings: Iterable[str]
+    program: Program, operations: Iterable[Collective], *, need: float, memory: float, warnings: Iterable[str]
 ) -> list[Finding]:
     """Everything but involuntary rematerializations, for which see `involuntary`.
 
     Args:
       program: what was compiled.
-      found: its collectives.
-      needed: bytes that it holds on each device.
+      operations: its collectives.
+      need: bytes that it holds on each device.
       memory: bytes that each device has.
       warnings: what the compiler has printed.
     """
-    found = list(found)
+    operations = list(operations)
     return [
-        *_memory_findings(needed, memory, warnings),
-        *_batch_findings(program, found),
-        *_precision_findings(found),
+        *_memory_findings(need, memory, warnings),
+        *_batch_findings(program, operations),
+        *_precision_findings(operations),
         *_parameter_findings(program),
         *_attention_findings(program),
     ]
 
 
-def _memory_findings(needed: float, memory: float, warnings: Iterable[str]) -> list[Finding]:
-    if needed <= memory:
+def _memory_findings(need: float, memory: float, warnings: Iterable[str]) -> list[Finding]:
+    if need <= memory:
         return []
-    text = f"{gib(needed)} on each device, which has {gib(memory)}"
-    if tried := re.search(r"Can't reduce memory use below .*", "\n".join(warnings)):
-        text += f"; XLA has computed again what it could ({tried[0]})"
+    text = f"{gib(need)} on each device, which has {gib(memory)}"
+    if attempt := re.search(r"Can't reduce memory use below .*", "\n".join(warnings)):
+        text += f"; XLA has computed again what it could ({attempt[0]})"
     return [Finding(kind="memory", text=text)]
 
 
@@ -87,15 +87,15 @@ def involuntary(warnings: Iterable[str], lowered: jax.stages.Lowered, device: An
       lowered: the program, compiled once more for the lines of its operations if there are any.
       device: one that it is lowered for.
     """
-    found = dict.fromkeys(match.groups() for line in warnings if (match := _INVOLUNTARY.search(line)))
-    lines = _partitioned_sources(lowered, device) if found else {}
+    arrays = dict.fromkeys(match.groups() for line in warnings if (match := _INVOLUNTARY.search(line)))
+    lines = _partitioner_sources(lowered, device) if arrays else {}
     return [
         Finding(
             kind="involuntary rematerialization",
             text=f"{name} {shape}, made whole on every device to go from {_axes(before)} to {_axes(after)}",
             source=lines.get(int(frame or 0), ""),
         )
-        for before, after, shape, name, frame in found
+        for before, after, shape, name, frame in arrays
     ]
 
 
@@ -110,11 +110,11 @@ def _axes(sharding: str) -> str:
     return re.sub(r"^.*?\], ", "", sharding)
 
 
-def _partitioned_sources(lowered: jax.stages.Lowered, device: Any) -> dict[int, str]:
+def _partitioner_sources(lowered: jax.stages.Lowered, device: Any) -> dict[int, str]:
     """The lines of stack frames as the partitioner numbers them, which only a dump of it tells."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        compiling.captured(),
+        compiling.capture_stderr(),
         without_cache(),
     ):
         compiling.compile_lowered(lowered, device, {"xla_dump_to": folder})
@@ -122,7 +122,7 @@ def _partitioned_sources(lowered: jax.stages.Lowered, device: Any) -> dict[int, 
         return sources(dumps[0].read_text()) if dumps else {}
 
 
-def _batch_findings(program: Program, found: Iterable[Collective]) -> list[Finding]:
+def _batch_findings(program: Program, operations: Iterable[Collective]) -> list[Finding]:
     return [
         Finding(
             kind="global batch",
@@ -130,7 +130,7 @@ def _batch_findings(program: Program, found: Iterable[Collective]) -> list[Findi
             "of the batch on every device",
             source=c.source,
         )
-        for c in found
+        for c in operations
         if any(holds_global_batch(program, shape) for _, shape in c.arrays)
     ]
 
@@ -154,16 +154,16 @@ def holds_global_batch(program: Program, shape: tuple[int, ...]) -> bool:
 
 def _parameter_sizes(program: Program) -> set[tuple[int, ...]]:
     """Sizes of parameters, of one layer and of all: whole, as `tensor` splits them, and at rest."""
-    layout, found = program.layout, set()
+    layout, sizes = program.layout, set()
     names = jax.tree.leaves(program.axes, is_leaf=lambda node: isinstance(node, tuple))
     for leaf, axes in zip(jax.tree.leaves(program.parameters), names, strict=True):
-        gathered = NamedSharding(program.mesh, layout.whole_spec(axes)).shard_shape(leaf.shape)
-        for shape in (leaf.shape, gathered, leaf.sharding.shard_shape(leaf.shape)):
-            found |= {tuple(sorted(size for size in part if size > 1)) for part in (shape, shape[1:])}
-    return found
+        whole = NamedSharding(program.mesh, layout.whole_spec(axes)).shard_shape(leaf.shape)
+        for shape in (leaf.shape, whole, leaf.sharding.shard_shape(leaf.shape)):
+            sizes |= {tuple(sorted(size for size in part if size > 1)) for part in (shape, shape[1:])}
+    return sizes
 
 
-def _precision_findings(found: Iterable[Collective]) -> list[Finding]:
+def _precision_findings(operations: Iterable[Collective]) -> list[Finding]:
     """Sums over replicas are of gradients, losses and norms: none may be rounded to 16 bits."""
     return [
         Finding(
@@ -172,7 +172,7 @@ def _precision_findings(found: Iterable[Collective]) -> list[Finding]:
             "less than float32",
             source=c.source,
         )
-        for c in found
+        for c in operations
         if c.kind in ("all-reduce", "reduce-scatter")
         and {"data", "fsdp"} & set(c.axes)
         and not {dtype for dtype, _ in c.arrays} <= set(EXACT)
@@ -184,18 +184,18 @@ def _parameter_findings(program: Program) -> list[Finding]:
     layout = program.layout
     if layout.zero == 0 or layout.size("fsdp") == 1:
         return []
-    found = []
+    results = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(program.parameters)[0]:
         shard = leaf.sharding.shard_shape(leaf.shape)
-        held = math.prod(shard) * leaf.dtype.itemsize
-        if held > LARGE_PARAMETER and "fsdp" not in leaf.sharding.spec:
+        bytes_here = math.prod(shard) * leaf.dtype.itemsize
+        if bytes_here > LARGE_PARAMETER and "fsdp" not in leaf.sharding.spec:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             text = (
-                f"{name} {list(leaf.shape)} is whole on every device, {gib(held)}: "
+                f"{name} {list(leaf.shape)} is whole on every device, {gib(bytes_here)}: "
                 f"fsdp={layout.size('fsdp')} divides none of its free dimensions"
             )
-            found.append(Finding(kind="whole parameter", text=text))
-    return found
+            results.append(Finding(kind="whole parameter", text=text))
+    return results
 
 
 def _attention_findings(program: Program) -> list[Finding]:
@@ -211,8 +211,8 @@ def over(axes: tuple[str, ...]) -> str:
 
 
 def _shapes(collective: Collective) -> str:
-    shown = [f"{dtype}{list(shape)}" for dtype, shape in collective.arrays[:3]]
-    return ", ".join(shown) + (" ..." if len(collective.arrays) > 3 else "")
+    names = [f"{dtype}{list(shape)}" for dtype, shape in collective.arrays[:3]]
+    return ", ".join(names) + (" ..." if len(collective.arrays) > 3 else "")
 
 
 def gib(size: float) -> str:

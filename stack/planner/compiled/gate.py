@@ -26,7 +26,7 @@ SLACK = 1.1
 SCALARS = 2**16
 """Bytes a step may move over any axis besides: sums of the loss per chunk, norms, counts, indices."""
 
-REFUSED: frozenset[Kind] = frozenset(
+FAILURES: frozenset[Kind] = frozenset(
     {"involuntary rematerialization", "memory", "global batch", "reduced precision"}
 )
 """Findings of the compiled report that do not pass."""
@@ -43,29 +43,29 @@ def check(compiled: Compiled, config: Config) -> list[Finding]:
       config: the config it was compiled from.
     """
     mesh = meshes.abstract(config.mesh, compiled.devices)
-    allowed = limits(programs.on_mesh(config, mesh, "gpu"))
-    found = [finding for finding in compiled.findings if finding.kind in REFUSED]
-    return found + over_limits(compiled, allowed)
+    allowance = limits(programs.on_mesh(config, mesh, "gpu"))
+    results = [finding for finding in compiled.findings if finding.kind in FAILURES]
+    return results + over_limits(compiled, allowance)
 
 
-def over_limits(compiled: Compiled, allowed: Limits) -> list[Finding]:
+def over_limits(compiled: Compiled, allowance: Limits) -> list[Finding]:
     """Collectives that move more than they are allowed, each with the line that moves most of them."""
-    moved: dict[tuple[str, str], float] = defaultdict(float)
+    traffic: dict[tuple[str, str], float] = defaultdict(float)
     worst: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for collective in compiled.collectives:
         for axis in collective.axes or tuple(compiled.mesh):
             size = collective.bytes * collective.times
-            moved[collective.kind, axis] += size
+            traffic[collective.kind, axis] += size
             worst[collective.kind, axis][collective.source] += size
-    found = []
-    for (kind, axis), size in moved.items():
-        limit = SLACK * allowed.get((kind, axis), 0) + SCALARS
+    results = []
+    for (kind, axis), size in traffic.items():
+        limit = SLACK * allowance.get((kind, axis), 0) + SCALARS
         if size > limit:
             lines = worst[kind, axis]
             text = f"{kind} over {axis} moves {size / 1e6:,.1f} MB a step, the layout needs "
-            text += f"{allowed.get((kind, axis), 0) / 1e6:,.1f} MB"
-            found.append(Finding(kind="traffic", text=text, source=max(lines, key=lines.__getitem__)))
-    return found
+            text += f"{allowance.get((kind, axis), 0) / 1e6:,.1f} MB"
+            results.append(Finding(kind="traffic", text=text, source=max(lines, key=lines.__getitem__)))
+    return results
 
 
 def limits(program: Program) -> Limits:
@@ -94,7 +94,7 @@ class _Parameter:
     elements: int
     """On one place of `tensor`."""
     matrix: bool
-    stacked: bool
+    per_layer: bool
     """One for each layer."""
     split: bool
     """Over `fsdp`, at rest."""
@@ -112,7 +112,7 @@ def _leaves(program: Program) -> Iterator[_Parameter]:
         yield _Parameter(
             elements=leaf.size // ways,
             matrix=role != "vector",
-            stacked=axes[0] == "layers",
+            per_layer=axes[0] == "layers",
             split="fsdp" in leaf.sharding.spec,
             whole=ways == 1,
         )
@@ -134,7 +134,7 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
         if not leaf.split:
             yield "all-reduce", ("data", "fsdp"), leaf.elements * reduce
             continue
-        passes = 1 if layout.zero < 3 else train.accumulation * (2 if leaf.stacked else 1)
+        passes = 1 if layout.zero < 3 else train.accumulation * (2 if leaf.per_layer else 1)
         yield "all-gather", ("fsdp",), leaf.elements * compute * passes
         yield "reduce-scatter", ("fsdp",), leaf.elements * reduce * scatters
         yield "all-reduce", ("data",), leaf.elements * reduce / layout.size("fsdp")
@@ -147,16 +147,16 @@ def _activations(program: Program) -> Iterator[tuple[str, tuple[str, ...], float
     hidden = tokens * config.model.embed_dim * _itemsize(config.model.dtype)
     layers = config.model.num_layers
     # Nothing gathered is ever saved; sums are, by remat `dots`.
-    gathered_again = 0 if config.train.remat == "none" else 2
-    summed_again = 0 if config.train.remat == "dots" else gathered_again
+    gathers_again = 0 if config.train.remat == "none" else 2
+    sums_again = 0 if config.train.remat == "dots" else gathers_again
     # The embedding and the final norm have one each; the loss has a plain sum of the hidden gradient.
     if layout.sequence_parallel:
-        yield "all-gather", ("tensor",), hidden * (layers * (4 + gathered_again) + 2)
-        yield "reduce-scatter", ("tensor",), hidden * (layers * (4 + summed_again) + 2)
+        yield "all-gather", ("tensor",), hidden * (layers * (4 + gathers_again) + 2)
+        yield "reduce-scatter", ("tensor",), hidden * (layers * (4 + sums_again) + 2)
         yield "all-reduce", ("tensor",), hidden
     else:
         # What a layer adds last is not needed again: one sum less than its forward pass has.
-        yield "all-reduce", ("tensor",), hidden * (layers * (4 + summed_again // 2) + 2)
+        yield "all-reduce", ("tensor",), hidden * (layers * (4 + sums_again // 2) + 2)
     # Highest score, sum of exponentials and score of the label, float32.
     yield "all-reduce", ("tensor",), tokens * 3 * 4
 

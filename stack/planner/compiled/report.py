@@ -107,8 +107,8 @@ class Compiled:
         groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = defaultdict(list)
         for collective in self.collectives:
             groups[collective.kind, collective.axes].append(collective)
-        found = [_traffic(kind, axes, group) for (kind, axes), group in groups.items()]
-        return tuple(sorted(found, key=lambda traffic: -traffic.bytes))
+        parts = [_traffic(kind, axes, group) for (kind, axes), group in groups.items()]
+        return tuple(sorted(parts, key=lambda traffic: -traffic.bytes))
 
 
 def _traffic(kind: str, axes: tuple[str, ...], group: list[Collective]) -> Traffic:
@@ -131,13 +131,13 @@ def compile_target(hardware: chips.Hardware, config: Config) -> str:
       StackError: the compiler knows no such chip and the config names none in its place.
     """
     in_its_place = config.target.compile_target if config.target else None
-    known = hardware.compile_target or in_its_place
-    if known is None:
+    target = hardware.compile_target or in_its_place
+    if target is None:
         raise StackError(
             f"{hardware.name}: the compiler knows no such chip; name one to compile for in its place with "
             f"target.compile_target: {', '.join(compiling.targets())}"
         )
-    return known
+    return target
 
 
 def compile_plan(
@@ -158,7 +158,7 @@ def compile_plan(
     start = time.perf_counter()
     chip = hardware if isinstance(hardware, chips.Hardware) else chips.load(hardware)
     target = compile_target(chip, config)
-    with compiling.captured() as warnings, without_cache():
+    with compiling.capture_stderr() as warnings, without_cache():
         absent = compiling.devices(target, devices)
         device = absent[0]
         program = programs.build(config, absent)
@@ -166,7 +166,7 @@ def compile_plan(
         compiled, estimate = _compile(lowered, device, schedule=schedule)
     text = compiled.as_text() or ""
     mesh = dict(program.mesh.shape)
-    found = tuple(collectives(text, mesh))
+    operations = tuple(collectives(text, mesh))
     memory = _memory(compiled, chip.memory_bytes)
     return Compiled(
         hardware=chip.name,
@@ -174,13 +174,13 @@ def compile_plan(
         devices=devices,
         mesh=mesh,
         memory=memory,
-        collectives=found,
+        collectives=operations,
         schedule=estimate,
         kernels=kernels(text),
         attention=str(program.attention).removeprefix("attention: "),
         findings=(
             *involuntary(warnings, lowered, device),
-            *findings(program, found, needed=memory.total, memory=memory.device, warnings=warnings),
+            *findings(program, operations, need=memory.total, memory=memory.device, warnings=warnings),
         ),
         seconds=time.perf_counter() - start,
         versions=_versions(),
@@ -256,11 +256,11 @@ def _memory(compiled: jax.stages.Compiled, device: float) -> CompiledMemory:
 
 def _versions() -> dict[str, str]:
     packages = ("jax", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cuda-nvcc")
-    found = {}
+    versions = {}
     for package in packages:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
 def as_dict(compiled: Compiled) -> dict[str, Any]:
@@ -276,23 +276,23 @@ def lines(compiled: Compiled) -> list[str]:
     memory = compiled.memory
     instead = f" as {compiled.target} in its place," * (compiled.hardware != compiled.target)
     tools = ", ".join(f"{package} {number}" for package, number in compiled.versions.items())
-    asked = f"{compiled.devices:,} {compiled.hardware}"
-    held = {
+    chips_text = f"{compiled.devices:,} {compiled.hardware}"
+    sizes = {
         "state and batch": memory.arguments,
         "temporaries": memory.temporaries,
         "new outputs": memory.outputs - memory.aliased,
         "code": memory.generated_code,
         "in host memory": memory.host,
     }
-    parts = ", ".join(f"{name} {gib(size)}" for name, size in held.items() if size > 2**20)
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in sizes.items() if size > 2**20)
     text = [
-        f"compiled for {asked},{instead} in {compiled.seconds:.1f} s ({tools})",
+        f"compiled for {chips_text},{instead} in {compiled.seconds:.1f} s ({tools})",
         f"  memory on each device: {gib(memory.total)} of {gib(memory.device)}: {parts}",
         f"  attention: {compiled.attention}",
     ]
     if compiled.kernels:
-        named = ", ".join(f"{name} x {times:,}" for name, times in compiled.kernels.items())
-        text.append(f"  kernels a step, before tuning: {named}")
+        kernel_text = ", ".join(f"{name} x {times:,}" for name, times in compiled.kernels.items())
+        text.append(f"  kernels a step, before tuning: {kernel_text}")
     text.append("  collectives a step:" + " none" * (not compiled.collectives))
     text += [
         f"    {t.kind:<18} {over(t.axes):<16} {_bytes(t.bytes):>10} in {t.times:>7,}  {t.source}".rstrip()

@@ -15,7 +15,7 @@ from stack.hardware.chip import Hardware
 from stack.parallel import mesh as meshes
 from stack.planner.formula.workload import Remat, from_config
 from stack.planner.search.layouts import REMATS
-from stack.planner.search.search import RUNNABLE, fastest_first, freed, laid_out, ranked
+from stack.planner.search.search import RUNNABLE, apply_layout, fastest_first, rank, release_layout
 
 
 def resolve(config: Config, devices: Sequence[jax.Device]) -> Config:
@@ -44,7 +44,7 @@ def resolve(config: Config, devices: Sequence[jax.Device]) -> Config:
             "it, or choose them yourself"
         )
     chip = dataclasses.replace(chip, memory_bytes=_memory_bytes(chip, devices))
-    return _chosen(config, chip, len(devices))
+    return _choose(config, chip, len(devices))
 
 
 def is_auto(config: Config) -> bool:
@@ -65,38 +65,38 @@ def chip_of(config: Config, device: jax.Device) -> Hardware | None:
     return chips.load("cpu") if device.platform == "cpu" else chips.lookup(kind)
 
 
-def _chosen(config: Config, chip: Hardware, devices: int) -> Config:
+def _choose(config: Config, chip: Hardware, devices: int) -> Config:
     remats: tuple[Remat, ...] = (config.train.remat,) if config.train.remat != "auto" else REMATS
     if not config.mesh.auto:
-        return _with_remat(config, chip, devices, remats)
+        return _choose_remat(config, chip, devices, remats)
     space = dataclasses.replace(RUNNABLE, accumulation=config.train.accumulation, remat=remats)
-    refused = None
-    for candidate in ranked(freed(config, chip), hardware=chip, devices=devices, space=space):
+    refusal = None
+    for candidate in rank(release_layout(config, chip), hardware=chip, devices=devices, space=space):
         if why := candidate.work.why_modelled():
             raise ConfigError(f"mesh: auto finds nothing that runs on {chip.title}: {why}")
-        chosen = laid_out(config, candidate.work)
-        chosen = config.model_copy(update={"mesh": chosen.mesh, "train": chosen.train, "model": chosen.model})
+        choice = apply_layout(config, candidate.work)
+        choice = config.model_copy(update={"mesh": choice.mesh, "train": choice.train, "model": choice.model})
         try:
-            meshes.check_divides(chosen, dict(meshes.resolve(chosen.mesh, devices)))
+            meshes.check_divides(choice, dict(meshes.resolve(choice.mesh, devices)))
         except ConfigError as error:  # Only the evaluation's batch may not divide.
-            refused = refused or error
+            refusal = refusal or error
             continue
-        return chosen
-    assert refused is not None, "ranked returns a layout or raises"
-    raise refused
+        return choice
+    assert refusal is not None, "rank gives a layout or raises"
+    raise refusal
 
 
-def _with_remat(config: Config, chip: Hardware, devices: int, remats: Sequence[Remat]) -> Config:
+def _choose_remat(config: Config, chip: Hardware, devices: int, remats: Sequence[Remat]) -> Config:
     """The config with the fastest remat that fits its own mesh."""
     works = []
     for remat in remats:
         train = config.train.model_copy(update={"remat": remat})
         works.append(from_config(config.model_copy(update={"train": train}), devices, chip))
-    chosen = fastest_first([[work] for work in works], chip)[0].work
-    return _remat(config, chosen.remat)
+    fastest = fastest_first([[work] for work in works], chip)[0].work
+    return _with_remat(config, fastest.remat)
 
 
-def _remat(config: Config, remat: str) -> Config:
+def _with_remat(config: Config, remat: str) -> Config:
     """The config with a remat; layers that are computed again are not unrolled."""
     rolled = () if remat == "none" else ("model.scan_unroll=1",)
     return config.replace(f"train.remat={remat}", *rolled)
@@ -108,15 +108,15 @@ def _earlier(config: Config, devices: int) -> Config | None:
     steps = folder.glob("checkpoints/[0-9]*")
     if next(steps, None) is None or not (folder / RUN_CONFIG).is_file():
         return None
-    run = load(folder)
-    kept = config.model_copy(update={"mesh": run.mesh if config.mesh.auto else config.mesh})
+    earlier = load(folder)
+    candidate = config.model_copy(update={"mesh": earlier.mesh if config.mesh.auto else config.mesh})
     if config.train.remat == "auto":
-        kept = _remat(kept, run.train.remat)
+        candidate = _with_remat(candidate, earlier.train.remat)
     try:
-        meshes.check_divides(kept, meshes.resolve(kept.mesh, devices))
+        meshes.check_divides(candidate, meshes.resolve(candidate.mesh, devices))
     except ConfigError:
         return None
-    return kept
+    return candidate
 
 
 def _memory_bytes(chip: Hardware, devices: Sequence[jax.Device]) -> float:

@@ -23,7 +23,7 @@ REMATS: tuple[Remat, ...] = ("full", "save_qkv_proj", "dots", "none")
 SHORTEST_CONTEXT = 1024
 """Tokens: a sequence is split into no shorter parts, whose attention could not hide the exchange."""
 
-_OFFLOADED = ("full", "save_qkv_proj")
+_WITH_OFFLOAD = ("full", "save_qkv_proj")
 """What goes with `offload_activations`."""
 
 Unit = Literal["meshes", "layouts"]
@@ -44,8 +44,8 @@ class Rejections(dict[str, Rejection]):
 
     def add(self, reason: str, example: str, *, unit: Unit, count: int = 1) -> None:
         """Counts what a reason rules out."""
-        known = self.setdefault(reason, Rejection(unit=unit, count=0, example=example))
-        known.count += count
+        entry = self.setdefault(reason, Rejection(unit=unit, count=0, example=example))
+        entry.count += count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,9 @@ def meshes(start: Workload, devices: int, space: Space, rejections: Rejections) 
     """
     order = [axis for axis in ("tensor", "stage", "context", "fsdp") if axis in space.axes]
 
-    def split(sizes: dict[str, int], left: int, axes: list[str]) -> Iterator[Workload]:
+    def split(sizes: dict[str, int], remainder: int, axes: list[str]) -> Iterator[Workload]:
         if not axes:
-            fields: dict[str, Any] = _ONE | sizes | {"data": left, "micro_batch": 1}
+            fields: dict[str, Any] = _ONE | sizes | {"data": remainder, "micro_batch": 1}
             work = dataclasses.replace(start, **fields)
             if why := _batch_obstacle(work, space.accumulation):
                 rejections.add(*why, unit="meshes")
@@ -84,11 +84,11 @@ def meshes(start: Workload, devices: int, space: Space, rejections: Rejections) 
                 yield work
             return
         axis, *rest = axes
-        for size in divisors(left):
+        for size in divisors(remainder):
             if why := _obstacle(start, axis, size, sizes):
-                rejections.add(*why, unit="meshes", count=_factorizations(left // size, len(rest) + 1))
+                rejections.add(*why, unit="meshes", count=_factorizations(remainder // size, len(rest) + 1))
             else:
-                yield from split(sizes | {axis: size}, left // size, rest)
+                yield from split(sizes | {axis: size}, remainder // size, rest)
 
     return split({}, devices, order)
 
@@ -105,12 +105,12 @@ def variants(mesh: Workload, space: Space) -> Iterator[list[Workload]]:
         "sequence_parallel": space.sequence_parallel if parallel else (False,),
         "overlapped_tensor_parallel": space.overlapped_tensor_parallel if split else (False,),
         "virtual_stages": divisors(layers) if space.virtual_stages and mesh.stage > 1 else (1,),
-        "remat": [remat for remat in space.remat if remat in _OFFLOADED or not mesh.offload_activations],
+        "remat": [remat for remat in space.remat if remat in _WITH_OFFLOAD or not mesh.offload_activations],
     }
     for values in itertools.product(*choices.values()):
-        chosen: dict[str, Any] = dict(zip(choices, values, strict=True))
-        chosen["schedule"] = "interleaved" if chosen["virtual_stages"] > 1 else "1f1b"
-        works = [dataclasses.replace(mesh, **chosen, micro_batch=size) for size in micro_batches]
+        choice: dict[str, Any] = dict(zip(choices, values, strict=True))
+        choice["schedule"] = "interleaved" if choice["virtual_stages"] > 1 else "1f1b"
+        works = [dataclasses.replace(mesh, **choice, micro_batch=size) for size in micro_batches]
         yield [work for work in works if not _repeats(work, space)]
 
 
@@ -199,10 +199,10 @@ def _repeats(work: Workload, space: Space) -> bool:
     return bool(broken) or (work.zero == 2 and work.accumulation == 1 and 1 in space.zero)
 
 
-def _stages(fsdp: int, wanted: Sequence[int]) -> list[int]:
+def _stages(fsdp: int, choices: Sequence[int]) -> list[int]:
     """The ZeRO stages that differ from one another; one of those wanted in any case."""
-    distinct = [zero for zero in wanted if zero in ((0, 3) if fsdp == 1 else (1, 2, 3))]
-    return distinct or [wanted[0]]
+    distinct = [zero for zero in choices if zero in ((0, 3) if fsdp == 1 else (1, 2, 3))]
+    return distinct or [choices[0]]
 
 
 @cache

@@ -13,7 +13,7 @@ from stack.config import Config, ConfigError, StackError
 from stack.hardware.chip import Hardware
 from stack.models.flops import train_flops_per_token
 from stack.planner.search.layouts import describe
-from stack.planner.search.search import RUNNABLE, Candidate, freed, ranked
+from stack.planner.search.search import RUNNABLE, Candidate, rank, release_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,17 +72,17 @@ def scaling(config: Config, *, hardware: Hardware, devices: Sequence[int]) -> Sc
     """
     rows = config.train.batch_size
     reference = config.target.devices if config.target else devices[0]
-    start = freed(config, hardware)
+    start = release_layout(config, hardware)
 
     def point(number: int, batch: Fraction) -> Point:
         try:
             if batch.denominator > 1:
                 raise ConfigError(f"{batch} rows are no whole number")
             work = dataclasses.replace(start, batch=int(batch))
-            found = ranked(work, hardware=hardware, devices=number, space=RUNNABLE)
+            candidates = rank(work, hardware=hardware, devices=number, space=RUNNABLE)
         except ConfigError as error:
             return Point(devices=number, batch=batch, candidate=None, obstacle=str(error))
-        return Point(devices=number, batch=batch, candidate=found[0], obstacle=None)
+        return Point(devices=number, batch=batch, candidate=candidates[0], obstacle=None)
 
     return Scaling(
         config=config,
@@ -119,9 +119,9 @@ def lines(curves: Scaling) -> list[str]:
     config, hardware = curves.config, curves.hardware
     rows = f"rows of {config.data.sequence_length:,} tokens"
     text = [f"{config.name} on {hardware.title}, {rows}; what fits is by formula"]
-    if why := next((why for point in curves.strong if (why := _why_modelled(point))), None):
+    if why := next((why for point in curves.strong if (why := _obstacle_to_running(point))), None):
         text.append(f"modelled only: {why}")
-    for title, points in _named(curves):
+    for title, points in _titled_curves(curves):
         text += ["", title, _HEADING]
         for point, efficiency in zip(points, efficiencies(points), strict=True):
             text.append(_row(curves, point, efficiency))
@@ -152,7 +152,7 @@ def plot(curves: Scaling, path: str | os.PathLike[str]) -> Path:
       StackError: no point has a layout, or the file cannot be written.
     """
     path = Path(path)
-    if not any(point.candidate for _, points in _named(curves) for point in points):
+    if not any(point.candidate for _, points in _titled_curves(curves) for point in points):
         raise StackError("there is nothing to plot: no number of devices has a layout that runs and fits")
     try:
         if path.suffix != ".html":
@@ -170,7 +170,7 @@ def plot(curves: Scaling, path: str | os.PathLike[str]) -> Path:
 _HEADING = "  devices     batch       step  tokens/s each  MFU full/causal  against fewest  layout"
 
 
-def _named(curves: Scaling) -> tuple[tuple[str, tuple[Point, ...]], ...]:
+def _titled_curves(curves: Scaling) -> tuple[tuple[str, tuple[Point, ...]], ...]:
     return (
         ("strong: the same batch", curves.strong),
         ("weak: the same batch on each device", curves.weak),
@@ -182,15 +182,15 @@ def _row(curves: Scaling, point: Point, efficiency: float | None) -> str:
     if point.candidate is None:
         return f"{start}  {point.obstacle}"
     share = mfu(curves, point)
-    used = f"{share[0]:.1%} / {share[1]:.1%}" if share else "no peak"
+    percentages = f"{share[0]:.1%} / {share[1]:.1%}" if share else "no peak"
     seconds, speed = point.candidate.time.total, point.candidate.tokens_per_second
     return (
-        f"{start} {f'{seconds:.4g} s':>10} {speed:>14,.0f} {used:>16} {f'{efficiency:.1%}':>15}"
+        f"{start} {f'{seconds:.4g} s':>10} {speed:>14,.0f} {percentages:>16} {f'{efficiency:.1%}':>15}"
         f"  {describe(point.candidate.work)}"
     )
 
 
-def _why_modelled(point: Point) -> str | None:
+def _obstacle_to_running(point: Point) -> str | None:
     return point.candidate.work.why_modelled() if point.candidate else None
 
 
@@ -199,16 +199,16 @@ def _whole(batch: Fraction) -> str:
 
 
 def _point_dicts(curves: Scaling, points: Sequence[Point]) -> list[dict[str, Any]]:
-    found = []
+    dicts = []
     for point, efficiency in zip(points, efficiencies(points), strict=True):
         one: dict[str, Any] = {"devices": point.devices, "batch": float(point.batch)}
         if point.candidate is None:
-            found.append(one | {"obstacle": point.obstacle})
+            dicts.append(one | {"obstacle": point.obstacle})
             continue
         share = mfu(curves, point)
         one |= {
             "layout": describe(point.candidate.work),
-            "why_modelled": _why_modelled(point),
+            "why_modelled": _obstacle_to_running(point),
             "step_seconds": point.candidate.time.total,
             "tokens_per_second_per_device": point.candidate.tokens_per_second,
             "mfu_full": share and share[0],
@@ -216,13 +216,13 @@ def _point_dicts(curves: Scaling, points: Sequence[Point]) -> list[dict[str, Any
             "efficiency": efficiency,
             "memory_bytes": point.candidate.memory.total,
         }
-        found.append(one)
-    return found
+        dicts.append(one)
+    return dicts
 
 
 def _curves(curves: Scaling) -> list[tuple[str, list[int], list[float], list[float]]]:
     """Name, devices, tokens per second of all devices together, efficiency; of points with a layout."""
-    found = []
+    result = []
     for name, points in (("strong", curves.strong), ("weak", curves.weak)):
         rows = [
             (point.devices, point.devices * speed, efficiency)
@@ -231,8 +231,8 @@ def _curves(curves: Scaling) -> list[tuple[str, list[int], list[float], list[flo
         ]
         if rows:
             devices, speeds, shares = (list(column) for column in zip(*rows, strict=True))
-            found.append((name, devices, speeds, shares))
-    return found
+            result.append((name, devices, speeds, shares))
+    return result
 
 
 def _title(curves: Scaling) -> str:
@@ -251,9 +251,9 @@ def _picture(curves: Scaling, path: Path) -> None:
         share.plot(devices, [100 * value for value in shares], style, label=f"{name} scaling", markersize=4)
     speed.set(xscale="log", yscale="log", xlabel="devices", ylabel="tokens/s of all devices (dotted: linear)")
     share.set(xscale="log", xlabel="devices", ylabel="tokens/s of each, % of the fewest", ylim=(0, None))
-    counted = _labelled(number for _, devices, _, _ in _curves(curves) for number in devices)
+    numbers = _tick_numbers(number for _, devices, _, _ in _curves(curves) for number in devices)
     for axes in (speed, share):
-        axes.set_xticks(counted, [f"{number:,}" for number in counted], rotation=45, ha="right")
+        axes.set_xticks(numbers, [f"{number:,}" for number in numbers], rotation=45, ha="right")
         axes.minorticks_off()
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -264,9 +264,9 @@ def _picture(curves: Scaling, path: Path) -> None:
 
 def _page(curves: Scaling) -> str:
     """The same two panels and the tables as a page that needs nothing else."""
-    found = _curves(curves)
-    speed = [(name, devices, speeds) for name, devices, speeds, _ in found]
-    share = [(name, devices, [100 * value for value in shares]) for name, devices, _, shares in found]
+    rows = _curves(curves)
+    speed = [(name, devices, speeds) for name, devices, speeds, _ in rows]
+    share = [(name, devices, [100 * value for value in shares]) for name, devices, _, shares in rows]
     table = escape("\n".join(lines(curves)))
     panels = _panel("tokens/s of all devices", speed, log=True) + _panel(
         "tokens/s of each, % of the fewest", share, log=False
@@ -278,15 +278,15 @@ def _page(curves: Scaling) -> str:
     )
 
 
-def _panel(title: str, found: Sequence[tuple[str, list[int], list[float]]], *, log: bool) -> str:
+def _panel(title: str, series: Sequence[tuple[str, list[int], list[float]]], *, log: bool) -> str:
     """One SVG: values over devices, which are on a logarithmic scale."""
     width, height, left, top, bottom = 480, 320, 80, 30, 50
-    counted = sorted({number for _, devices, _ in found for number in devices})
-    values = [value for _, _, column in found for value in column]
+    numbers = sorted({number for _, devices, _ in series for number in devices})
+    values = [value for _, _, column in series for value in column]
     lowest, highest = (min(values) / 1.2, max(values) * 1.2) if log else (0.0, max(*values, 100.0) * 1.05)
 
     def across(number: int) -> float:
-        first, last = math.log(counted[0]), math.log(counted[-1])
+        first, last = math.log(numbers[0]), math.log(numbers[-1])
         return left + (math.log(number) - first) / ((last - first) or 1.0) * (width - left - 20)
 
     def up(value: float) -> float:
@@ -297,7 +297,7 @@ def _panel(title: str, found: Sequence[tuple[str, list[int], list[float]]], *, l
     parts += [
         f'<text x="{across(number):.1f}" y="{height - bottom + 16}" font-size="10" text-anchor="end" '
         f'transform="rotate(-40 {across(number):.1f} {height - bottom + 16})">{number:,}</text>'
-        for number in _labelled(counted)
+        for number in _tick_numbers(numbers)
     ]
     ticks = _powers(lowest, highest) if log else [20.0 * i for i in range(int(highest // 20) + 1)]
     for tick in ticks:
@@ -306,7 +306,7 @@ def _panel(title: str, found: Sequence[tuple[str, list[int], list[float]]], *, l
         parts.append(
             f'<text x="{left - 6}" y="{y + 4:.1f}" font-size="10" text-anchor="end">{tick:,g}</text>'
         )
-    for (name, devices, column), color in zip(found, ("#1f77b4", "#ff7f0e"), strict=False):
+    for (name, devices, column), color in zip(series, ("#1f77b4", "#ff7f0e"), strict=False):
         points = [(across(n), up(value)) for n, value in zip(devices, column, strict=True)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
@@ -318,7 +318,7 @@ def _panel(title: str, found: Sequence[tuple[str, list[int], list[float]]], *, l
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
 
 
-def _labelled(devices: Iterable[int]) -> list[int]:
+def _tick_numbers(devices: Iterable[int]) -> list[int]:
     """The numbers to print below an axis; one too near the last would be printed over it."""
     *others, last = sorted(set(devices))
     return [number for number in others if number * 1.5 < last] + [last]
@@ -326,5 +326,5 @@ def _labelled(devices: Iterable[int]) -> list[int]:
 
 def _powers(lowest: float, highest: float) -> list[float]:
     """Powers of ten between two values, or the ends where there is none."""
-    found = [10.0**i for i in range(math.ceil(math.log10(lowest)), math.floor(math.log10(highest)) + 1)]
-    return found or [lowest, highest]
+    powers = [10.0**i for i in range(math.ceil(math.log10(lowest)), math.floor(math.log10(highest)) + 1)]
+    return powers or [lowest, highest]

@@ -79,9 +79,9 @@ class Search:
     modelled: tuple[Candidate, ...]
     """The fastest that fit but do not run yet, where they beat `best`: in the config's precision, then
     in float8."""
-    rejected: dict[str, Rejection]
+    rejections: dict[str, Rejection]
     """Reasons, how often, with an example."""
-    planned: int
+    count: int
     """Layouts whose memory was worked out."""
 
 
@@ -97,12 +97,12 @@ def search(config: Config, *, hardware: Hardware, devices: int, top: int = 8) ->
     Raises:
       ConfigError: no layout divides the devices and the batch.
     """
-    run, start = _Run(hardware=hardware), freed(config, hardware)
+    run, start = _Run(hardware=hardware), release_layout(config, hardware)
     every = list(meshes(start, devices, Space(), run.rejections))
-    found = run.plan((mesh for mesh in every if not mesh.why_modelled()), RUNNABLE)
+    fitting = run.plan((mesh for mesh in every if not mesh.why_modelled()), RUNNABLE)
     if not every:
         raise ConfigError(_nothing_divides(start, devices))
-    best = _accepted(config, found, top, run.rejections)
+    best = _acceptable(config, fitting, top, run.rejections)
     own, obstacle = _own(config, hardware, devices)
     return Search(
         config=config,
@@ -111,17 +111,17 @@ def search(config: Config, *, hardware: Hardware, devices: int, top: int = 8) ->
         own=own,
         own_obstacle=obstacle,
         best=best,
-        modelled=_modelled(run, every, best, top),
-        rejected=dict(run.rejections),
-        planned=run.planned,
+        modelled=_find_modelled(run, every, best, top),
+        rejections=dict(run.rejections),
+        count=run.count,
     )
 
 
-def ranked(start: Workload, *, hardware: Hardware, devices: int, space: Space) -> list[Candidate]:
+def rank(start: Workload, *, hardware: Hardware, devices: int, space: Space) -> list[Candidate]:
     """All layouts of a space that fit, fastest first.
 
     Args:
-      start: of `freed`; gives the model and the batch.
+      start: of `release_layout`; gives the model and the batch.
       hardware: the chip.
       devices: how many.
       space: what may be chosen.
@@ -146,22 +146,22 @@ def fastest_first(layouts: Iterable[Sequence[Workload]], hardware: Hardware) -> 
       ConfigError: none fits.
     """
     run = _Run(hardware=hardware)
-    found = [candidate for works in layouts for candidate in run.fitting(works)]
-    if not found:
+    fitting = [candidate for works in layouts for candidate in run.fitting(works)]
+    if not fitting:
         raise ConfigError(
             f"no layout fits; the smallest is {run.smallest[1]}; use more devices, more micro-batches "
             "(train.accumulation) or train.offload_optimizer"
         )
-    return sorted(found, key=_order)
+    return sorted(fitting, key=_order)
 
 
-def freed(config: Config, hardware: Hardware) -> Workload:
+def release_layout(config: Config, hardware: Hardware) -> Workload:
     """The workload of a config with its layout left open: one device, one micro-batch."""
     train = config.train.model_copy(update={"accumulation": 1, "remat": "full"})
     return from_config(config.model_copy(update={"mesh": MeshConfig(), "train": train}), 1, hardware)
 
 
-def laid_out(config: Config, work: Workload) -> Config:
+def apply_layout(config: Config, work: Workload) -> Config:
     """The config with the layout of a workload.
 
     A batch of the evaluation that would not divide is rounded up; its result does not depend on it.
@@ -177,9 +177,9 @@ def laid_out(config: Config, work: Workload) -> Config:
         changes["model.scan_unroll"] = 1
     if rows := config.eval.batch_size:
         changes["eval.batch_size"] = -(-rows // work.replicas) * work.replicas
-    chosen = config.replace(*(f"{name}={json.dumps(value)}" for name, value in changes.items()))
-    check_divides(chosen, {axis: getattr(work, axis) for axis in AXES})
-    return chosen
+    layout = config.replace(*(f"{name}={json.dumps(value)}" for name, value in changes.items()))
+    check_divides(layout, {axis: getattr(work, axis) for axis in AXES})
+    return layout
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -188,7 +188,7 @@ class _Run:
 
     hardware: Hardware
     rejections: Rejections = dataclasses.field(default_factory=Rejections)
-    planned: int = 0
+    count: int = 0
     smallest: tuple[float, str] = math.inf, ""
     """Bytes and layout of the one that needs least of those that do not fit."""
 
@@ -212,7 +212,7 @@ class _Run:
             if example and work is not works[-1]:
                 self.rejections.add("does not fit", example, unit="layouts")
                 continue
-            self.planned += 1
+            self.count += 1
             need = memory(work)
             if need.total > self.hardware.memory_bytes:
                 example = f"{describe(work)}: {_of_memory(need, self.hardware)}"
@@ -227,27 +227,27 @@ def _order(candidate: Candidate) -> tuple[float, ...]:
     return candidate.order
 
 
-def _accepted(
-    config: Config, found: Sequence[Candidate], top: int, rejections: Rejections
+def _acceptable(
+    config: Config, candidates: Sequence[Candidate], top: int, rejections: Rejections
 ) -> tuple[Candidate, ...]:
     """The fastest of each kind of layout that the config's own checks accept, fastest first."""
-    accepted: list[Candidate] = []
-    for candidate in _distinct(found):
+    best: list[Candidate] = []
+    for candidate in _distinct(candidates):
         try:
-            laid_out(config, candidate.work)
+            apply_layout(config, candidate.work)
         except ConfigError as error:
             rejections.add("the config refuses", f"{describe(candidate.work)}: {error}", unit="layouts")
             continue
-        accepted.append(candidate)
-        if len(accepted) == top:
+        best.append(candidate)
+        if len(best) == top:
             break
-    return tuple(accepted)
+    return tuple(best)
 
 
-def _distinct(found: Iterable[Candidate]) -> list[Candidate]:
+def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     """The fastest of each kind of layout, fastest first: how `data` and `fsdp` share is no other kind."""
     first: dict[tuple[int, ...], Candidate] = {}
-    for candidate in sorted(found, key=_order):
+    for candidate in sorted(candidates, key=_order):
         work = candidate.work
         first.setdefault((work.stage, work.context, work.tensor, work.zero), candidate)
     return list(first.values())
@@ -260,8 +260,8 @@ def _own(config: Config, hardware: Hardware, devices: int) -> tuple[Candidate | 
       None where there is no such layout, and why it cannot run.
     """
     try:
-        scaled, _ = for_devices(config, devices)
-        work = from_config(scaled, devices, hardware)
+        resized, _ = for_devices(config, devices)
+        work = from_config(resized, devices, hardware)
         if config.train.batch_size % (work.replicas * work.micro_batch):
             raise ConfigError(
                 f"train.batch_size={config.train.batch_size} does not divide over {work.replicas} replicas "
@@ -276,7 +276,7 @@ def _own(config: Config, hardware: Hardware, devices: int) -> tuple[Candidate | 
     return own, work.why_modelled()
 
 
-def _modelled(
+def _find_modelled(
     run: _Run, every: Sequence[Workload], best: Sequence[Candidate], top: int
 ) -> tuple[Candidate, ...]:
     """The best of what does not run yet: full plans of the meshes whose likeliest layouts are best."""
@@ -288,26 +288,28 @@ def _modelled(
         remat=("full", "none"),
     )
     quiet = _Run(hardware=run.hardware)
-    probed = [(min(found, key=_order), mesh) for mesh in every if (found := quiet.plan([mesh], likely))]
-    probed.sort(key=lambda pair: pair[0].order)
+    probes = [
+        (min(candidates, key=_order), mesh) for mesh in every if (candidates := quiet.plan([mesh], likely))
+    ]
+    probes.sort(key=lambda pair: pair[0].order)
     space = dataclasses.replace(likely, zero=(0, 1, 2, 3), virtual_stages=True, remat=REMATS)
-    found = quiet.plan([mesh for _, mesh in probed[:_FULLY_MODELLED]], space)
-    found = _distinct(candidate for candidate in found if candidate.work.why_modelled())
+    candidates = quiet.plan([mesh for _, mesh in probes[:_FULLY_MODELLED]], space)
+    candidates = _distinct(candidate for candidate in candidates if candidate.work.why_modelled())
     if not best:
-        return tuple(found[:top])
-    kinds = [found]
+        return tuple(candidates[:top])
+    kinds = [candidates]
     if every[0].precision == "bfloat16" and "float8" in run.hardware.peak_flops:
         works = [
             dataclasses.replace(candidate.work, precision="float8")
-            for candidate in (*best[:_FULLY_MODELLED], *found[:_FULLY_MODELLED])
+            for candidate in (*best[:_FULLY_MODELLED], *candidates[:_FULLY_MODELLED])
         ]
         kinds.append(_distinct(candidate for work in works for candidate in quiet.fitting([work])))
-    run.planned += quiet.planned
-    shown: list[Candidate] = [best[0]]
+    run.count += quiet.count
+    faster: list[Candidate] = [best[0]]
     for kind in kinds:
-        if kind and kind[0].time.total < shown[-1].time.total:
-            shown.append(kind[0])
-    return tuple(shown[1:])
+        if kind and kind[0].time.total < faster[-1].time.total:
+            faster.append(kind[0])
+    return tuple(faster[1:])
 
 
 def _nothing_divides(start: Workload, devices: int, accumulation: int = 1) -> str:
@@ -342,28 +344,30 @@ def gains(candidate: Candidate, own: Candidate) -> str:
     return f"{own.time.total / candidate.time.total:.2f}x" + (f": {', '.join(words)}" if words else "")
 
 
-def lines(found: Search) -> list[str]:
+def lines(result: Search) -> list[str]:
     """A search in print."""
-    config, hardware = found.config, found.hardware
+    config, hardware = result.config, result.hardware
     batch = f"{config.train.batch_size:,} rows of {config.data.sequence_length:,} tokens a step"
     text = [
-        f"{config.name} on {found.devices:,} x {hardware.title}, {batch}: {found.planned:,} layouts planned",
+        f"{config.name} on {result.devices:,} x {hardware.title}, {batch}: {result.count:,} layouts planned",
         "memory is by formula; `stack plan --compile` checks a written config against its compiled step",
         "",
     ]
-    if found.own is not None:
-        text += ["the config's own layout", *_rows(found.own, found.own, hardware)]
-    if found.own_obstacle:
-        text.append(f"the config's own layout cannot run: {found.own_obstacle}")
-    text += ["", "runnable, fastest first" if found.best else "nothing that runs fits"]
-    for number, candidate in enumerate(found.best, start=1):
-        text += _rows(candidate, found.own, hardware, str(number))
-    if found.modelled:
+    if result.own is not None:
+        text += ["the config's own layout", *_rows(result.own, result.own, hardware)]
+    if result.own_obstacle:
+        text.append(f"the config's own layout cannot run: {result.own_obstacle}")
+    text += ["", "runnable, fastest first" if result.best else "nothing that runs fits"]
+    for number, candidate in enumerate(result.best, start=1):
+        text += _rows(candidate, result.own, hardware, str(number))
+    if result.modelled:
         text += ["", "modelled only, faster"]
-        for candidate in found.modelled:
-            text += [*_rows(candidate, found.own, hardware), f"    not run: {candidate.work.why_modelled()}"]
+        for candidate in result.modelled:
+            text += [*_rows(candidate, result.own, hardware), f"    not run: {candidate.work.why_modelled()}"]
     text += ["", "ruled out"]
-    for reason, rejection in sorted(found.rejected.items(), key=lambda item: (item[1].unit, -item[1].count)):
+    for reason, rejection in sorted(
+        result.rejections.items(), key=lambda item: (item[1].unit, -item[1].count)
+    ):
         unit = (
             rejection.unit if rejection.count > 1 else {"meshes": "mesh", "layouts": "layout"}[rejection.unit]
         )
@@ -387,17 +391,17 @@ def _of_memory(need: Memory, hardware: Hardware) -> str:
     return f"{need.total / 1e9:.1f} GB of {hardware.memory_bytes / 1e9:.0f}"
 
 
-def as_dict(found: Search) -> dict[str, Any]:
+def as_dict(result: Search) -> dict[str, Any]:
     """A search for JSON; seconds, bytes."""
     return {
-        "hardware": found.hardware.name,
-        "devices": found.devices,
-        "layouts_planned": found.planned,
-        "own": found.own and _candidate_dict(found.own),
-        "own_obstacle": found.own_obstacle,
-        "runnable": [_candidate_dict(candidate) for candidate in found.best],
-        "modelled_only": [_candidate_dict(candidate) for candidate in found.modelled],
-        "rejected": {reason: dataclasses.asdict(one) for reason, one in found.rejected.items()},
+        "hardware": result.hardware.name,
+        "devices": result.devices,
+        "layouts_planned": result.count,
+        "own": result.own and _candidate_dict(result.own),
+        "own_obstacle": result.own_obstacle,
+        "runnable": [_candidate_dict(candidate) for candidate in result.best],
+        "modelled_only": [_candidate_dict(candidate) for candidate in result.modelled],
+        "rejected": {reason: dataclasses.asdict(one) for reason, one in result.rejections.items()},
     }
 
 
@@ -419,12 +423,12 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
 
 
 def write(
-    found: Search, path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
+    result: Search, path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
 ) -> Config:
     """Writes the fastest layout that runs as a config file, its planned figures in a comment.
 
     Args:
-      found: the search.
+      result: of `search`.
       path: the file.
       base: the file the config came from, to write only what differs from it; None, or the folder of a
         run: all is written.
@@ -435,25 +439,25 @@ def write(
     Raises:
       StackError: nothing that runs fits, or the file cannot be written.
     """
-    if not found.best:
+    if not result.best:
         raise StackError(
-            f"no layout that runs fits {found.devices} x {found.hardware.title}; nothing to write"
+            f"no layout that runs fits {result.devices} x {result.hardware.title}; nothing to write"
         )
-    chosen, path = found.best[0], Path(path)
-    config = _targeted(laid_out(found.config, chosen.work), found)
+    fastest, hardware, path = result.best[0], result.hardware, Path(path)
+    config = _with_target(apply_layout(result.config, fastest.work), result)
     if base is None or Path(base).is_dir():
         body = dump(config)
     elif Path(base).resolve() == path.resolve():
         raise StackError(f"{path} is the config that was searched for; write to another file")
     else:
-        changed = _difference(load(Path(base)).model_dump(mode="json"), config.model_dump(mode="json"))
-        fields = {"base": os.path.relpath(base, path.parent)} | changed
+        changes = _difference(load(Path(base)).model_dump(mode="json"), config.model_dump(mode="json"))
+        fields = {"base": os.path.relpath(base, path.parent)} | changes
         body = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)
     comment = [
-        f"# The fastest of {found.planned:,} layouts planned for {found.devices:,} x {found.hardware.title}:",
-        f"# {describe(chosen.work)};",
-        f"# {chosen.time.total:.4g} s a step, {chosen.tokens_per_second:,.0f} tokens/s each,",
-        f"# {_of_memory(chosen.memory, found.hardware)} by formula; {binds(chosen.time)}.",
+        f"# The fastest of {result.count:,} layouts planned for {result.devices:,} x {hardware.title}:",
+        f"# {describe(fastest.work)};",
+        f"# {fastest.time.total:.4g} s a step, {fastest.tokens_per_second:,.0f} tokens/s each,",
+        f"# {_of_memory(fastest.memory, hardware)} by formula; {binds(fastest.time)}.",
     ]
     try:
         path.write_text("\n".join([*comment, body]), encoding="utf-8")
@@ -462,24 +466,24 @@ def write(
     return config
 
 
-def _targeted(config: Config, found: Search) -> Config:
+def _with_target(config: Config, result: Search) -> Config:
     """The config with the target it was chosen for, where a config can name it."""
-    name = found.hardware.name
+    name = result.hardware.name
     if name not in chips.names():
         return config
     compile_target = config.target.compile_target if config.target else None
-    target = TargetConfig(hardware=name, devices=found.devices, compile_target=compile_target)
+    target = TargetConfig(hardware=name, devices=result.devices, compile_target=compile_target)
     return config.model_copy(update={"target": target})
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """What of `new` is not in `old`; lists are taken whole."""
-    changed: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for name, value in new.items():
         before = old[name]
         if isinstance(value, dict) and isinstance(before, dict):
             if inside := _difference(before, value):
-                changed[name] = inside
+                changes[name] = inside
         elif value != before:
-            changed[name] = value
-    return changed
+            changes[name] = value
+    return changes

@@ -8,12 +8,12 @@ import stack
 from stack.planner.compiled.collectives import collectives, kernels, sources
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 2}
-STARTED = "((bf16[2,8]{1,0}, bf16[4]{0}), (bf16[8,8]{1,0}, bf16[16]{0}))"
+ASYNCHRONOUS = "((bf16[2,8]{1,0}, bf16[4]{0}), (bf16[8,8]{1,0}, bf16[16]{0}))"
 HLO = f"""\
 HloModule jit_step, is_scheduled=true
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
-  %gather.1 = {STARTED} all-gather-start(%a, %b), GROUPS, metadata={{op_name="jit(step)/gather"}}
+  %gather.1 = {ASYNCHRONOUS} all-gather-start(%a, %b), GROUPS, metadata={{op_name="jit(step)/gather"}}
 }}
 
 %idle (p: f32[]) -> f32[] {{
@@ -52,7 +52,7 @@ def test_sizes_are_of_the_larger_side():
     assert gather.name == "jit(step)/gather"
 
 
-LOST = """\
+LENGTHLESS = """\
 %body (p: (s32[])) -> (s32[]) {
   %r = f32[4]{0} all-reduce(%x), replica_groups=[2,8]<=[16], to_apply=%add
 }
@@ -76,13 +76,13 @@ ENTRY %main (x: f32[8], n: s32[]) -> f32[8] {
 
 @pytest.mark.parametrize(("test", "times"), [("%i, %bound", 7), ("%p#0, %p#1", 4)])
 def test_a_loop_whose_length_the_compiler_does_not_tell_is_counted_by_its_bounds(test, times):
-    lost = LOST if "bound" in test else LOST.replace("  %bound = s32[] constant(9)\n", "")
+    lost = LENGTHLESS if "bound" in test else LENGTHLESS.replace("  %bound = s32[] constant(9)\n", "")
     assert collectives(lost.replace("TEST", test), MESH)[0].times == times
 
 
 def test_a_loop_of_unknown_length_is_refused():
     with pytest.raises(ValueError, match="loop of unknown length"):
-        collectives(LOST.replace("constant(9)", "parameter(1)").replace("TEST", "%i, %p#2"), MESH)
+        collectives(LENGTHLESS.replace("constant(9)", "parameter(1)").replace("TEST", "%i, %p#2"), MESH)
 
 
 PACKAGE = Path(stack.__file__).parent

@@ -80,22 +80,22 @@ def test_a_step_moves_what_its_layout_needs_and_nothing_else(layout):
     report = compiled(layout)
     assert gate.check(report, layout) == []
     # The formula is tight: nine tenths of it would refuse this step.
-    needed = gate.limits(programs.on_mesh(layout, meshes.abstract(layout.mesh, 8), "gpu"))
-    assert needed
-    for (kind, axis), size in needed.items():
-        moved = sum(c.bytes * c.times for c in report.collectives if c.kind == kind and axis in c.axes)
+    need = gate.limits(programs.on_mesh(layout, meshes.abstract(layout.mesh, 8), "gpu"))
+    assert need
+    for (kind, axis), size in need.items():
+        traffic = sum(c.bytes * c.times for c in report.collectives if c.kind == kind and axis in c.axes)
         fewer = VECTORS * (layout.train.accumulation - 1) if kind == "all-reduce" else 0
-        assert moved > 0.9 * size - gate.SCALARS - fewer, (kind, axis)
+        assert traffic > 0.9 * size - gate.SCALARS - fewer, (kind, axis)
 
 
 @pytest.mark.full
 def test_a_gradient_summed_in_bfloat16_is_caught():
-    found = caught(config(FSDP, grad_reduce_dtype="bfloat16"))
-    assert kinds(found) == {"reduced precision"}
-    assert any(finding.source.startswith("stack/parallel/zero.py") for finding in found)
+    findings = caught(config(FSDP, grad_reduce_dtype="bfloat16"))
+    assert kinds(findings) == {"reduced precision"}
+    assert any(finding.source.startswith("stack/parallel/zero.py") for finding in findings)
 
 
-def resharded(weight, layout, names, role):
+def reshard(weight, layout, names, role):
     """A weight gathered the plain way: its gradient is summed whole, with no error and no warning."""
     if role == "vector":
         return weight
@@ -104,10 +104,10 @@ def resharded(weight, layout, names, role):
 
 @pytest.mark.full
 def test_a_weight_gathered_by_a_plain_reshard_is_caught(monkeypatch):
-    monkeypatch.setattr(zero, "gather_weight", resharded)
+    monkeypatch.setattr(zero, "gather_weight", reshard)
     monkeypatch.setattr(zero, "scatter_gradient", lambda x, *_, **__: x.astype(jnp.float32))
-    found = caught(config(MeshConfig(fsdp=8, zero=1)))
-    assert any(f.kind == "traffic" and f.text.startswith("all-reduce over fsdp") for f in found), found
+    findings = caught(config(MeshConfig(fsdp=8, zero=1)))
+    assert any(f.kind == "traffic" and f.text.startswith("all-reduce over fsdp") for f in findings), findings
 
 
 @pytest.mark.full
@@ -120,8 +120,8 @@ def test_a_custom_call_outside_shard_map_is_caught(monkeypatch):
         return jax.reshard(y, layout.spec("batch", None, "heads"))
 
     monkeypatch.setitem(KERNELS, "cudnn", dataclasses.replace(KERNELS["cudnn"], attend=attend))
-    found = caught(config(SEQUENCE, attention="cudnn"))
-    assert {"traffic", "global batch"} <= kinds(found)
+    findings = caught(config(SEQUENCE, attention="cudnn"))
+    assert {"traffic", "global batch"} <= kinds(findings)
 
 
 @pytest.mark.full
@@ -129,12 +129,12 @@ def test_an_activation_laid_out_whole_is_caught(monkeypatch):
     mlp = Mlp.__call__
 
     def whole(self, x, layout):
-        mixed = jnp.flip(jax.reshard(mlp(self, x, layout), P()), axis=0)
-        return layout.shard(mixed, "batch", "residual_length", "embed")
+        mixture = jnp.flip(jax.reshard(mlp(self, x, layout), P()), axis=0)
+        return layout.shard(mixture, "batch", "residual_length", "embed")
 
     monkeypatch.setattr(Mlp, "__call__", whole)
-    found = caught(config(FSDP))
-    assert {"traffic", "global batch"} <= kinds(found)
+    findings = caught(config(FSDP))
+    assert {"traffic", "global batch"} <= kinds(findings)
 
 
 @pytest.mark.full
@@ -146,26 +146,26 @@ def test_a_step_under_automatic_sharding_that_the_compiler_must_repair_is_caught
         constrain = jax.lax.with_sharding_constraint
 
         @partial(jax.sharding.auto_axes, axes=("data", "fsdp"), out_sharding=P(("data", "fsdp")))
-        def turned(y):
+        def turn(y):
             y = constrain(y, P("fsdp", None, "data"))
             return constrain(jnp.sin(y), P(None, ("data", "fsdp"), None))
 
-        return turned(mlp(self, x, layout))
+        return turn(mlp(self, x, layout))
 
     monkeypatch.setattr(Mlp, "__call__", automatic)
-    found = caught(config(FSDP))
-    repaired = [finding for finding in found if finding.kind == "involuntary rematerialization"]
-    assert repaired
-    assert any(finding.source.startswith(__file__) for finding in repaired), repaired
+    findings = caught(config(FSDP))
+    repairs = [finding for finding in findings if finding.kind == "involuntary rematerialization"]
+    assert repairs
+    assert any(finding.source.startswith(__file__) for finding in repairs), repairs
 
 
 @pytest.mark.full
 def test_a_step_that_does_not_fit_is_caught():
     layout = config(FSDP)
     small = dataclasses.replace(chips.load("h200"), name="small", memory_bytes=2.0**20)
-    found = gate.check(compile_plan(layout, hardware=small, devices=8, schedule=False), layout)
-    assert kinds(found) == {"memory"}
-    assert "on each device, which has 0.00 GiB" in found[0].text
+    findings = gate.check(compile_plan(layout, hardware=small, devices=8, schedule=False), layout)
+    assert kinds(findings) == {"memory"}
+    assert "on each device, which has 0.00 GiB" in findings[0].text
 
 
 @pytest.mark.full

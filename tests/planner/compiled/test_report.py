@@ -121,7 +121,7 @@ def test_a_partly_filled_host_is_refused_with_the_nearest_counts():
 
 
 def test_without_the_plugin_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(compiling, "_installed", lambda _: False)
+    monkeypatch.setattr(compiling, "_has_module", lambda _: False)
     with pytest.raises(StackError, match=r"pip install 'stack\[plan\]'"):
         compile_plan(CONFIG, hardware="h200", devices=4)
 
@@ -203,7 +203,7 @@ def lowered_and_complaints() -> tuple[jax.stages.Lowered, object, list[str]]:
 
     x = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=split("a", None))
     w = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=split(None, "b"))
-    with compiling.captured() as complaints, without_cache(), jax.set_mesh(mesh):
+    with compiling.capture_stderr() as complaints, without_cache(), jax.set_mesh(mesh):
         lowered = jax.jit(partial(wrong_way, split=split)).lower(x, w)
         compiling.compile_lowered(lowered, device)
     return lowered, device, complaints
@@ -213,9 +213,9 @@ def test_an_involuntary_rematerialization_is_found_with_its_line_every_time(capf
     line = wrong_way.__code__.co_firstlineno + 1
     for _ in range(2):  # The second time there is no cache to hide it.
         lowered, device, complaints = lowered_and_complaints()
-        found = involuntary(complaints, lowered, device)
-        assert [finding.source for finding in found] == [f"{__file__}:{line}"]
-        assert "from [{'b'}, {}, {'a'}] to [{}, {'b', 'a'}, {}]" in found[0].text
+        findings = involuntary(complaints, lowered, device)
+        assert [finding.source for finding in findings] == [f"{__file__}:{line}"]
+        assert "from [{'b'}, {}, {'a'}] to [{}, {'b', 'a'}, {}]" in findings[0].text
     assert capfd.readouterr().err == ""
 
 
@@ -234,11 +234,11 @@ def complain() -> None:
 
 
 def test_what_c_writes_is_captured_and_shown_only_with_an_exception(capfd):
-    with compiling.captured() as text:
+    with compiling.capture_stderr() as text:
         os.write(2, b"from C\n")
     assert text == ["from C"]
     assert capfd.readouterr().err == ""
-    with pytest.raises(OSError, match="from Python"), compiling.captured():
+    with pytest.raises(OSError, match="from Python"), compiling.capture_stderr():
         complain()
     assert capfd.readouterr().err == "from C\n"
 

@@ -47,32 +47,32 @@ def test_a_config_that_leaves_nothing_open_is_returned_as_it_is(tmp_path):
 
 
 def test_mesh_auto_changes_the_mesh_alone(tmp_path):
-    asked = config(tmp_path, "mesh=auto", "train.accumulation=2", "train.remat=dots", "eval.batch_size=8")
-    chosen = auto.resolve(asked, jax.devices())
-    assert not chosen.mesh.auto
-    assert chosen.mesh.data * chosen.mesh.fsdp * chosen.mesh.tensor == 8
-    assert chosen.model_copy(update={"mesh": asked.mesh}) == asked
-    work = from_config(chosen, 8, chips.load("cpu"))
+    start = config(tmp_path, "mesh=auto", "train.accumulation=2", "train.remat=dots", "eval.batch_size=8")
+    resolved = auto.resolve(start, jax.devices())
+    assert not resolved.mesh.auto
+    assert resolved.mesh.data * resolved.mesh.fsdp * resolved.mesh.tensor == 8
+    assert resolved.model_copy(update={"mesh": start.mesh}) == start
+    work = from_config(resolved, 8, chips.load("cpu"))
     assert work.remat == "dots"
     assert work.accumulation == 2
 
 
 def test_remat_auto_takes_the_fastest_that_fits_and_leaves_the_mesh(tmp_path):
-    asked = config(tmp_path, "mesh={fsdp: 4, tensor: 2, zero: 2}", "train.remat=auto")
-    assert auto.resolve(asked, jax.devices()).train.remat == "none"
+    start = config(tmp_path, "mesh={fsdp: 4, tensor: 2, zero: 2}", "train.remat=auto")
+    assert auto.resolve(start, jax.devices()).train.remat == "none"
     works = {
-        remat: from_config(asked.replace(f"train.remat={remat}"), 8, chips.load("cpu")) for remat in REMATS
+        remat: from_config(start.replace(f"train.remat={remat}"), 8, chips.load("cpu")) for remat in REMATS
     }
     needs = {remat: memory(work).total for remat, work in works.items()}
     assert needs["full"] < needs["none"]
     limit = (needs["full"] + needs["none"]) / 2
-    small = asked.replace(f"target={{hardware: {chip_file(tmp_path, memory_bytes=f'{limit:.1f}')}}}")
-    chosen = auto.resolve(small, jax.devices())
+    small = start.replace(f"target={{hardware: {chip_file(tmp_path, memory_bytes=f'{limit:.1f}')}}}")
+    resolved = auto.resolve(small, jax.devices())
     fitting = [remat for remat in REMATS if needs[remat] <= limit]
     chip = chips.load("cpu")
-    assert chosen.train.remat == min(fitting, key=lambda remat: step_time(works[remat], chip).total)
-    assert chosen.train.remat != "none"
-    assert chosen.mesh == asked.mesh
+    assert resolved.train.remat == min(fitting, key=lambda remat: step_time(works[remat], chip).total)
+    assert resolved.train.remat != "none"
+    assert resolved.mesh == start.mesh
 
 
 def test_what_cannot_fit_is_refused_and_not_claimed(tmp_path):
@@ -83,9 +83,9 @@ def test_what_cannot_fit_is_refused_and_not_claimed(tmp_path):
 
 
 def test_an_evaluation_batch_that_cannot_be_split_rules_layouts_out(tmp_path):
-    chosen = auto.resolve(config(tmp_path, "mesh=auto", "eval.batch_size=4"), jax.devices())
-    assert 4 % (chosen.mesh.data * chosen.mesh.fsdp) == 0
-    assert chosen.eval.batch_size == 4
+    resolved = auto.resolve(config(tmp_path, "mesh=auto", "eval.batch_size=4"), jax.devices())
+    assert 4 % (resolved.mesh.data * resolved.mesh.fsdp) == 0
+    assert resolved.eval.batch_size == 4
     with pytest.raises(ConfigError, match=r"eval.batch_size=1 "):
         auto.resolve(config(tmp_path, "mesh=auto", "eval.batch_size=1"), jax.devices())
 
@@ -94,19 +94,19 @@ def test_a_chip_is_known_by_its_kind_or_by_the_target(tmp_path):
     def device(kind: str, platform: str = "gpu") -> jax.Device:
         return cast("jax.Device", SimpleNamespace(device_kind=kind, platform=platform))
 
-    def named(chip: chips.Hardware | None) -> str | None:
+    def name_of(chip: chips.Hardware | None) -> str | None:
         return chip.name if chip else None
 
     plain = config(tmp_path)
-    assert named(auto.chip_of(plain, device("NVIDIA H100 80GB HBM3"))) == "h100"
-    assert named(auto.chip_of(plain, device("NVIDIA Unheard 9"))) is None
-    assert named(auto.chip_of(plain, jax.devices()[0])) == "cpu"
+    assert name_of(auto.chip_of(plain, device("NVIDIA H100 80GB HBM3"))) == "h100"
+    assert name_of(auto.chip_of(plain, device("NVIDIA Unheard 9"))) is None
+    assert name_of(auto.chip_of(plain, jax.devices()[0])) == "cpu"
     mine = tmp_path / "ours.yaml"
     mine.write_text("base: h100\ntitle: Our H100\nnetwork_bandwidth: 6.25e9\n")
-    aimed = config(tmp_path, f"target={{hardware: {mine}}}")
-    assert named(auto.chip_of(aimed, device("NVIDIA H100 80GB HBM3"))) == "ours"
-    assert named(auto.chip_of(aimed, device("NVIDIA H200"))) == "h200", "the target is another chip"
-    assert named(auto.chip_of(aimed, jax.devices()[0])) == "cpu"
+    with_target = config(tmp_path, f"target={{hardware: {mine}}}")
+    assert name_of(auto.chip_of(with_target, device("NVIDIA H100 80GB HBM3"))) == "ours"
+    assert name_of(auto.chip_of(with_target, device("NVIDIA H200"))) == "h200", "the target is another chip"
+    assert name_of(auto.chip_of(with_target, jax.devices()[0])) == "cpu"
     with pytest.raises(ConfigError, match=r"NVIDIA Unheard 9, which is not in the table of chips; .*target"):
         auto.resolve(config(tmp_path, "mesh=auto"), [device("NVIDIA Unheard 9")])
 
@@ -116,8 +116,8 @@ def test_editors_accept_the_bare_word():
 
 
 def test_a_run_saves_what_was_chosen_and_goes_on_with_it(tmp_path):
-    asked = config(tmp_path, "mesh=auto", "train.remat=auto")
-    trainer = Trainer(asked, devices=jax.devices()[:2])
+    start = config(tmp_path, "mesh=auto", "train.remat=auto")
+    trainer = Trainer(start, devices=jax.devices()[:2])
     assert not auto.is_auto(trainer.config)
     trainer.fit()
     folder = trainer.folder
@@ -127,16 +127,16 @@ def test_a_run_saves_what_was_chosen_and_goes_on_with_it(tmp_path):
     other = trainer.config.replace("mesh={data: 2, fsdp: 2, tensor: 2, zero: 1}", "train.remat=dots")
     assert other.mesh != trainer.config.mesh
     (folder / "config.yaml").write_text(dump(other))
-    again = auto.resolve(asked.replace("train.steps=4"), jax.devices())
+    again = auto.resolve(start.replace("train.steps=4"), jax.devices())
     assert (again.mesh, again.train.remat) == (other.mesh, "dots")
     assert again.train.steps == 4
-    fewer = auto.resolve(asked, jax.devices()[:4])
+    fewer = auto.resolve(start, jax.devices()[:4])
     assert fewer.mesh.data * fewer.mesh.fsdp * fewer.mesh.tensor == 4, "it fits no more"
 
 
 def choice(output_dir: str) -> dict[str, Any]:
-    chosen = auto.resolve(config(Path(output_dir), "mesh=auto", "train.remat=auto"), jax.devices())
-    return chosen.mesh.model_dump() | {"remat": chosen.train.remat}
+    resolved = auto.resolve(config(Path(output_dir), "mesh=auto", "train.remat=auto"), jax.devices())
+    return resolved.mesh.model_dump() | {"remat": resolved.train.remat}
 
 
 @pytest.mark.full

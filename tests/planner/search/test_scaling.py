@@ -10,7 +10,7 @@ from stack.config import Config, ConfigError, StackError, load
 from stack.hardware import chip as chips
 from stack.planner.plan import plan
 from stack.planner.search import scaling
-from stack.planner.search.search import laid_out
+from stack.planner.search.search import apply_layout
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -63,18 +63,18 @@ def test_strong_scaling_ends_where_the_batch_is_split_up(curves):
 
 
 def test_efficiency_is_against_the_fewest_devices_and_falls_under_strong_scaling(curves):
-    found = [value for value in scaling.efficiencies(curves.strong) if value is not None]
-    assert found[0] == 1.0
-    assert found == sorted(found, reverse=True)
-    assert found[-1] < 0.95
+    result = [value for value in scaling.efficiencies(curves.strong) if value is not None]
+    assert result[0] == 1.0
+    assert result == sorted(result, reverse=True)
+    assert result[-1] < 0.95
     speeds = [point.tokens_per_second for point in curves.strong if point.candidate]
-    assert found == pytest.approx([speed / speeds[0] for speed in speeds])
+    assert result == pytest.approx([speed / speeds[0] for speed in speeds])
 
 
 def test_a_point_is_what_a_plan_of_its_layout_says(curves):
     point = curves.strong[3]
     assert point.candidate is not None
-    config = laid_out(gpt2(), point.candidate.work)
+    config = apply_layout(gpt2(), point.candidate.work)
     planned = plan(config, hardware="h100", devices=32)
     assert planned.time == point.candidate.time
     assert scaling.mfu(curves, point) == pytest.approx((planned.mfu("full"), planned.mfu("causal")))
@@ -82,27 +82,27 @@ def test_a_point_is_what_a_plan_of_its_layout_says(curves):
 
 def test_the_target_says_what_each_device_has():
     config = gpt2("target={hardware: h100, devices: 16}")
-    found = scaling.scaling(config, hardware=chips.load("h100"), devices=[8, 32])
-    assert [point.batch for point in found.weak] == [8, 32]
+    result = scaling.scaling(config, hardware=chips.load("h100"), devices=[8, 32])
+    assert [point.batch for point in result.weak] == [8, 32]
     config = gpt2("target={hardware: h100, devices: 32}")
-    found = scaling.scaling(config, hardware=chips.load("h100"), devices=[1, 2])
-    assert found.weak[0].obstacle == "1/2 rows are no whole number"
-    assert found.weak[1].candidate is not None
+    result = scaling.scaling(config, hardware=chips.load("h100"), devices=[1, 2])
+    assert result.weak[0].obstacle == "1/2 rows are no whole number"
+    assert result.weak[1].candidate is not None
 
 
 def test_the_table_and_the_json_hold_every_point(curves):
     lines = scaling.lines(curves)
     assert sum(line.lstrip().startswith("80 ") for line in lines) == 2
     assert any("100.0%" in line and "zero" in line for line in lines)
-    told = json.loads(json.dumps(scaling.as_dict(curves)))
-    assert [point["devices"] for point in told["strong"]] == [4, 8, 16, 32, 64, 80]
-    assert told["strong"][0]["efficiency"] == 1.0
-    assert "obstacle" in told["strong"][-1]
+    answer = json.loads(json.dumps(scaling.as_dict(curves)))
+    assert [point["devices"] for point in answer["strong"]] == [4, 8, 16, 32, 64, 80]
+    assert answer["strong"][0]["efficiency"] == 1.0
+    assert "obstacle" in answer["strong"][-1]
 
 
 def test_a_chip_that_cannot_train_it_is_marked_so(curves):
-    found = scaling.scaling(gpt2(), hardware=chips.load("v100-32gb"), devices=[8])
-    assert "modelled only: float16 is not built" in scaling.lines(found)[1]
+    result = scaling.scaling(gpt2(), hardware=chips.load("v100-32gb"), devices=[8])
+    assert "modelled only: float16 is not built" in scaling.lines(result)[1]
     assert not any("modelled only" in line for line in scaling.lines(curves))
 
 

@@ -18,7 +18,7 @@ from stack.planner.formula.workload import from_config
 from stack.planner.plan import plan
 from stack.planner.search import layouts, search
 from stack.planner.search.layouts import Rejections, Space, meshes, variants
-from stack.planner.search.search import RUNNABLE, fastest_first, freed
+from stack.planner.search.search import RUNNABLE, fastest_first, release_layout
 from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import train_step
@@ -54,16 +54,16 @@ def llama() -> search.Search:
 
 def test_every_factorization_is_a_mesh_or_is_ruled_out():
     rejections = Rejections()
-    found = list(meshes(freed(SMALL, CPU), 24, Space(), rejections))
+    result = list(meshes(release_layout(SMALL, CPU), 24, Space(), rejections))
     sizes = [sizes for sizes in itertools.product(layouts.divisors(24), repeat=5) if math.prod(sizes) == 24]
-    assert len(found) + sum(one.count for one in rejections.values()) == len(sizes)
-    assert len(set(found)) == len(found)
-    assert all(mesh.devices == 24 for mesh in found)
+    assert len(result) + sum(one.count for one in rejections.values()) == len(sizes)
+    assert len(set(result)) == len(result)
+    assert all(mesh.devices == 24 for mesh in result)
 
 
 def test_the_reasons_name_a_case():
     rejections = Rejections()
-    list(meshes(freed(SMALL, CPU), 2 * 3 * 5 * 16, Space(), rejections))
+    list(meshes(release_layout(SMALL, CPU), 2 * 3 * 5 * 16, Space(), rejections))
     assert rejections["tensor does not divide the kv heads"].example == "tensor=3 does not divide 2 kv heads"
     assert rejections["stage does not divide the layers"].example == "stage=3 does not divide 4 layers"
     assert rejections["fsdp leaves a matrix whole"].example.startswith("fsdp=5 splits no axis of ")
@@ -71,7 +71,7 @@ def test_the_reasons_name_a_case():
 
 
 def test_every_runnable_layout_is_one_that_the_trainer_takes():
-    start = freed(SMALL, CPU)
+    start = release_layout(SMALL, CPU)
     works = [
         work
         for mesh in meshes(start, 8, RUNNABLE, Rejections())
@@ -80,12 +80,12 @@ def test_every_runnable_layout_is_one_that_the_trainer_takes():
     ]
     assert len(works) > 100
     for work in works[:: len(works) // 40]:
-        config = search.laid_out(SMALL, work)
+        config = search.apply_layout(SMALL, work)
         assert from_config(config, 8, CPU) == work
 
 
 def test_the_best_is_the_best_of_all_that_the_trainer_takes():
-    found = search.search(SMALL, hardware=CPU, devices=8)
+    result = search.search(SMALL, hardware=CPU, devices=8)
     seconds = []
     for data, fsdp, tensor in itertools.product((1, 2, 4, 8), repeat=3):
         if data * fsdp * tensor != 8:
@@ -103,8 +103,8 @@ def test_the_best_is_the_best_of_all_that_the_trainer_takes():
             work = from_config(SMALL.replace(*changes), 8, CPU)
             assert memory(work).total < CPU.memory_bytes
             seconds.append(step_time(work, CPU).total)
-    assert found.best[0].time.total == pytest.approx(min(seconds), rel=1e-12)
-    assert all(one.time.total < min(seconds) for one in found.modelled), "slower ones are not shown"
+    assert result.best[0].time.total == pytest.approx(min(seconds), rel=1e-12)
+    assert all(one.time.total < min(seconds) for one in result.modelled), "slower ones are not shown"
 
 
 def test_what_is_returned_runs_fits_and_is_ranked(llama):
@@ -116,7 +116,7 @@ def test_what_is_returned_runs_fits_and_is_ranked(llama):
         assert one.work.batch == 512
         assert one.memory.total <= llama.hardware.memory_bytes
         check_divides(
-            search.laid_out(llama.config, one.work), {axis: getattr(one.work, axis) for axis in AXES}
+            search.apply_layout(llama.config, one.work), {axis: getattr(one.work, axis) for axis in AXES}
         )
     kinds = {(one.work.tensor, one.work.zero) for one in llama.best}
     assert len(kinds) == 8
@@ -157,23 +157,23 @@ def test_a_search_is_printed_and_told_as_json(llama):
     assert " GB of 80" in text
     assert "tensor=16 does not divide 8 kv heads" in text
     assert "not run: " in text
-    told = json.loads(json.dumps(search.as_dict(llama)))
-    assert told["runnable"][0]["layout"]["fsdp"] == llama.best[0].work.fsdp
-    assert told["runnable"][0]["why_modelled"] is None
-    assert told["modelled_only"][0]["why_modelled"]
-    assert told["rejected"]["does not fit"]["count"] > 0
+    answer = json.loads(json.dumps(search.as_dict(llama)))
+    assert answer["runnable"][0]["layout"]["fsdp"] == llama.best[0].work.fsdp
+    assert answer["runnable"][0]["why_modelled"] is None
+    assert answer["modelled_only"][0]["why_modelled"]
+    assert answer["rejected"]["does not fit"]["count"] > 0
 
 
 def test_where_nothing_fits_it_says_by_how_much_and_writes_nothing(tmp_path):
     tiny = dataclasses.replace(CPU, memory_bytes=1e6)
-    found = search.search(SMALL, hardware=tiny, devices=8)
-    assert found.best == ()
-    assert " GB of 0" in found.rejected["does not fit"].example
-    assert "nothing that runs fits" in search.lines(found)
+    result = search.search(SMALL, hardware=tiny, devices=8)
+    assert result.best == ()
+    assert " GB of 0" in result.rejections["does not fit"].example
+    assert "nothing that runs fits" in search.lines(result)
     with pytest.raises(StackError, match="no layout that runs fits"):
-        search.write(found, tmp_path / "chosen.yaml")
+        search.write(result, tmp_path / "chosen.yaml")
     with pytest.raises(ConfigError, match=r"the smallest is .* use more devices"):
-        fastest_first([[freed(SMALL, CPU)]], tiny)
+        fastest_first([[release_layout(SMALL, CPU)]], tiny)
 
 
 def test_devices_that_nothing_divides_get_the_nearest_that_work():
@@ -190,34 +190,34 @@ def test_devices_that_nothing_divides_get_the_nearest_that_work():
 
 def test_a_chip_that_cannot_train_it_still_gets_a_plan():
     config = load(CONFIGS / "turing_nlg_17b.yaml", ["target=null"])
-    found = search.search(config, hardware=chips.load("v100-32gb"), devices=256)
-    assert found.best == ()
-    assert len(found.modelled) > 1
-    assert all(one.work.precision == "float16" and one.work.why_modelled() for one in found.modelled)
+    result = search.search(config, hardware=chips.load("v100-32gb"), devices=256)
+    assert result.best == ()
+    assert len(result.modelled) > 1
+    assert all(one.work.precision == "float16" and one.work.why_modelled() for one in result.modelled)
 
 
-@pytest.mark.parametrize("based", [True, False], ids=["on its base", "whole"])
-def test_the_written_config_loads_and_its_step_runs(tmp_path, based):
+@pytest.mark.parametrize("on_base", [True, False], ids=["on its base", "whole"])
+def test_the_written_config_loads_and_its_step_runs(tmp_path, on_base):
     (tmp_path / "own").mkdir()
     base = tmp_path / "own" / "small.yaml"
     base.write_text(search.dump(SMALL))
     config = load(base, ["optimizer.learning_rate=0.01"])
-    found = search.search(config, hardware=CPU, devices=8)
+    result = search.search(config, hardware=CPU, devices=8)
     path = tmp_path / "chosen.yaml"
-    written = search.write(found, path, base=base if based else None)
+    output = search.write(result, path, base=base if on_base else None)
     text = path.read_text()
-    assert ("base: own/small.yaml" in text) == based
-    assert ("num_layers" in text) == (not based)
-    chosen = load(path)
-    assert chosen == written
-    assert chosen.optimizer.learning_rate == 0.01, "what the command line changed stays"
-    assert chosen.model == SMALL.model
-    planned = plan(chosen)
-    assert planned.time == found.best[0].time
-    assert planned.memory == found.best[0].memory
+    assert ("base: own/small.yaml" in text) == on_base
+    assert ("num_layers" in text) == (not on_base)
+    loaded = load(path)
+    assert loaded == output
+    assert loaded.optimizer.learning_rate == 0.01, "what the command line changed stays"
+    assert loaded.model == SMALL.model
+    planned = plan(loaded)
+    assert planned.time == result.best[0].time
+    assert planned.memory == result.best[0].memory
     assert f"{planned.time.total:.4g} s a step" in text
-    if based:
-        run_one_step(chosen)
+    if on_base:
+        run_one_step(loaded)
 
 
 def run_one_step(config: Config) -> None:
@@ -238,8 +238,8 @@ def run_one_step(config: Config) -> None:
 def test_a_config_is_not_written_over_the_one_it_is_based_on(tmp_path):
     base = tmp_path / "small.yaml"
     base.write_text(search.dump(SMALL))
-    found = search.search(load(base), hardware=CPU, devices=8)
+    result = search.search(load(base), hardware=CPU, devices=8)
     with pytest.raises(StackError, match="write to another file"):
-        search.write(found, base, base=base)
+        search.write(result, base, base=base)
     with pytest.raises(StackError, match="cannot write the config to"):
-        search.write(found, tmp_path / "missing" / "chosen.yaml")
+        search.write(result, tmp_path / "missing" / "chosen.yaml")
