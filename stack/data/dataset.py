@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Integer
 
 from stack.config import Config
 from stack.config.errors import ConfigError, StackError
+from stack.data import mixture, packing
 from stack.data.atomic import cache_folder
 from stack.data.cache import open_corpus
 from stack.data.fields import Field
@@ -55,7 +57,9 @@ class Dataset:
         """Share of the rows' places that hold a token; the rest is padding."""
         return self.num_tokens / max(1, self.num_rows * self.sequence_length)
 
-    def read(self, rows: np.ndarray, fields: Sequence[Field]) -> dict[str, np.ndarray]:
+    def read(
+        self, rows: Integer[np.ndarray, " rows"], fields: Sequence[Field]
+    ) -> dict[str, Integer[np.ndarray, "rows length"]]:
         """The fields that have a length, of rows by number [rows]: each [rows, length].
 
         A row number of -1 gives a row of padding. See `PackedRows.read`.
@@ -99,7 +103,8 @@ class Data:
     train: Dataset
     heldout: Dataset
     fingerprint: dict[str, str]
-    """Hashes of tokenizer, corpus and packing: equal fingerprints give equal batches from one seed."""
+    """Hashes of tokenizer, corpus and packing, and the versions of how rows are made and ordered: equal
+    fingerprints give equal batches from one seed."""
 
 
 def open_data(config: Config, *, show_progress: bool = True) -> Data:
@@ -138,7 +143,7 @@ def open_data(config: Config, *, show_progress: bool = True) -> Data:
         Dataset(parts=parts, weights=weights, tokenizer=tokenizer) for parts in zip(*sides, strict=True)
     )
     _check_size(config, train, heldout)
-    packing = [data.sequence_length, data.packed, data.heldout_fraction, data.shuffle, weights]
+    choices = [data.sequence_length, data.packed, data.heldout_fraction, data.shuffle, weights]
     return Data(
         tokenizer=tokenizer,
         train=train,
@@ -146,7 +151,9 @@ def open_data(config: Config, *, show_progress: bool = True) -> Data:
         fingerprint={
             "tokenizer": _digest(tokenizer.fingerprint),
             "corpus": _digest([corpus.fingerprint for corpus in corpora]),
-            "packing": _digest(packing),
+            "packing": _digest(choices),
+            "rows": str(packing.VERSION),
+            "order": str(mixture.VERSION),
         },
     )
 
@@ -164,6 +171,14 @@ def check_fingerprint(recorded: Mapping[str, str], current: Mapping[str, str], p
             f"{place}: the run began with other data: {' and '.join(changed)} changed;"
             " restore it, or start a new run under another name"
         )
+    versions = {"rows": "makes rows of documents", "order": "orders rows"}
+    for name, what in versions.items():
+        # What was recorded before there were versions is of the first.
+        if recorded.get(name, "1") != current.get(name, "1"):
+            raise StackError(
+                f"{place}: this version of Stack {what} in another way than the one the run began with; go on"
+                " with that one, or start a new run under another name"
+            )
 
 
 def _check_size(config: Config, train: Dataset, heldout: Dataset) -> None:

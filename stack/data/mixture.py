@@ -1,12 +1,19 @@
 """Which row comes when: a function of the seed and the place in the training sequence."""
 
+from typing import TYPE_CHECKING
+
 import grain
 import numpy as np
 
-from stack.data.dataset import Dataset
+if TYPE_CHECKING:
+    from stack.data.dataset import Dataset
+
+VERSION = 1
+"""Of the order of rows; raise it when `training_order` gives another: runs that began with the old one are
+then told so, and not gone on with."""
 
 
-def training_order(dataset: Dataset, *, seed: int, shuffle: bool) -> grain.MapDataset:
+def training_order(dataset: "Dataset", *, seed: int, shuffle: bool) -> grain.MapDataset:
     """Row numbers of `dataset` by place, without end: order[i] is the row trained on at place i.
 
     Grain's random-access datasets: each source is permuted as a whole, anew in every epoch of its own,

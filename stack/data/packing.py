@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int32, Int64, Integer
 
 from stack.config.errors import StackError
 from stack.data.atomic import publish_folder
@@ -22,7 +23,9 @@ from stack.data.split import heldout_mask
 FIELDS = ("tokens", "labels", "segments", "positions")
 """What rows hold."""
 
-_FORMAT = 1  # raise it when rows change: old indexes are then not found
+VERSION = 1
+"""Of how documents become rows; raise it when that changes: old indexes are then not found, and runs that
+began with the old rows are told so, and not gone on with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,9 @@ class PackedRows:
         """UTF-8 bytes of the documents' text."""
         return int(self.corpus.num_bytes[self.documents].sum())
 
-    def read(self, rows: np.ndarray, padding: Mapping[str, int]) -> dict[str, np.ndarray]:
+    def read(
+        self, rows: Integer[np.ndarray, " rows"], padding: Mapping[str, int]
+    ) -> dict[str, Int32[np.ndarray, "rows length"]]:
         """Rows by number [rows], each field int32 [rows, length].
 
         Labels are the next token of the same document; segments number the pieces of a row from 1;
@@ -108,7 +113,7 @@ def pack_corpus(
     Raises:
         StackError: a cache that can not be written, or a damaged index.
     """
-    parts = [_FORMAT, corpus.key, sequence_length, packed, heldout_fraction]
+    parts = [VERSION, corpus.key, sequence_length, packed, heldout_fraction]
     key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     folder = root / f"rows-{key}"
 
@@ -128,7 +133,7 @@ def pack_corpus(
     return train, heldout
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+def best_fit(lengths: Integer[np.ndarray, " items"], capacity: int) -> Int64[np.ndarray, " items"]:
     """The bin [items] of each item when the longest go first, each into the fullest bin that takes it.
 
     Best-fit decreasing (arXiv 2404.10830): at most 11/9 of the fewest possible bins and 6/9 more. All

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Integer
 
 from stack.config import DataConfig
 from stack.config.errors import ConfigError, StackError
@@ -54,7 +55,7 @@ class Tokenizer(Protocol):
         """Ids of each text, without bos and eos: text can not forge a special token."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
         """The text of ids; special tokens leave nothing, broken UTF-8 leaves U+FFFD."""
         ...
 
@@ -72,7 +73,7 @@ class ByteTokenizer:
         """The bytes of each text, uint8."""
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
         """The text of ids; see `Tokenizer`."""
         values = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
         return values[values < 256].astype(np.uint8).tobytes().decode(errors="replace")
@@ -95,7 +96,7 @@ class HuggingFaceTokenizer:
         encodings = (self.model.encode_batch_fast([text], add_special_tokens=False)[0] for text in texts)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
         """The text of ids; see `Tokenizer`. Ids of a padded vocabulary's unused words are passed over."""
         return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
 

@@ -115,3 +115,22 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     config = Config.model_validate({"model": {"vocab_size": 200}, "data": {"cache_dir": str(tmp_path)}})
     with pytest.raises(ConfigError, match=r"model\.vocab_size=200"):
         open_data(config)
+
+
+@pytest.mark.parametrize(
+    ("constant", "told"),
+    [
+        ("stack.data.packing.VERSION", "makes rows of documents in another way"),
+        ("stack.data.mixture.VERSION", "orders rows in another way"),
+    ],
+)
+def test_rows_made_or_ordered_in_another_way_are_other_data(tmp_path, monkeypatch, constant, told):
+    source = text_source(tmp_path / "text", [f"document {i} " * 5 for i in range(40)])
+    before = open_with(tmp_path, source).fingerprint
+    monkeypatch.setattr(constant, 2)
+    after = open_with(tmp_path, source).fingerprint
+    assert after != before
+    with pytest.raises(StackError, match=f"^the run: this version of Stack {told} than"):
+        check_fingerprint(before, after, "the run")
+    unversioned = {name: value for name, value in before.items() if name not in ("rows", "order")}
+    check_fingerprint(unversioned, before, "the run")
