@@ -46,13 +46,15 @@ def fit(runs: Sequence[Run], generation: str, start: dict[str, float]) -> dict[s
     count = Counter(run.source for run in mine)
     low, high = np.array([RANGES[name] for name in names]).T
 
-    def residuals(scaled: np.ndarray) -> list[float]:
-        constants = start | dict(zip(names, (low + scaled * (high - low)).tolist(), strict=True))
+    def residuals(shares: np.ndarray) -> list[float]:
+        constants = start | dict(zip(names, (low + shares * (high - low)).tolist(), strict=True))
         return [math.log(_predict(run, constants) / run.seconds) * count[run.source] ** -0.35 for run in mine]
 
     first = (np.array([start[name] for name in names]) - low) / (high - low)
-    found = least_squares(residuals, np.clip(first, 0.01, 0.99), bounds=(0, 1), loss="soft_l1", f_scale=0.05)
-    return start | dict(zip(names, (low + found.x * (high - low)).tolist(), strict=True))
+    solution = least_squares(
+        residuals, np.clip(first, 0.01, 0.99), bounds=(0, 1), loss="soft_l1", f_scale=0.05
+    )
+    return start | dict(zip(names, (low + solution.x * (high - low)).tolist(), strict=True))
 
 
 def fit_all(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
@@ -91,10 +93,10 @@ def _report(title: str, runs: Sequence[Run], errors: dict[int, float]) -> None:
                     f"  {source[:52]:52} {precision} {len(mine):4} runs, median {medians[-1]:6.1%},"
                     f" p90 {percentile(absolute, 0.9):6.1%}, bias {statistics.median(mine):+6.1%}"
                 )
-        pooled = [abs(errors[run.line]) for run in runs if run.precision == precision]
+        every = [abs(errors[run.line]) for run in runs if run.precision == precision]
         print(
-            f"  {precision}: median {statistics.median(pooled):.1%}, median of the sources' medians"
-            f" {statistics.median(medians):.1%}, p90 {percentile(pooled, 0.9):.1%}"
+            f"  {precision}: median {statistics.median(every):.1%}, median of the sources' medians"
+            f" {statistics.median(medians):.1%}, p90 {percentile(every, 0.9):.1%}"
         )
 
 

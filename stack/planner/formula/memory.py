@@ -34,7 +34,7 @@ STREAMS = 7
 where no fused kernel runs: inputs, norms, results and their gradients. `benchmarks/plan_memory.py --fit`
 prints 9, and 8 to 9 as good."""
 
-BEGUN = 1.2
+NEXT_MATRIX = 1.2
 """Matrices that exist at once in what they are summed in, the next one begun, when gradients are scattered.
 `benchmarks/plan_memory.py --fit` prints 1.3, and 1.2 to 1.4 as good."""
 
@@ -203,7 +203,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
     if w.zero == 2 or (w.zero == 1 and not several):
         # Scattered matrix by matrix in what they are summed in, beside the weights for the next
         # micro-batch; after the last, half of it lies where those were.
-        next_matrix = BEGUN * s.largest / (1 if several else 2)
+        next_matrix = NEXT_MATRIX * s.largest / (1 if several else 2)
         yield {"gradients": sums + s.whole, "collectives": min(whole_sums, next_matrix)}
     # The update, which needs no copies of the weights.
     yield {

@@ -121,9 +121,9 @@ def test_moments_are_those_of_the_optimizers_state(kind: str) -> None:
     program = programs.on_mesh(config, meshes.abstract(config.mesh, 8), "cpu")
     state = jax.tree.leaves(states.abstract(program)["opt_state"])
     bytes_of_state = sum(4 * shard_elements(leaf) for leaf in state)
-    counted = memory(from_config(config, 8))
+    planned = memory(from_config(config, 8))
     # Counters, and Adafactor's rows and columns.
-    assert counted.optimizer == pytest.approx(bytes_of_state, abs=0.01 * counted.parameters)
+    assert planned.optimizer == pytest.approx(bytes_of_state, abs=0.01 * planned.parameters)
 
 
 # What is saved for the backward pass, by trace
@@ -132,11 +132,11 @@ def test_moments_are_those_of_the_optimizers_state(kind: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2_124m", "llama3_8b", "turing_nlg_17b"])
 def test_full_remat_keeps_the_input_of_each_layer(name: str) -> None:
     model = recipe(name).model
-    asked: Any = {"length": 256, "remat": "full", "fused_attention": False}
+    options: Any = {"length": 256, "remat": "full", "fused_attention": False}
     layer_input = 256 * model.embed_dim * 2
-    assert trace_residuals(model, tensor=1, sequence_parallel=False, **asked).per_layer(1) == layer_input
-    assert trace_residuals(model, tensor=4, sequence_parallel=False, **asked).per_layer(4) == layer_input
-    assert trace_residuals(model, tensor=4, sequence_parallel=True, **asked).per_layer(4) == layer_input / 4
+    assert trace_residuals(model, tensor=1, sequence_parallel=False, **options).per_layer(1) == layer_input
+    assert trace_residuals(model, tensor=4, sequence_parallel=False, **options).per_layer(4) == layer_input
+    assert trace_residuals(model, tensor=4, sequence_parallel=True, **options).per_layer(4) == layer_input / 4
 
 
 def test_llama_keeps_queries_keys_and_values_besides() -> None:
