@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,9 @@ from stack.data.split import document_hash
 from stack.data.token_files import read_token_documents
 from stack.data.tokenizer import Tokenizer
 
-_FORMAT = 1  # raise it when what is written changes: old entries are then not found
+_FORMAT = 2  # raise it when what is written changes: old entries are then not found
+_COLUMNS = {"offsets": "<i8", "num_bytes": "<i8", "hashes": "<u8"}
+"""What is kept per document, a file each."""
 _CHUNK = 1 << 20  # characters or tokens a thread takes at one time
 _CHUNK_DOCUMENTS = 4096
 _SETTLED_SECONDS = 2  # a file changed more recently may change again within the clock's resolution
@@ -208,21 +211,30 @@ def _counted(chunks: Iterable[_Tokenized], advance: Callable[[int], None]) -> It
 
 def _write(chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: Path) -> bool:
     """Whether there was anything to write."""
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    with (target / "tokens.bin").open("wb") as file:
+    # Written as they come: of a hundred million documents not even the lengths would fit in memory.
+    content, end, documents = hashlib.blake2b(digest_size=16), 0, 0
+    with ExitStack() as stack:
+        tokens = stack.enter_context((target / "tokens.bin").open("wb"))
+        columns = {name: stack.enter_context((target / f"{name}.bin").open("wb")) for name in _COLUMNS}
+        columns["offsets"].write(np.zeros(1, _COLUMNS["offsets"]).data)
         for chunk in chunks:
-            file.write(chunk.tokens.data)
-            parts.append((chunk.lengths, chunk.num_bytes, chunk.hashes))
-    if not parts:
+            offsets = end + np.cumsum(chunk.lengths)
+            end, documents = int(offsets[-1]), documents + len(offsets)
+            content.update(chunk.hashes.data)
+            tokens.write(chunk.tokens.data)
+            for name, values in (
+                ("offsets", offsets),
+                ("num_bytes", chunk.num_bytes),
+                ("hashes", chunk.hashes),
+            ):
+                columns[name].write(values.astype(_COLUMNS[name], copy=False).data)
+    if not documents:
         return False
-    lengths, num_bytes, hashes = (np.concatenate(column) for column in zip(*parts, strict=True))
-    np.save(target / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-    np.save(target / "num_bytes.npy", num_bytes)
-    np.save(target / "hashes.npy", hashes)
-    content = hashes.tobytes() + tokenizer.fingerprint.encode()
+    content.update(tokenizer.fingerprint.encode())
     manifest = {
         "dtype": str(np.min_scalar_type(tokenizer.vocab_size - 1)),
-        "fingerprint": hashlib.blake2b(content, digest_size=16).hexdigest(),
+        "documents": documents,
+        "fingerprint": content.hexdigest(),
     }
     (target / "manifest.json").write_text(json.dumps(manifest))
     return True
@@ -231,10 +243,14 @@ def _write(chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: Path) -> 
 def _load(folder: Path, key: str) -> Corpus:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        offsets, num_bytes, hashes = (
-            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
-            for name in ("offsets", "num_bytes", "hashes")
-        )
+        columns = {
+            name: np.asarray(np.memmap(folder / f"{name}.bin", dtype, mode="r"))
+            for name, dtype in _COLUMNS.items()
+        }
+        offsets = columns["offsets"]
+        for name, values in columns.items():
+            if len(values) != manifest["documents"] + (name == "offsets"):
+                raise ValueError(f"{name}.bin has {len(values)} entries")
         size = (folder / "tokens.bin").stat().st_size
         if size != offsets[-1] * np.dtype(manifest["dtype"]).itemsize:
             raise ValueError(f"tokens.bin has {size} bytes")
@@ -246,9 +262,7 @@ def _load(folder: Path, key: str) -> Corpus:
         key=key,
         fingerprint=manifest["fingerprint"],
         tokens=np.asarray(np.memmap(folder / "tokens.bin", manifest["dtype"], mode="r")),
-        offsets=offsets,
-        num_bytes=num_bytes,
-        hashes=hashes,
+        **columns,
     )
 
 

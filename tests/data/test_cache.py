@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from stack.config import DataConfig, SourceConfig
 from stack.config.errors import StackError
+from stack.data import cache
 from stack.data.atomic import publish_folder
 from stack.data.cache import Corpus, open_corpus
 from stack.data.split import document_hash, heldout_mask, is_heldout
@@ -194,9 +196,39 @@ def test_a_damaged_entry_is_named(tmp_path: Path) -> None:
     source = write_texts(tmp_path / "text", {"a": "one"})
     corpus = open_corpus(source, ByteTokenizer(), tmp_path / "cache")
     entry = tmp_path / "cache" / f"tokens-{corpus.key}"
-    (entry / "tokens.bin").write_bytes(b"\0")
-    with pytest.raises(StackError, match=r"a damaged cache entry .*; remove the folder"):
-        open_corpus(source, ByteTokenizer(), tmp_path / "cache")
+    for name in ("tokens", "offsets", "num_bytes", "hashes"):
+        whole = (entry / f"{name}.bin").read_bytes()
+        (entry / f"{name}.bin").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(StackError, match=r"a damaged cache entry .*; remove the folder"):
+            open_corpus(source, ByteTokenizer(), tmp_path / "cache")
+        (entry / f"{name}.bin").write_bytes(whole)
+    assert documents(open_corpus(source, ByteTokenizer(), tmp_path / "cache")) == [b"one"]
+
+
+def chunks(number: int) -> Iterator[cache._Tokenized]:
+    """So many chunks of a thousand documents of three tokens each."""
+    for first in range(0, 1000 * number, 1000):
+        lengths = np.full(1000, 3, np.int64)
+        hashes = np.arange(first, first + 1000, dtype=np.uint64)
+        tokens = np.tile(np.array([256, 7, 256], np.uint16), 1000)
+        yield cache._Tokenized(tokens=tokens, lengths=lengths, num_bytes=lengths - 2, hashes=hashes)
+
+
+def test_what_is_kept_per_document_goes_to_disk_as_it_comes(tmp_path: Path) -> None:
+    peaks = []
+    for number in (10, 300):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tracemalloc.start()
+        assert cache._write(chunks(number), ByteTokenizer(), folder)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        corpus = cache._load(folder, "key")
+        np.testing.assert_array_equal(corpus.offsets, 3 * np.arange(1000 * number + 1))
+        np.testing.assert_array_equal(corpus.hashes, np.arange(1000 * number))
+        np.testing.assert_array_equal(corpus.num_bytes, np.ones(1000 * number))
+        assert len(corpus.tokens) == 3000 * number
+    assert peaks[1] < 1.5 * peaks[0], "thirty times the documents"
 
 
 def test_about_the_asked_for_share_is_held_out_and_more_holds_out_a_superset() -> None:
