@@ -55,5 +55,8 @@ class OptimizerConfig(Section):
     """Whether embedding and position tables decay too; biases and norm scales never do."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; null: no clipping."""
+    frozen: tuple[str, ...] = Field(default=(), strict=False)
+    """Parameters that are not trained, by name, `*` for anything: `embed.*`, `layers.attention.*`. They
+    have no gradient and no moments."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over time."""

@@ -82,7 +82,7 @@ def scatter_gradient(
     return (cotangent if partial_sum else jax.reshard(cotangent, split)).astype(jnp.float32)
 
 
-def gather_module[M: nnx.Module](module: M, layout: Layout) -> M:
+def gather_module[M](module: M, layout: Layout) -> M:
     """A module (or its state) whose parameters are gathered for use."""
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
@@ -91,7 +91,7 @@ def gather_module[M: nnx.Module](module: M, layout: Layout) -> M:
     return jax.tree.map(gather, module, is_leaf=is_variable)
 
 
-def gather_at_use[M: nnx.Module](module: M, layout: Layout) -> M:
+def gather_at_use[M](module: M, layout: Layout) -> M:
     """What a model applies to the weights of one layer, or of one end, just before their use.
 
     Stage 3 gathers here, layer by layer; below it the step has gathered everything already.
@@ -131,7 +131,7 @@ def is_variable(node: object) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def gradients[M: nnx.Module](
+def gradients[M](
     loss: Callable[[M, Any], tuple[jax.Array, Any]],
     model: M,
     batch: Any,
@@ -161,7 +161,7 @@ def gradients[M: nnx.Module](
     else:  # With one micro-batch the layers add up over the replicas too, each beside the next one's work.
         weights = model if accumulation == 1 else _reduced_module(model, layout)
 
-    def one(micro: Any) -> tuple[nnx.Module, Any]:
+    def one(micro: Any) -> tuple[Any, Any]:
         (_, sums), cotangent = jax.value_and_grad(loss, has_aux=True)(weights, micro)
         if layout.zero == 2:
             return scatter_module(cotangent, layout, partial_sum=True), sums
@@ -187,7 +187,7 @@ def gradients[M: nnx.Module](
     return scatter_module(gradient, layout), sums
 
 
-def scatter_module[M: nnx.Module](cotangent: M, layout: Layout, *, partial_sum: bool = False) -> M:
+def scatter_module[M](cotangent: M, layout: Layout, *, partial_sum: bool = False) -> M:
     """Gradients of a module's matrices, summed over replicas and split as the parameters are."""
 
     def scatter(variable: nnx.Variable) -> nnx.Variable:
@@ -199,7 +199,7 @@ def scatter_module[M: nnx.Module](cotangent: M, layout: Layout, *, partial_sum: 
     return jax.tree.map(scatter, cotangent, is_leaf=is_variable)
 
 
-def _reduced_module[M: nnx.Module](model: M, layout: Layout) -> M:
+def _reduced_module[M](model: M, layout: Layout) -> M:
     """Parameters whose gradients stay partial sums over the replicas that hold the same shard."""
 
     def reduce(variable: nnx.Variable) -> nnx.Variable:

@@ -22,9 +22,8 @@ def apply_by_layer(program: Program, gradient: dict, opt_state: Any, params: dic
     back into their place; what is in no layer is updated once.
     """
     config = program.config
-    clip, rest = optimizers.parts(
-        config.optimizer, steps=config.train.steps, axes=program.axes, roles=program.roles
-    )
+    (axes, _), (roles, _) = program.split(program.axes), program.split(program.roles)
+    clip, rest = optimizers.parts(config.optimizer, steps=config.train.steps, axes=axes, roles=roles)
     rule, before, state = optax.chain(*rest), opt_state[: len(clip)], opt_state[len(clip) :]
     for transformation, nothing in zip(clip, before, strict=True):
         gradient, _ = transformation.update(gradient, nothing)

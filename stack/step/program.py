@@ -1,5 +1,6 @@
 """Everything static about a run's computation: what the trainer turns and the planner compiles."""
 
+import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from stack.config import Config, ConfigError
@@ -22,6 +24,9 @@ from stack.parallel import mesh as meshes
 from stack.parallel.rules import Layout, Role
 from stack.parallel.zero import is_variable
 from stack.step import optimizer as optimizers
+
+Path = tuple[str, ...]
+"""The way to a parameter in their tree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,33 @@ class Program:
         shapes = nnx.to_pure_dict(nnx.state(self.model))
         return jax.tree.map(abstract, self.axes, self.roles, shapes, is_leaf=optimizers.is_names)
 
+    @cached_property
+    def frozen(self) -> frozenset[Path]:
+        """The parameters that are not trained.
+
+        Raises:
+          ConfigError: a pattern that fits no parameter, or patterns that leave none to train.
+        """
+        paths = {".".join(path): path for path in flatten_dict(self.parameters)}
+        frozen: set[Path] = set()
+        for pattern in self.config.optimizer.frozen:
+            names = fnmatch.filter(paths, pattern)
+            if not names:
+                raise ConfigError(
+                    f"optimizer.frozen: {pattern!r} is the name of no parameter; there are {', '.join(paths)}"
+                )
+            frozen |= {paths[name] for name in names}
+        if len(frozen) == len(paths):
+            raise ConfigError("optimizer.frozen leaves nothing to train; remove a pattern")
+        return frozenset(frozen)
+
+    def split(self, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a tree like the parameters has for those that are trained, and for those that are not."""
+        flat = flatten_dict(tree)
+        trained = {path: leaf for path, leaf in flat.items() if path not in self.frozen}
+        frozen = {path: leaf for path, leaf in flat.items() if path in self.frozen}
+        return unflatten_dict(trained), unflatten_dict(frozen)
+
     def _metadata(self, read: Callable[[nnx.Variable], Any]) -> dict[str, Any]:
         values = jax.tree.map(lambda v: v.replace(read(v)), self.model, is_leaf=is_variable)
         return nnx.to_pure_dict(nnx.state(values))
@@ -75,8 +107,9 @@ class Program:
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """Clipping, rule, decay and schedule."""
+        (axes, _), (roles, _) = self.split(self.axes), self.split(self.roles)
         steps = self.config.train.steps
-        return optimizers.build(self.config.optimizer, steps=steps, axes=self.axes, roles=self.roles)
+        return optimizers.build(self.config.optimizer, steps=steps, axes=axes, roles=roles)
 
     @cached_property
     def graph(self) -> nnx.GraphDef:
@@ -146,7 +179,7 @@ def on_mesh(
     _check_resolved(config)
     check_offload(config, _memory_kinds(mesh))
     meshes.check_divides(config, dict(mesh.shape))
-    return Program(
+    program = Program(
         config=config,
         mesh=mesh,
         layout=Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype),
@@ -157,6 +190,9 @@ def on_mesh(
             packed_length=data.sequence_length if data.packed else None,
         ),
     )
+    if config.optimizer.frozen:
+        _ = program.frozen  # Refused now, not when the text is tokenized.
+    return program
 
 
 def _check_resolved(config: Config) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,16 +17,17 @@ from stack.parallel import mesh as meshes
 from stack.step.program import Program
 
 State = dict[str, Any]
-"""{"params": ..., "opt_state": ..., "step": int32 scalar}; the optimizer's moments may be in host memory."""
+"""{"params": ..., "opt_state": ..., "step": int32 scalar}; the optimizer's moments may be in host memory.
+Parameters that are not trained are under "frozen", where there are any."""
 
 
 def init(program: Program) -> State:
     """The state at step 0, every shard made on its own device; the same bits on every layout."""
     mesh = concrete(program)
     with meshes.use(mesh):
-        params = init_params(program)
+        params, frozen = program.split(init_params(program))
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(program)["opt_state"])
-        return {
+        return _with_frozen(frozen) | {
             "params": params,
             "opt_state": jax.jit(program.optimizer.init, out_shardings=shardings)(params),
             "step": jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())),
@@ -57,7 +59,8 @@ def abstract(program: Program) -> State:
     """Shapes, dtypes and shardings of the state, for restoring and for compiling."""
     mesh = program.mesh
     with meshes.use(mesh):
-        opt_state = jax.eval_shape(program.optimizer.init, program.parameters)
+        params, frozen = program.split(program.parameters)
+        opt_state = jax.eval_shape(program.optimizer.init, params)
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if leaf.sharding is not None else P()
@@ -65,11 +68,20 @@ def abstract(program: Program) -> State:
         sharding = host_sharding(mesh, spec) if offload else NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return {
-        "params": program.parameters,
+    return _with_frozen(frozen) | {
+        "params": params,
         "opt_state": jax.tree.map(place, opt_state),
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P())),
     }
+
+
+def join(state: State) -> dict[str, Any]:
+    """All parameters of a state, as the model takes them."""
+    return unflatten_dict(flatten_dict(state["params"]) | flatten_dict(state.get("frozen", {})))
+
+
+def _with_frozen(frozen: dict[str, Any]) -> State:
+    return {"frozen": frozen} if frozen else {}
 
 
 def host_sharding(mesh: Mesh | AbstractMesh, spec: P) -> NamedSharding:

@@ -13,7 +13,7 @@ from stack.parallel.zero import gather_module, gradients
 from stack.step.offload import apply_by_layer
 from stack.step.optimizer import schedule
 from stack.step.program import Program
-from stack.step.state import State
+from stack.step.state import State, join
 
 Batch = dict[str, jax.Array]
 """The fields of the program's objective; among them `example` [batch] int32, a row's number."""
@@ -30,13 +30,13 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
       learning_rate.
     """
     config = program.config
-    gradient, sums = loss_gradient(program, state["params"], state["step"], batch)
+    gradient, sums = loss_gradient(program, state["params"], state["step"], batch, state.get("frozen"))
     params, opt_state = apply(program, gradient, state["opt_state"], state["params"])
     metrics = program.objective.metrics(sums) | {
         "grad_norm": optax.tree.norm(gradient),
         "learning_rate": jnp.asarray(schedule(config.optimizer, steps=config.train.steps)(state["step"])),
     }
-    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+    return state | {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
 
 def apply(program: Program, gradient: dict, opt_state: Any, params: dict) -> tuple[Any, Any]:
@@ -47,20 +47,32 @@ def apply(program: Program, gradient: dict, opt_state: Any, params: dict) -> tup
     return optax.apply_updates(params, updates), opt_state
 
 
-def loss_gradient(program: Program, params: dict, step: jax.Array, batch: Batch) -> tuple[dict, Sums]:
-    """The gradient of the loss in float32, split as the parameters; the objective's sums, and its `loss`."""
-    config, objective = program.config, program.objective
+def loss_gradient(
+    program: Program, params: dict, step: jax.Array, batch: Batch, frozen: dict | None = None
+) -> tuple[dict, Sums]:
+    """The gradient of the loss in float32, split as the parameters; the objective's sums, and its `loss`.
+
+    Args:
+      program: of the run.
+      params: the parameters that are trained, of which the gradient is.
+      step: optimizer steps taken, int32 scalar.
+      batch: the whole global batch.
+      frozen: the parameters that are not trained.
+    """
+    config, objective, layout = program.config, program.objective, program.layout
     divisor = objective.divisor(batch)
+    model = program.merge(join({"params": params, "frozen": frozen or {}}))
+    graph, trained, rest = nnx.split(model, lambda path, _: path not in program.frozen, ...)
+    rest = rest if layout.zero == 3 else gather_module(rest, layout)
 
     def loss(weights: Any, micro: Batch) -> tuple[jax.Array, Sums]:
         keys = example_keys(config.seed, step, micro["example"]) if _drops(program) else None
-        value, sums = objective.loss(weights, micro, program.execution(keys=keys), divisor)
+        model = nnx.merge(graph, weights, rest)
+        value, sums = objective.loss(model, micro, program.execution(keys=keys), divisor)
         return value, sums | {"loss": value}
 
-    gradient, sums = gradients(
-        loss, program.merge(params), batch, program.layout, accumulation=config.train.accumulation
-    )
-    return nnx.to_pure_dict(nnx.state(gradient)), sums
+    gradient, sums = gradients(loss, trained, batch, layout, accumulation=config.train.accumulation)
+    return nnx.to_pure_dict(gradient), sums
 
 
 def eval_step(program: Program, params: dict, batch: Batch) -> Sums:

@@ -82,7 +82,8 @@ class Trainer:
                 raise StackError(
                     f"{trainer.folder} holds no checkpoint yet; train it first: stack train {folder}"
                 )
-            parts = {name: states.abstract(trainer.program)[name] for name in ("params", "step")}
+            whole = states.abstract(trainer.program)
+            parts = {name: part for name, part in whole.items() if name != "opt_state"}
             trainer.state = checkpoints.restore(step, parts)
         return trainer
 
@@ -126,7 +127,7 @@ class Trainer:
         Raises:
           StackError: nothing is held out.
         """
-        params = self._trained()["params"]
+        params = states.join(self._trained())
         with meshes.use(self.mesh):
             return evaluate(self.program, self._eval_step, params, self.data.heldout)
 
@@ -152,7 +153,7 @@ class Trainer:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         tokens = generate(
             self.program,
-            state["params"],
+            states.join(state),
             self.encode(texts),
             length=sample.length,
             temperature=sample.temperature,

@@ -139,6 +139,8 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         raise ConfigError(
             "mesh or train.remat is auto: there is no layout yet; `stack plan --search` finds one"
         )
+    if config.optimizer.frozen:
+        raise ConfigError("optimizer.frozen: the planner counts every parameter as trained; plan without it")
     sizes = resolve(config.mesh, num_devices)
     check_divides(config, sizes)
     attention = choose_attention(
