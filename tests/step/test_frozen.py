@@ -91,7 +91,8 @@ def test_steps_move_the_rest_alone(offload):
         for _ in range(2):
             state, _ = step(state, batch(partly))
     after: dict[Any, Any] = flatten_dict(jax.device_get(states.join(state)))
-    same = {path for path, leaf in flatten_dict(before).items() if np.array_equal(leaf, after[path])}
+    earlier: dict[Any, Any] = flatten_dict(before)
+    same = {path for path, leaf in earlier.items() if np.array_equal(leaf, after[path])}
     assert same == partly.frozen
 
 
