@@ -239,8 +239,10 @@ def _train(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from stack.planner.command import run
 
-    given = {name: value for name, value in vars(arguments).items() if name not in ("run", "version", "rest")}
-    for line in run(**given, overrides=arguments.rest):
+    options = {
+        name: value for name, value in vars(arguments).items() if name not in ("run", "version", "rest")
+    }
+    for line in run(**options, overrides=arguments.rest):
         print(line, flush=True)
 
 

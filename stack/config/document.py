@@ -76,8 +76,8 @@ def read_text(
     if node is None:
         raise ConfigError(f"{where}: the file is empty; write fields as `name: value`")
     if not isinstance(node, yaml.MappingNode):
-        found = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-        raise ConfigError(f"{place(_line(node)).text}: expected fields as `name: value`, not {found}")
+        instead = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+        raise ConfigError(f"{place(_line(node)).text}: expected fields as `name: value`, not {instead}")
     base = _read_base(node, where, folder, above, named)
     fields = _locate_fields(node, (), place)
     fields.pop("base", None)

@@ -106,8 +106,8 @@ def _without_tags(error: Any, root: Any) -> dict[str, Any]:
     if error["type"] != "union_tag_invalid":
         return error | {"loc": tuple(path)}
     kinds = ", ".join(kind_of(section) for section in sections_of(here))
-    given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
-    return {"loc": (*path, "kind"), "type": "literal_error", "input": given, "msg": f"one of {kinds}"}
+    kind = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
+    return {"loc": (*path, "kind"), "type": "literal_error", "input": kind, "msg": f"one of {kinds}"}
 
 
 def field_names(root: type[BaseModel]) -> Iterator[Keys]:

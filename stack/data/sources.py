@@ -77,7 +77,7 @@ def source_files(source: SourceConfig) -> tuple[Path, ...]:
         return (path,)
     if path.is_dir():
         suffixes = _SUFFIXES[source.kind]
-        found = [
+        files = [
             file
             for file in path.rglob("*")
             if file.name.endswith(suffixes)
@@ -85,15 +85,15 @@ def source_files(source: SourceConfig) -> tuple[Path, ...]:
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
         wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
-        if not found:
+        if not files:
             raise StackError(f"data.sources: folder {path} holds no file {wanted}; check path and kind")
     else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-        if not found and glob.has_magic(str(path)):
+        files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+        if not files and glob.has_magic(str(path)):
             raise StackError(f"data.sources: no file matches {path}; check path")
-        if not found:
+        if not files:
             raise StackError(f"data.sources: {path} does not exist; check path")
-    return tuple(sorted(found))
+    return tuple(sorted(files))
 
 
 def _until(documents: Iterator[str], max_bytes: int | None) -> Iterator[str]:

@@ -69,11 +69,11 @@ def _fit(
     wanted = target * weights
     best, least = (0.0, 0.0), math.inf
     for used in ([0, 1], [0], [1]):
-        found = np.zeros(2)
-        found[used] = np.linalg.lstsq(columns[:, used], wanted)[0]
-        error = float(np.square(columns @ found - wanted).sum())
-        if (found >= 0).all() and error < least:
-            best, least = (float(found[0] / scale[0]), float(found[1] / scale[1])), error
+        shares = np.zeros(2)
+        shares[used] = np.linalg.lstsq(columns[:, used], wanted)[0]
+        error = float(np.square(columns @ shares - wanted).sum())
+        if (shares >= 0).all() and error < least:
+            best, least = (float(shares[0] / scale[0]), float(shares[1] / scale[1])), error
     return best
 
 

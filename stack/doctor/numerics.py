@@ -203,11 +203,11 @@ def compute(
 
 def errors(numbers: Numbers, reference: Numbers) -> dict[str, float]:
     """For every parameter, max|difference| of the gradients over max|gradient|; and the loss's."""
-    found = {
+    worst = {
         name: float(np.abs(numbers.gradient[name] - gradient).max() / np.abs(gradient).max())
         for name, gradient in reference.gradient.items()
     }
-    return found | {"loss": abs(numbers.loss - reference.loss) / abs(reference.loss)}
+    return worst | {"loss": abs(numbers.loss - reference.loss) / abs(reference.loss)}
 
 
 def leaf_errors(gradient: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:

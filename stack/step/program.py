@@ -214,10 +214,10 @@ def check_offload(config: Config, memory_kinds: set[str]) -> None:
     Raises:
       ConfigError: the devices have no pinned host memory, or the optimizer no moments worth moving.
     """
-    asked = [name for name in ("offload_optimizer", "offload_activations") if getattr(config.train, name)]
-    if asked and memory_kinds and "pinned_host" not in memory_kinds:
+    wishes = [name for name in ("offload_optimizer", "offload_activations") if getattr(config.train, name)]
+    if wishes and memory_kinds and "pinned_host" not in memory_kinds:
         raise ConfigError(
-            f"train.{asked[0]}: these devices reach no pinned host memory, only "
+            f"train.{wishes[0]}: these devices reach no pinned host memory, only "
             f"{', '.join(sorted(memory_kinds))}; set it to false"
         )
     if config.train.offload_optimizer and config.optimizer.kind == "adafactor":

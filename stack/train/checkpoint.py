@@ -264,18 +264,18 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
     """The leaves in which a checkpoint and a state differ, the first three by name; empty if equal."""
-    found = []
+    lines = []
     for name in sorted(saved.keys() | wanted.keys()):
         if name not in saved:
-            found.append(f"it has no {name}")
+            lines.append(f"it has no {name}")
         elif name not in wanted:
-            found.append(f"it has {name}, which the config has not")
+            lines.append(f"it has {name}, which the config has not")
         else:
             there, here = (f"{tree[name].dtype}{list(tree[name].shape)}" for tree in (saved, wanted))
             if there != here:
-                found.append(f"{name} is {there} in it and {here} in the config")
-    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(found[:3]) + more
+                lines.append(f"{name} is {there} in it and {here} in the config")
+    more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return ", ".join(lines[:3]) + more
 
 
 def _reason(error: Exception) -> str:

@@ -100,9 +100,9 @@ def _trace(
     )
     with use(mesh):
         jaxpr = _backward(small, layout, length, remat, kernel)
-    given = set(jaxpr.invars)
+    inputs = set(jaxpr.invars)
     whole = split = once = 0.0
-    for variable in {v for v in jaxpr.outvars if isinstance(v, Var)} - given:
+    for variable in {v for v in jaxpr.outvars if isinstance(v, Var)} - inputs:
         aval: Any = variable.aval
         axes = _mesh_axes(aval)
         if "data" not in axes:

@@ -210,10 +210,10 @@ def _drop_after(path: Path, step: int) -> None:
     """Rewrites a history without the records after a step, at once or not at all."""
     if not path.exists():
         return
-    kept = [record for record in read_history(path) if record["step"] <= step]
+    earlier = [record for record in read_history(path) if record["step"] <= step]
     new = path.with_suffix(".new")
     with new.open("w", encoding="utf-8") as file:
-        file.writelines(map(_encode, kept))
+        file.writelines(map(_encode, earlier))
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
