@@ -52,6 +52,7 @@ def test_no_parameter_is_far_from_float32_on_real_text(family):
     assert {name: error for name, error in errors.items() if error > BFLOAT16_LIMIT} == {}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_parameter_of_the_contract_is_far_from_float32(family):
     exact, rounded = (compute(ONE_DEVICE, family, dtype).gradient for dtype in ("float32", "bfloat16"))

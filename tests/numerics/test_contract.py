@@ -21,8 +21,6 @@ from stack.doctor.numerics import (
 )
 
 EVERYDAY = {
-    "data",
-    "fsdp zero 1",
     "fsdp zero 2",
     "fsdp zero 3",
     "tensor sequence parallel",

@@ -66,7 +66,7 @@ def kinds(findings: list[Finding]) -> set[str]:
 
 LAYOUTS = [
     pytest.param(config(FSDP, accumulation=2), id="zero 2 of two micro-batches"),
-    pytest.param(config(SEQUENCE, remat="full"), id="zero 3, sequence parallel"),
+    pytest.param(config(SEQUENCE, remat="full"), id="zero 3, sequence parallel", marks=pytest.mark.full),
     pytest.param(config(SEQUENCE, remat="dots"), id="zero 3, matmuls saved", marks=pytest.mark.full),
     pytest.param(
         config(TENSOR, remat="dots", accumulation=3), id="zero 1, tensor parallel", marks=pytest.mark.full
