@@ -23,7 +23,7 @@ class Condition:
     """The fields that are read under the condition alone. A section among them stands for all it holds."""
     other: str
     """The field that decides."""
-    values: tuple[str | bool, ...] = ()
+    values: tuple[str | bool | int, ...] = ()
     """With which of its values they are read; empty where `unless` says it."""
     unless: int | None = None
     """The one value of a number with which they are not read; it lies below those with which they are."""

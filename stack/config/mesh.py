@@ -27,7 +27,8 @@ class MeshConfig(Section):
     model_config = ConfigDict(json_schema_extra=_or_auto)
 
     conditions = (
-        Condition(fields=(*AXES, "zero", "sequence_parallel"), other="auto", values=(False,)),
+        Condition(fields=(*AXES, "zero", "sequence_parallel", "tables_once"), other="auto", values=(False,)),
+        Condition(fields=("tables_once",), other="zero", values=(3,)),
         Condition(fields=("sequence_parallel",), other="tensor", unless=1),
     )
 
@@ -50,6 +51,9 @@ class MeshConfig(Section):
     """What `fsdp` shards (arXiv 1910.02054). 0: nothing; 1: parameters and optimizer state, weights
     gathered once a step, gradients scattered once; 2: gradients scattered every micro-batch; 3:
     weights gathered layer by layer. 3 needs the least memory and is as fast inside a node."""
+    tables_once: bool = False
+    """Stage 3: word and position tables are gathered, and their gradients scattered, once a step instead
+    of every micro-batch. They are then whole on every device, in the compute dtype and in float32."""
     sequence_parallel: bool = False
     """Norms and residuals are split over `tensor` along the sequence (arXiv 2205.05198)."""
 

@@ -41,6 +41,8 @@ class Layout:
     mesh: Mesh | AbstractMesh | None = None
     zero: int = 0
     sequence_parallel: bool = False
+    tables_once: bool = False
+    """Whether stage 3 gathers tables once a step, not every micro-batch."""
     dtype: Any = None
     """What matrices are cast to when they are gathered; None: as they are."""
     reduce_dtype: Any = "float32"
@@ -51,7 +53,13 @@ class Layout:
     @staticmethod
     def of(mesh: Mesh | AbstractMesh, config: MeshConfig, **changes: Any) -> "Layout":
         """The layout a config asks for on a mesh."""
-        return Layout(mesh=mesh, zero=config.zero, sequence_parallel=config.sequence_parallel, **changes)
+        return Layout(
+            mesh=mesh,
+            zero=config.zero,
+            sequence_parallel=config.sequence_parallel,
+            tables_once=config.tables_once,
+            **changes,
+        )
 
     def size(self, axis: str) -> int:
         """Devices along one mesh axis."""

@@ -31,7 +31,7 @@ def gather_weight(weight: jax.Array, layout: Layout, names: tuple[str, ...], rol
     if role == "vector":
         return weight
     dtype = layout.dtype or weight.dtype
-    if layout.trivial:
+    if layout.trivial or (layout.tables_once and role == "table" and is_gathered(weight, layout)):
         return weight.astype(dtype)
     split = layout.parameter_spec(names, weight.shape, role)
 
@@ -142,7 +142,8 @@ def gradients[M](
     """The gradient of a loss summed over micro-batches, split as the parameters are.
 
     Stage 0 and 1 gather once, sum partial gradients over the micro-batches and scatter once; stage 2
-    scatters every micro-batch; stage 3 leaves both to the model, layer by layer. Replicas that hold the
+    scatters every micro-batch; stage 3 leaves both to the model, layer by layer, but for tables where
+    `tables_once` says so. Replicas that hold the
     same shard add their partial sums once, after the last micro-batch.
 
     Args:
@@ -159,7 +160,7 @@ def gradients[M](
     if layout.zero < 3:
         weights = gather_module(model, layout)
     else:  # With one micro-batch the layers add up over the replicas too, each beside the next one's work.
-        weights = model if accumulation == 1 else _reduced_module(model, layout)
+        weights = model if accumulation == 1 else _before_micro_batches(model, layout)
 
     def one(micro: Any) -> tuple[Any, Any]:
         (_, sums), cotangent = jax.value_and_grad(loss, has_aux=True)(weights, micro)
@@ -199,16 +200,22 @@ def scatter_module[M](cotangent: M, layout: Layout, *, partial_sum: bool = False
     return jax.tree.map(scatter, cotangent, is_leaf=is_variable)
 
 
-def _reduced_module[M](model: M, layout: Layout) -> M:
-    """Parameters whose gradients stay partial sums over the replicas that hold the same shard."""
+def _before_micro_batches[M](model: M, layout: Layout) -> M:
+    """Parameters of stage 3 as every micro-batch takes them.
 
-    def reduce(variable: nnx.Variable) -> nnx.Variable:
+    Their gradients stay partial sums over the replicas that hold the same shard; those of tables that
+    are gathered here, over all replicas.
+    """
+
+    def prepare(variable: nnx.Variable) -> nnx.Variable:
         if layout.trivial or variable.role == "vector":
             return variable
+        if layout.tables_once and variable.role == "table":
+            return variable.replace(gather_weight(variable[...], layout, variable.axes, variable.role))
         split = layout.parameter_spec(variable.axes, variable.shape, variable.role)
         return variable.replace(jax.reshard(variable[...], P(*split, reduced=_others(layout, split))))
 
-    return jax.tree.map(reduce, model, is_leaf=is_variable)
+    return jax.tree.map(prepare, model, is_leaf=is_variable)
 
 
 def _micro_batches(x: jax.Array, *, number: int) -> jax.Array:

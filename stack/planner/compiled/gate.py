@@ -94,6 +94,7 @@ class _Parameter:
     elements: int
     """On one place of `tensor`."""
     matrix: bool
+    table: bool
     per_layer: bool
     """One for each layer."""
     split: bool
@@ -112,6 +113,7 @@ def _leaves(program: Program) -> Iterator[_Parameter]:
         yield _Parameter(
             elements=leaf.size // ways,
             matrix=role != "vector",
+            table=role == "table",
             per_layer=axes[0] == "layers",
             split="fsdp" in leaf.sharding.spec,
             whole=ways == 1,
@@ -135,8 +137,9 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
             yield "all-reduce", ("data", "fsdp"), leaf.elements * reduce
             continue
         passes = 1 if layout.zero < 3 else train.accumulation * (2 if leaf.per_layer else 1)
-        yield "all-gather", ("fsdp",), leaf.elements * compute * passes
-        yield "reduce-scatter", ("fsdp",), leaf.elements * reduce * scatters
+        once = layout.tables_once and leaf.table
+        yield "all-gather", ("fsdp",), leaf.elements * compute * (1 if once else passes)
+        yield "reduce-scatter", ("fsdp",), leaf.elements * reduce * (1 if once else scatters)
         yield "all-reduce", ("data",), leaf.elements * reduce / layout.size("fsdp")
 
 

@@ -173,6 +173,8 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
     sums = 0.0
     if several:
         sums = whole_sums if w.zero < 2 else s.shard
+        if w.holds_tables:
+            sums = s.layers_shard + s.tables * w.reduce_bytes / s.compute
     activations = {"activations": activation_bytes}
     ahead = AHEAD if w.zero == 3 and (w.remat != "full" or w.sequence_parallel) else 0.0
     layer = _layer_temporaries(w) * (1 + ahead)
@@ -187,7 +189,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
             "gradients": sums,
             "logits": 2 * s.table + _logits(w),
             "temporaries": w.micro_tokens * w.model.embed_dim * s.compute,
-            "collectives": s.tables if w.zero == 3 else 0.0,
+            "collectives": s.tables if w.zero == 3 and not w.holds_tables else 0.0,
         }
     stack = s.layers_shard if w.zero == 3 else s.layers_whole
     in_flight = 0.0
@@ -217,6 +219,8 @@ def _compute_copies(w: Workload, s: _Sizes) -> float:
 
     Layers in one piece of code have each other's gradients in their place.
     """
+    if w.holds_tables:
+        return s.tables
     if w.zero == 3 or _is_unrolled(w) or (s.compute == 4 and (w.zero == 0 or w.fsdp == 1)):
         return 0.0
     return s.whole

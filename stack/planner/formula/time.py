@@ -305,12 +305,16 @@ def _fsdp(work: Workload, chip: Hardware, forward: float, rest: float, head: flo
         )
     layer, ends = _matrix_elements(work)
     parts = []
-    for size, before, after, times in ((layer, forward, rest, layers), (ends, 0.0, head, 1)):
+    once = 1 if work.holds_tables else micro_batches
+    for size, before, after, times in (
+        (layer, forward, rest, layers * micro_batches),
+        (ends, 0.0, head, once),
+    ):
         gather = ring_seconds(size * _BYTES, ways, stride, chip)
         scatter = ring_seconds(size * work.reduce_bytes, ways, stride, chip)
         both = size * (_BYTES + work.reduce_bytes) * share
-        parts.append(_times(_beside(size * _BYTES * share, gather, before, chip), times * micro_batches))
-        parts.append(_times(_beside(both, gather + scatter, after, chip), times * micro_batches))
+        parts.append(_times(_beside(size * _BYTES * share, gather, before, chip), times))
+        parts.append(_times(_beside(both, gather + scatter, after, chip), times))
     return _sum(parts)
 
 

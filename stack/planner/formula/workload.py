@@ -41,6 +41,8 @@ class Workload:
     """For a model without experts: replicas, like `data`."""
     tensor: int = 1
     zero: int = 3
+    tables_once: bool = False
+    """At stage 3, tables are gathered and their gradients scattered once a step."""
     sequence_parallel: bool = False
     virtual_stages: int = 1
     """Parts of the model each pipeline stage holds (arXiv 2104.04473, section 2.2)."""
@@ -74,6 +76,11 @@ class Workload:
     def accumulation(self) -> int:
         """Micro-batches per step of each replica."""
         return self.batch // (self.replicas * self.micro_batch)
+
+    @property
+    def holds_tables(self) -> bool:
+        """Whether every device holds the tables and their gradients whole over `fsdp` for all of a step."""
+        return self.tables_once and self.zero == 3 and self.stage == 1 and self.accumulation > 1
 
     @property
     def tokens(self) -> int:
@@ -162,6 +169,7 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         expert=sizes["expert"],
         tensor=sizes["tensor"],
         zero=config.mesh.zero,
+        tables_once=config.mesh.tables_once,
         sequence_parallel=config.mesh.sequence_parallel,
         remat=train.remat,
         precision=_precision(model.dtype, chip),

@@ -102,6 +102,7 @@ def variants(mesh: Workload, space: Space) -> Iterator[list[Workload]]:
     layers = mesh.model.num_layers // mesh.stage
     choices = {
         "zero": _stages(mesh.fsdp, space.zero),
+        "tables_once": (False, True) if mesh.fsdp > 1 and mesh.stage == 1 else (False,),
         "sequence_parallel": space.sequence_parallel if parallel else (False,),
         "overlapped_tensor_parallel": space.overlapped_tensor_parallel if split else (False,),
         "virtual_stages": divisors(layers) if space.virtual_stages and mesh.stage > 1 else (1,),
@@ -119,6 +120,8 @@ def describe(work: Workload) -> str:
     axes = ("data", "fsdp", "stage", "context", "expert", "tensor")
     sizes = [f"{axis} {getattr(work, axis):,}" for axis in axes if getattr(work, axis) > 1]
     parts = [" x ".join(sizes) or "one device", f"zero {work.zero}"]
+    if work.tables_once:
+        parts.append("tables once")
     if work.sequence_parallel:
         parts.append("sequence parallel")
     if work.overlapped_tensor_parallel:
@@ -196,7 +199,8 @@ def _repeats(work: Workload, space: Space) -> bool:
     # Interleaving hands micro-batches on in groups of as many as there are stages.
     broken = work.virtual_stages > 1 and work.accumulation % work.stage
     # Stage 2 is stage 1 where there is one micro-batch.
-    return bool(broken) or (work.zero == 2 and work.accumulation == 1 and 1 in space.zero)
+    unread = work.tables_once and not work.holds_tables
+    return bool(broken) or unread or (work.zero == 2 and work.accumulation == 1 and 1 in space.zero)
 
 
 def _stages(fsdp: int, choices: Sequence[int]) -> list[int]:
