@@ -42,7 +42,7 @@ import numpy as np
 
 from stack.config import Config, StackError, load
 from stack.doctor.numerics import Numbers, distance, errors
-from stack.layers.embedding import scan_rows
+from stack.layers.embedding import sum_sorted_rows
 from stack.models.flops import mfu
 from stack.step import program as programs
 from stack.step import state as states
@@ -78,7 +78,7 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The gradient of a table of words: `stack.layers.embedding.scan_rows` beside a scatter."""
+    """The gradient of a table of words: `stack.layers.embedding.sum_sorted_rows` beside a scatter."""
 
     tokens: int
     width: int
@@ -276,7 +276,7 @@ def sum_rows_twice(case: Rows) -> Row:
         return jax.ops.segment_sum(values.astype(jnp.float32), ids, words)
 
     row: Row = {}
-    for name, add in (("scan", partial(scan_rows, number=words)), ("scatter", scatter)):
+    for name, add in (("sorted", partial(sum_sorted_rows, number=words)), ("scatter", scatter)):
         compiled, arrays, seconds = jax.jit(add), jax.device_put((values, ids)), []
         results = [np.asarray(compiled(*arrays)) for _ in range(5)]
         for _ in range(20):

@@ -1,5 +1,6 @@
 """The notebook runs from top to bottom, and is kept without what it printed."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parents[1] / "launch" / "colab.ipynb"
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "launch" / "colab.ipynb"
 OVERRIDES = (
     "data.sources.0.max_bytes=400000 data.heldout_fraction=0.2 data.sequence_length=32 "
     "model.num_layers=1 model.scan_unroll=1 model.embed_dim=32 model.mlp_dim=64 model.num_heads=2 "
@@ -21,6 +23,16 @@ def test_the_notebook_is_kept_without_outputs() -> None:
     for cell in notebook.cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+
+
+def test_what_notebook_and_pages_import_is_there() -> None:
+    pages = [NOTEBOOK, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    imports = {
+        line for page in pages for line in re.findall(r"from stack[.\w]* import [\w, ]+", page.read_text())
+    }
+    assert len(imports) >= 5
+    for line in imports:
+        exec(line, {})
 
 
 @pytest.mark.full

@@ -86,15 +86,18 @@ def sum_rows(
     """The sum of the values of each row, [number, width] float32, the same bits each time.
 
     A CPU adds them one after another. Elsewhere a scatter would add atomically, in any order, so values
-    are sorted by row, summed by a scan over each row's run, and each run's last sum is written once.
+    are sorted by row and each run of one row is summed by a product.
 
     Args:
-      values: [values, width], any float dtype.
+      values: [values, width], any float dtype; all finite.
       rows: [values] int32, the row each belongs to.
       number: of rows.
     """
     return jax.lax.platform_dependent(
-        values, rows, cpu=partial(_scatter_rows, number=number), default=partial(scan_rows, number=number)
+        values,
+        rows,
+        cpu=partial(_scatter_rows, number=number),
+        default=partial(sum_sorted_rows, number=number),
     )
 
 
@@ -102,23 +105,27 @@ def _scatter_rows(values: jax.Array, rows: jax.Array, *, number: int) -> jax.Arr
     return jax.ops.segment_sum(values.astype(jnp.float32), rows, number)
 
 
-def scan_rows(
-    values: Float[Array, "values width"], rows: Int[Array, " values"], *, number: int
+def sum_sorted_rows(
+    values: Float[Array, "values width"], rows: Int[Array, " values"], *, number: int, chunk: int = 2048
 ) -> Float32[Array, "{number} width"]:
-    """`sum_rows` by sorting and scanning, as on an accelerator."""
+    """`sum_rows` as on an accelerator: chunk by chunk times a matrix of which values are of one row."""
+    chunk = min(chunk, len(rows))
+    padding = -len(rows) % chunk
     order = jnp.argsort(rows, stable=True)
-    rows = rows[order]
+    in_order = jnp.pad(rows[order], (0, padding), constant_values=number).reshape(-1, chunk)
 
-    def add(left: tuple, right: tuple) -> tuple:
-        (left_row, left_sum), (right_row, right_sum) = left, right
-        return right_row, right_sum + jnp.where((left_row == right_row)[:, None], left_sum, 0.0)
+    def add(sums: jax.Array, some: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        order, rows = some
+        same = (rows[:, None] == rows).astype(values.dtype)
+        runs = jnp.matmul(same, values[order], precision="highest", preferred_element_type=jnp.float32)
+        first = jnp.concatenate([jnp.ones((1,), bool), rows[1:] != rows[:-1]])
+        # All but a run's first go to rows beyond the end, each to its own, and are dropped.
+        target = jnp.where(first, rows, number + jnp.arange(chunk, dtype=rows.dtype))
+        return sums.at[target].add(runs, mode="drop", unique_indices=True), None
 
-    _, sums = jax.lax.associative_scan(add, (rows, values[order].astype(jnp.float32)))
-    last = jnp.concatenate([rows[1:] != rows[:-1], jnp.ones((1,), bool)])
-    # What is no run's last goes to rows beyond the end, each to its own, and is dropped.
-    target = jnp.where(last, rows, number + jnp.arange(len(rows), dtype=rows.dtype))
-    zeros = jnp.zeros_like(sums, shape=(number, values.shape[1]))
-    return zeros.at[target].set(sums, mode="drop", unique_indices=True)
+    # Inside shard_map these are each device's own, as its rows are.
+    sums = jnp.zeros_like(rows, jnp.float32, shape=(number, values.shape[1]))
+    return jax.lax.scan(add, sums, (jnp.pad(order, (0, padding)).reshape(-1, chunk), in_order))[0]
 
 
 def _own(ids: jax.Array, rows: int, axis: str) -> tuple[jax.Array, jax.Array]:

@@ -143,8 +143,8 @@ def gradients[M](
 
     Stage 0 and 1 gather once, sum partial gradients over the micro-batches and scatter once; stage 2
     scatters every micro-batch; stage 3 leaves both to the model, layer by layer, but for tables where
-    `tables_once` says so. Replicas that hold the
-    same shard add their partial sums once, after the last micro-batch.
+    `tables_once` says so. Replicas that hold the same shard add their partial sums once, after the last
+    micro-batch.
 
     Args:
       loss: (weights, micro-batch) -> (scalar, any sums); must already be divided by what the whole

@@ -34,7 +34,7 @@ MISSING_PLUGIN = "compiling for GPUs that are not here needs the extra plan: pip
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Abort:
-    """A compilation that kills the process, which no `except` catches."""
+    """A compilation without a GPU that fails, or kills the process, which no `except` catches."""
 
     pattern: str
     """What in the lowered program makes it happen."""
@@ -43,7 +43,7 @@ class Abort:
     below_capability: float = math.inf
     """It happens for GPUs below this compute capability."""
     reason: str
-    avoid: dict[str, str] | None = None
+    avoid: dict[str, Any] | None = None
     """Compiler options under which it does not happen; None: the program is refused."""
 
 
@@ -58,6 +58,11 @@ ABORTS = (
         pattern=r"\bmosaic_gpu",
         below_capability=9.0,
         reason="a Mosaic kernel written for Hopper stops LLVM: cannot select llvm.nvvm.elect.sync",
+    ),
+    Abort(
+        pattern=r"\bstablehlo\.sort\b",
+        reason="how much memory CUB sorts in is asked of a GPU: invalid device ordinal",
+        avoid={"xla_gpu_enable_cub_radix_sort": False},
     ),
 )
 """Known aborts of XLA's GPU compiler, seen in compilations without a GPU."""
@@ -153,25 +158,27 @@ def compile_lowered(
 ) -> jax.stages.Compiled:
     """A program lowered for devices like this one, compiled; `options` come on top of its own.
 
+    Kernels are not tuned, as there is nothing to time them on; buffers and collectives are the same.
+
     Raises:
       StackError: this compilation is known to kill the process, or the compilers are missing.
     """
     avoid = avoid_aborts(lowered.as_text(), jax.__version__, float(device.compute_capability))
     try:
-        return lowered.compile(compiler_options=avoid | (options or {}))
+        return lowered.compile(compiler_options=avoid | {"xla_gpu_autotune_level": 0} | (options or {}))
     except jax.errors.JaxRuntimeError as error:
         if re.search(r"No PTX compilation provider|libdevice", str(error)):
             raise StackError(f"{MISSING_PLUGIN} (NVIDIA's compilers are not found)") from error
         raise
 
 
-def avoid_aborts(lowered: str, jax_version: str, compute_capability: float) -> dict[str, str]:
+def avoid_aborts(lowered: str, jax_version: str, compute_capability: float) -> dict[str, Any]:
     """Compiler options that keep a program away from known aborts.
 
     Raises:
       StackError: nothing does.
     """
-    options: dict[str, str] = {}
+    options: dict[str, Any] = {}
     for abort in ABORTS:
         if abort.versions is not None and jax_version not in abort.versions:
             continue

@@ -95,17 +95,29 @@ def test_a_gradient_summed_in_bfloat16_is_caught():
     assert any(finding.source.startswith("stack/parallel/zero.py") for finding in findings)
 
 
+GATHER, SCATTER = zero.gather_weight, zero.scatter_gradient
+
+
 def reshard(weight, layout, names, role):
-    """A weight gathered the plain way: its gradient is summed whole, with no error and no warning."""
-    if role == "vector":
-        return weight
+    """A matrix gathered the plain way: its gradient is summed whole, with no error and no warning.
+
+    A table so gathered is an error at once: what its gradient is summed over is not in its type.
+    """
+    if role != "matrix":
+        return GATHER(weight, layout, names, role)
     return jax.reshard(weight.astype(layout.dtype), layout.whole_spec(names))
 
 
 @pytest.mark.full
 def test_a_weight_gathered_by_a_plain_reshard_is_caught(monkeypatch):
+
+    def scatter(cotangent, layout, names, role, **options):
+        if role != "matrix":
+            return SCATTER(cotangent, layout, names, role, **options)
+        return cotangent.astype(jnp.float32)
+
     monkeypatch.setattr(zero, "gather_weight", reshard)
-    monkeypatch.setattr(zero, "scatter_gradient", lambda x, *_, **__: x.astype(jnp.float32))
+    monkeypatch.setattr(zero, "scatter_gradient", scatter)
     findings = caught(config(MeshConfig(fsdp=8, zero=1)))
     assert any(f.kind == "traffic" and f.text.startswith("all-reduce over fsdp") for f in findings), findings
 
