@@ -143,11 +143,7 @@ def compiled_bytes(config: Config) -> int:
     ways = config.mesh.fsdp * config.mesh.tensor
     target = devices("h200", ways, per_host=math.gcd(8, ways))
     lowered = lower_step(programs.build(config, target))
-    try:
-        compiled = compile_lowered(lowered, target[0])
-    except jax.errors.JaxRuntimeError:  # A fusion that has no default.
-        compiled = compile_lowered(lowered, target[0])
-    plan = compiled.memory_analysis()
+    plan = compile_lowered(lowered, target[0]).memory_analysis()
     assert plan is not None
     state = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return state + plan.temp_size_in_bytes

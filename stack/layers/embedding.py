@@ -109,6 +109,8 @@ def sum_sorted_rows(
     values: Float[Array, "values width"], rows: Int[Array, " values"], *, number: int, chunk: int = 2048
 ) -> Float32[Array, "{number} width"]:
     """`sum_rows` as on an accelerator: chunk by chunk times a matrix of which values are of one row."""
+    # What is made of rows alone would else be made early, and kept.
+    values, rows = jax.lax.optimization_barrier((values, rows))
     chunk = min(chunk, len(rows))
     padding = -len(rows) % chunk
     order = jnp.argsort(rows, stable=True)

@@ -158,18 +158,23 @@ def compile_lowered(
 ) -> jax.stages.Compiled:
     """A program lowered for devices like this one, compiled; `options` come on top of its own.
 
-    Kernels are not tuned, as there is nothing to time them on; buffers and collectives are the same.
+    Kernels are not tuned where that can be helped: there is nothing to time them on, and going through
+    them all is half of the time. Buffers and collectives are the same.
 
     Raises:
       StackError: this compilation is known to kill the process, or the compilers are missing.
     """
     avoid = avoid_aborts(lowered.as_text(), jax.__version__, float(device.compute_capability))
+    options = avoid | (options or {})
     try:
-        return lowered.compile(compiler_options=avoid | {"xla_gpu_autotune_level": 0} | (options or {}))
+        return lowered.compile(compiler_options=options | {"xla_gpu_autotune_level": 0})
     except jax.errors.JaxRuntimeError as error:
         if re.search(r"No PTX compilation provider|libdevice", str(error)):
             raise StackError(f"{MISSING_PLUGIN} (NVIDIA's compilers are not found)") from error
-        raise
+        if "No supported config found" not in str(error):
+            raise
+    # A fused product whose kernel has no default: the compiler takes the first of all that there are.
+    return lowered.compile(compiler_options=options)
 
 
 def avoid_aborts(lowered: str, jax_version: str, compute_capability: float) -> dict[str, Any]:
