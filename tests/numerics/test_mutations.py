@@ -44,12 +44,14 @@ def test_an_all_reduce_that_is_dropped_is_seen(monkeypatch):
     assert worst_error("tensor") > 100 * LIMIT
 
 
+@pytest.mark.full
 def test_segments_that_are_ignored_are_seen(monkeypatch):
     whole = Mask.allowed
     monkeypatch.setattr(Mask, "allowed", lambda mask: whole(dataclasses.replace(mask, query_segments=None)))
     assert worst_error("data") > 100 * LIMIT
 
 
+@pytest.mark.full
 def test_a_padded_vocabulary_that_is_not_masked_is_seen(monkeypatch):
     def unmasked(hidden, table, *, vocab_size, **options):  # noqa: ARG001
         return head.logits(hidden, table, vocab_size=table.shape[0], **options)
@@ -72,6 +74,7 @@ def test_micro_batches_that_are_averaged_are_seen(monkeypatch):
     assert worst_error("accumulation") > 100 * LIMIT
 
 
+@pytest.mark.full
 def test_dropout_that_depends_on_the_layout_is_seen(monkeypatch):
     whole = step.example_keys
     monkeypatch.setattr(

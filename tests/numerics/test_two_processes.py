@@ -11,6 +11,7 @@ def compute_here(name: str) -> Numbers:
     return compute(cell, "gpt")
 
 
+@pytest.mark.full
 def test_two_processes_equal_one_device(run_processes):
     reference = compute(ONE_DEVICE, "gpt")
     for numbers in run_processes(compute_here, "data + fsdp zero 3", processes=2, devices=NUM_DEVICES // 2):

@@ -54,7 +54,12 @@ def frozen_names(program: Program) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "devices"), [([], 1), (STAGE_3, 8), ([*STAGE_3, "mesh.zero=1"], 8)], ids=["1", "8", "zero 1"]
+    ("layout", "devices"),
+    [
+        pytest.param([], 1, id="one device"),
+        pytest.param(STAGE_3, 8, id="zero 3"),
+        pytest.param([*STAGE_3, "mesh.zero=1"], 8, id="zero 1", marks=pytest.mark.full),
+    ],
 )
 def test_the_gradient_of_the_rest_is_what_it_was(layout, devices):
     whole, partly = program(), program(PATTERNS, *layout, devices=devices)

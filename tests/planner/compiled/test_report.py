@@ -54,6 +54,7 @@ def report() -> Compiled:
     return compile_plan(config, hardware="v100-32gb", devices=4)
 
 
+@pytest.mark.full
 def test_the_report_says_what_was_compiled_for_and_in_whose_place(report):
     assert (report.hardware, report.target, report.devices) == ("v100-32gb", "h200", 4)
     assert report.mesh["fsdp"] == 4
@@ -61,6 +62,7 @@ def test_the_report_says_what_was_compiled_for_and_in_whose_place(report):
     assert "4 v100-32gb, as h200 in its place" in lines(report)[0]
 
 
+@pytest.mark.full
 def test_memory_is_of_one_device_and_adds_up(report):
     memory = report.memory
     # Float32 parameters and two moments of a quarter of the model, and a quarter of the batch.
@@ -72,6 +74,7 @@ def test_memory_is_of_one_device_and_adds_up(report):
     assert memory.device == chips.load("v100-32gb").memory_bytes
 
 
+@pytest.mark.full
 def test_collectives_are_told_with_the_line_that_wants_them(report):
     gathers = [traffic for traffic in report.traffic if traffic.kind == "all-gather"]
     assert [(traffic.axes, traffic.source.split(":")[0]) for traffic in gathers] == [
@@ -82,11 +85,13 @@ def test_collectives_are_told_with_the_line_that_wants_them(report):
     assert gathers[0].bytes == 2 * layers + ends
 
 
+@pytest.mark.full
 def test_the_compilers_schedule_is_longer_than_what_it_cannot_hide(report):
     assert 0 < sum(report.schedule.exposed.values()) < report.schedule.seconds < 1
     assert set(report.schedule.exposed) <= {"all-gather", "reduce-scatter", "all-reduce"}
 
 
+@pytest.mark.full
 def test_kernels_are_counted_once_for_each_run(report):
     forward = report.kernels["__cudnn$fmhaScaleBiasSoftmax"]
     backward = report.kernels["__cudnn$fmhaScaleBiasSoftmaxBackward"]
@@ -94,6 +99,7 @@ def test_kernels_are_counted_once_for_each_run(report):
     assert (forward, backward) == (4, 2)
 
 
+@pytest.mark.full
 def test_the_report_is_plain_json_and_says_no_word_too_many(report):
     plain = json.loads(json.dumps(as_dict(report)))
     assert plain["memory"]["total"] == report.memory.total
