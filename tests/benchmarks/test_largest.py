@@ -150,14 +150,9 @@ def test_what_cannot_be_answered_is_refused_in_a_line(chip, memory_bytes, error,
 @pytest.mark.skipif(not has_plugin(), reason="compiling for GPUs needs the extra plan")
 def test_compiled_sizes_fit_and_the_next_do_not():
     progress = []
-    result = largest(
-        "h100", 8, length=512, memory_bytes=4 * GB, methods=[PLAIN, OFFLOAD], progress=progress.append
-    )
-    assert {row.source for row in result.rows} == {"compiled"}
-    for row in result.rows:
-        assert row.use.device <= 4 * GB < row.next_use.device
-    plain, offload = result.rows
-    assert result.ratio(offload) > 5
-    assert plain.use.host == 0
-    assert offload.use.host == pytest.approx(offload.parameters * 8 / 8, rel=0.01)
-    assert 4 <= len(progress) <= 9
+    result = largest("h100", 8, length=512, memory_bytes=4 * GB, methods=[OFFLOAD], progress=progress.append)
+    (row,) = result.rows
+    assert row.source == "compiled"
+    assert row.use.device <= 4 * GB < row.next_use.device
+    assert row.use.host == pytest.approx(row.parameters * 8 / 8, rel=0.01)
+    assert 2 <= len(progress) <= 5

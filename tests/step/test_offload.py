@@ -156,7 +156,9 @@ def test_the_update_by_layers_is_the_update_of_the_whole(optimizer):
             params, opt_state = expected
 
 
-@pytest.mark.parametrize(("first", "then"), [([OPTIMIZER], []), ([], [OPTIMIZER])])
+@pytest.mark.parametrize(
+    ("first", "then"), [([OPTIMIZER], []), pytest.param([], [OPTIMIZER], marks=pytest.mark.full)]
+)
 def test_a_run_goes_on_with_offload_or_without(tmp_path, first, then):
     plain = program()
     expected = train(plain, states.init(plain), 3)
