@@ -24,6 +24,8 @@ from stack.planner.compiled.collectives import Collective, collectives
 from stack.planner.compiled.compile import compile_step, devices
 from stack.step import program as programs
 
+pytestmark = pytest.mark.usefixtures("quick_gpu_compiler")
+
 BATCH, LENGTH = 96, 160  # Numbers no other dimension has.
 NUM_LAYERS = 4
 MODEL = DecoderConfig(

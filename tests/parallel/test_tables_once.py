@@ -70,6 +70,7 @@ LARGE = Config.model_validate(
 
 @FULL
 @pytest.mark.skipif(not has_plugin(), reason="compiling for GPUs needs the extra plan")
+@pytest.mark.usefixtures("quick_gpu_compiler")
 def test_the_compiled_step_gathers_and_scatters_tables_once():
     """In the program of a GPU, by the formula of the layout; without, that is two more of each table."""
     config, plain = (lay_over(LARGE, accumulation=3, once=once, data=2, fsdp=4) for once in (True, False))

@@ -139,6 +139,7 @@ def test_the_gpu_that_is_traced_for_limits_the_heads_and_not_the_one_here():
 
 @pytest.mark.full
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.usefixtures("quick_gpu_compiler")
 def test_the_compiled_step_calls_cudnn_both_ways_and_gathers_no_batch(packed):
     rows, length, tensor = 96, 160, 2
     config = Config(

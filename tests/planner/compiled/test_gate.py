@@ -29,6 +29,8 @@ from stack.planner.compiled.findings import Finding
 from stack.planner.compiled.report import Compiled, compile_plan
 from stack.step import program as programs
 
+pytestmark = pytest.mark.usefixtures("quick_gpu_compiler")
+
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 BATCH, LENGTH = 48, 160  # Numbers no other dimension has.
 MODEL = DecoderConfig(
