@@ -47,15 +47,17 @@ def run_processes() -> Callable[..., list[Any]]:
 
 @pytest.fixture(scope="module")
 def quick_gpu_compiler() -> Iterator[None]:
-    """Programs for absent GPUs without what takes half of their compilation and no collective depends on.
+    """Programs for absent GPUs without what takes most of their compilation and no collective depends on.
 
-    Normalizations are not fused by Triton, whose tiles are searched for anew at every fusion that is tried,
-    and kernels are not assembled. Sizes of memory to the percent need both.
+    Normalizations are not fused by Triton, whose tiles are searched for anew at every fusion that is tried;
+    neither are products, some of which have no kernel until all that there are have been gone through; and
+    kernels are not assembled. Sizes of memory to the percent need these fusions.
     """
     from stack.planner.compiled import compile as compiler
 
     options = {
         "xla_disable_hlo_passes": "triton-softmax-rewriter",
+        "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_cuda_data_dir": str(Path(__file__).with_name("cuda")),
     }
     avoid_aborts = compiler.avoid_aborts
