@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ class Parameter:
         """Whether it is split over `fsdp` and used in the compute dtype, as tables are too."""
         return self.role != "vector"
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Elements, of all copies."""
         return self.copies * math.prod(size for _, size in self.axes)
