@@ -52,9 +52,9 @@ class Located:
 
     def nearest_place(self, path: Keys) -> Place:
         """Where the value at `path` was written, or the innermost mapping around it that was."""
-        while (found := self.find(path)) is None:
+        while (part := self.find(path)) is None:
             path = path[:-1]
-        return found.place
+        return part.place
 
 
 def merge(low: Located, high: Located) -> Located:

@@ -113,15 +113,15 @@ def _file_digests(paths: Sequence[Path], root: Path) -> list[str]:
         known = json.loads(note.read_text())
     except (OSError, ValueError):
         known = {}
-    found = {name: _digest(Path(name), known.get(name)) for name in names}
+    entries = {name: _digest(Path(name), known.get(name)) for name in names}
     settled = time.time_ns() - _SETTLED_SECONDS * 10**9
-    kept = {name: entry for name, entry in found.items() if entry[2] < settled}
+    kept = {name: entry for name, entry in entries.items() if entry[2] < settled}
     if kept != known:
         try:
             replace_text(note, json.dumps(kept))
         except OSError as error:
             raise unwritable(root, error) from error
-    return [found[name][3] for name in names]
+    return [entries[name][3] for name in names]
 
 
 def _digest(path: Path, known: list | None) -> list:

@@ -39,7 +39,7 @@ def params_from_hf(state: Mapping[str, Any], config: DecoderConfig) -> dict[str,
     leaves = _leaves(config)
     sources = _sources(state, config)
     expected = {name for leaf in leaves for name in leaf.names(config)}
-    _check_names("the checkpoint", found=set(sources), expected=expected)
+    _check_names("the checkpoint", names=set(sources), expected=expected)
     params: dict[str, Any] = {}
     for leaf in leaves:
         whole = np.zeros(leaf.shape(config), np.float32)
@@ -67,12 +67,12 @@ def params_to_hf(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, 
     """
     leaves = _leaves(config)
     flat = dict(_flatten(params))
-    _check_names("the parameter tree", found=set(flat), expected={leaf.path for leaf in leaves})
+    _check_names("the parameter tree", names=set(flat), expected={leaf.path for leaf in leaves})
     state: dict[str, np.ndarray] = {}
     for leaf in leaves:
         with np.errstate(over="ignore"):
             whole = _tensor(flat, leaf.path).astype(np.float32, copy=False)
-        _check_shape(leaf.path, found=whole.shape, expected=leaf.shape(config))
+        _check_shape(leaf.path, shape=whole.shape, expected=leaf.shape(config))
         _check_finite(leaf.path, whole)
         for source, name in zip(leaf.slices(whole), leaf.names(config), strict=True):
             if name not in state:
@@ -133,7 +133,7 @@ class _Leaf:
 
     def read(self, tensor: np.ndarray, name: str) -> np.ndarray:
         """One slice of the leaf."""
-        _check_shape(name, found=tensor.shape, expected=self.tensor_shape)
+        _check_shape(name, shape=tensor.shape, expected=self.tensor_shape)
         return self.part_of(tensor).reshape(self.slice_shape)
 
 
@@ -300,10 +300,10 @@ def _flatten(tree: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any
             yield path + key, value
 
 
-def _check_names(where: str, *, found: set[str], expected: set[str]) -> None:
-    for names, problem in ((expected - found, "lacks"), (found - expected, "has the unknown")):
-        if names:
-            first, *others = sorted(names)
+def _check_names(where: str, *, names: set[str], expected: set[str]) -> None:
+    for wrong, problem in ((expected - names, "lacks"), (names - expected, "has the unknown")):
+        if wrong:
+            first, *others = sorted(wrong)
             more = f" and {len(others)} more" if others else ""
             raise StackError(f"{where} {problem} {first}{more}; it is not of the model the config describes")
 
@@ -324,9 +324,9 @@ def _check_finite(name: str, numbers: np.ndarray) -> None:
         raise StackError(f"{name} holds NaN or infinity in float32; take a checkpoint from before it broke")
 
 
-def _check_shape(name: str, *, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
+def _check_shape(name: str, *, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
         raise StackError(
-            f"{name} has shape {list(found)}, the config asks for {list(expected)}; it is not of the model "
+            f"{name} has shape {list(shape)}, the config asks for {list(expected)}; it is not of the model "
             "the config describes"
         )
