@@ -71,6 +71,16 @@ def test_logits(golden, config, params):
     assert_close(ours[real], golden.results["logits"][real], "logits")
 
 
+@pytest.mark.parametrize(
+    "golden",
+    [
+        "gpt2",
+        "llama",
+        "qwen3_window",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("qwen2", "qwen3")),
+    ],
+    indirect=True,
+)
 def test_loss_and_gradients(golden, config, params):
     tokens, lengths = golden.results["tokens"], golden.results["lengths"]
     labels = jnp.asarray(next_tokens(tokens, lengths))

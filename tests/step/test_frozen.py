@@ -57,7 +57,7 @@ def frozen_names(program: Program) -> set[str]:
     ("layout", "devices"),
     [
         pytest.param([], 1, id="one device"),
-        pytest.param(STAGE_3, 8, id="zero 3"),
+        pytest.param(STAGE_3, 8, id="zero 3", marks=pytest.mark.full),
         pytest.param([*STAGE_3, "mesh.zero=1"], 8, id="zero 1", marks=pytest.mark.full),
     ],
 )

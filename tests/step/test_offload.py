@@ -140,9 +140,12 @@ def test_what_layers_save_waits_on_the_host(remat, saved):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        ["optimizer.kind=adamw", "optimizer.clip_norm=null", "optimizer.weight_decay=0"],
+        pytest.param(
+            ["optimizer.kind=adamw", "optimizer.clip_norm=null", "optimizer.weight_decay=0"],
+            marks=pytest.mark.full,
+        ),
         ["optimizer.kind=adamw", "optimizer.decay_embeddings=true"],
-        ["optimizer.kind=lion"],
+        pytest.param(["optimizer.kind=lion"], marks=pytest.mark.full),
         ["optimizer.kind=sgd"],
     ],
     ids=lambda overrides: " ".join(overrides).replace("optimizer.", ""),

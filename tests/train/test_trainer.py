@@ -343,6 +343,7 @@ def test_a_run_over_another_model_is_refused_and_left_as_it_was(folder, finished
     assert (copy / "config.yaml").read_text() == kept
 
 
+@pytest.mark.full
 def test_a_trace_may_begin_before_a_run_that_goes_on(folder) -> None:
     run(folder, "resumed", "train.steps=2")
     resumed = run(folder, "resumed", "train.steps=4", "train.profile_steps=[1, 4]")
