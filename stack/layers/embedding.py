@@ -125,8 +125,10 @@ def sum_sorted_rows(
         target = jnp.where(first, rows, number + jnp.arange(chunk, dtype=rows.dtype))
         return sums.at[target].add(runs, mode="drop", unique_indices=True), None
 
+    # Zeros that are made of nothing would be made before the backward pass of the last layer, and kept.
     # Inside shard_map these are each device's own, as its rows are.
-    sums = jnp.zeros_like(rows, jnp.float32, shape=(number, values.shape[1]))
+    zero = jnp.minimum(rows[0], 0).astype(jnp.float32)
+    sums = jnp.broadcast_to(zero, (number, values.shape[1]))
     return jax.lax.scan(add, sums, (jnp.pad(order, (0, padding)).reshape(-1, chunk), in_order))[0]
 
 

@@ -166,7 +166,9 @@ def gradients[M](
         (_, sums), cotangent = jax.value_and_grad(loss, has_aux=True)(weights, micro)
         if layout.zero == 2:
             return scatter_module(cotangent, layout, partial_sum=True), sums
-        return jax.tree.map(lambda leaf: leaf.astype(layout.reduce_dtype), cotangent), sums
+        if accumulation > 1:
+            cotangent = jax.tree.map(lambda leaf: leaf.astype(layout.reduce_dtype), cotangent)
+        return cotangent, sums
 
     total: Any
     if accumulation == 1:
@@ -189,15 +191,24 @@ def gradients[M](
 
 
 def scatter_module[M](cotangent: M, layout: Layout, *, partial_sum: bool = False) -> M:
-    """Gradients of a module's matrices, summed over replicas and split as the parameters are."""
+    """Gradients of a module's matrices, summed over replicas and split as the parameters are.
 
-    def scatter(variable: nnx.Variable) -> nnx.Variable:
-        gradient, axes, role = variable[...], variable.axes, variable.role
+    Those that are whole are scattered one after another, the smallest first: each is laid out for it in
+    the reduce dtype, and the largest, of all layers, finds the others' memory free.
+    """
+    leaves, tree = jax.tree.flatten(cotangent, is_leaf=is_variable)
+    gradients, before = [leaf[...] for leaf in leaves], None
+    for index in sorted(range(len(leaves)), key=lambda index: gradients[index].size):
+        axes, role = leaves[index].axes, leaves[index].role
         if role == "vector":
-            return variable.replace(gradient.astype(jnp.float32))
-        return variable.replace(scatter_gradient(gradient, layout, axes, role, partial_sum=partial_sum))
-
-    return jax.tree.map(scatter, cotangent, is_leaf=is_variable)
+            gradients[index] = gradients[index].astype(jnp.float32)
+            continue
+        if before is not None and layout.zero == (2 if partial_sum else 1):
+            after = jax.lax.optimization_barrier((gradients[index], gradients[before]))
+            gradients[index], gradients[before] = after
+        gradients[index] = scatter_gradient(gradients[index], layout, axes, role, partial_sum=partial_sum)
+        before = index
+    return jax.tree.unflatten(tree, [leaf.replace(new) for leaf, new in zip(leaves, gradients, strict=True)])
 
 
 def _before_micro_batches[M](model: M, layout: Layout) -> M:
