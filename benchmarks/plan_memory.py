@@ -56,7 +56,6 @@ LOSS_TOKENS = 1024
 
 CONSTANTS = {
     "STREAMS": [float(number) for number in range(1, 15)],
-    "NEXT_MATRIX": [1 + step / 20 for step in range(21)],
     "AHEAD": [step / 20 for step in range(21)],
 }
 """Constants of `stack.planner.formula.memory` that are fitted, and the values that are tried."""

@@ -25,7 +25,7 @@ size rounds to nothing."""
 RESERVE = 1.5 * 2**30
 """The runtime's context, its libraries' workspaces and the network's buffers."""
 
-# These three were read off the buffers of compiled steps. `benchmarks/plan_memory.py --fit` fits them to the
+# These two were read off the buffers of compiled steps. `benchmarks/plan_memory.py --fit` fits them to the
 # 372 compiled cells of `benchmarks/results/plan_memory.csv`. It prints the values with which the mean of
 # |log(formula / compiled)| is smallest, 2.12 %, and those as good to 0.01 %; with these here it is 2.14 %.
 
@@ -33,10 +33,6 @@ STREAMS = 7
 """Arrays as wide as the model, and as many as wide as the heads, that are alive in attention's backward pass
 where no fused kernel runs: inputs, norms, results and their gradients. `benchmarks/plan_memory.py --fit`
 prints 9, and 8 to 9 as good."""
-
-NEXT_MATRIX = 1.2
-"""Matrices that exist at once in what they are summed in, the next one begun, when gradients are scattered.
-`benchmarks/plan_memory.py --fit` prints 1.3, and 1.2 to 1.4 as good."""
 
 AHEAD = 0.2
 """The share of what a layer's backward pass works on with which the next layer's has begun by then. That is
@@ -88,8 +84,8 @@ class _Sizes:
     """The head's table in float32, whole over `fsdp`; 0 where there is no head."""
     tables: float
     """Word tables in the compute dtype, whole over `fsdp`."""
-    largest: float
-    """The largest matrix in float32, of all layers together, whole over `fsdp`."""
+    matrices: tuple[float, ...]
+    """Numbers of each matrix, of all layers together, whole over `fsdp`; the smallest first."""
     compute: int
 
 
@@ -149,6 +145,8 @@ def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ..
     def whole(parts: tuple[Parameter, ...]) -> float:
         return compute * sum(p.shard(tensor=w.tensor) for p in parts if p.is_matrix)
 
+    matrices = [p.shard(tensor=w.tensor) / w.stage for p in layers if p.is_matrix]
+    matrices += [p.shard(tensor=w.tensor) for p in ends if p.is_matrix]
     return _Sizes(
         shard=shard(layers) / w.stage + shard(ends),
         layers_shard=shard(layers) / w.stage,
@@ -157,7 +155,7 @@ def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ..
         layer=whole(layers) / w.model.num_layers,
         table=4 * parameters(w.model).words.shard(tensor=w.tensor) if last else 0.0,
         tables=whole(ends),
-        largest=4 / w.stage * max(p.shard(tensor=w.tensor) for p in layers),
+        matrices=tuple(sorted(matrices)),
         compute=compute,
     )
 
@@ -203,15 +201,26 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
         "collectives": in_flight,
     }
     if w.zero == 2 or (w.zero == 1 and not several):
-        # Scattered matrix by matrix in what they are summed in, beside the weights for the next
-        # micro-batch; after the last, half of it lies where those were.
-        next_matrix = NEXT_MATRIX * s.largest / (1 if several else 2)
-        yield {"gradients": sums + s.whole, "collectives": min(whole_sums, next_matrix)}
+        yield from _scattering(w, s, sums)
     # The update, which needs no copies of the weights.
     yield {
         "parameters": s.shard,
         "gradients": s.shard + (sums if w.zero == 1 and w.fsdp > 1 else 0.0),
     }
+
+
+def _scattering(w: Workload, s: _Sizes, sums: float) -> Iterable[dict[str, float]]:
+    """What is held while each matrix is scattered, laid out for it in what is summed in, the others waiting.
+
+    Beside the weights, if another micro-batch wants them.
+    """
+    weights = {} if w.accumulation > 1 else {"parameters": s.shard}
+    waiting, scattered = sum(s.matrices), 0.0
+    for matrix in s.matrices:
+        gradients = waiting * s.compute + (sums or scattered)
+        yield weights | {"gradients": gradients, "collectives": matrix * w.reduce_bytes}
+        waiting -= matrix
+        scattered += 4 * matrix / w.fsdp
 
 
 def _compute_copies(w: Workload, s: _Sizes) -> float:
