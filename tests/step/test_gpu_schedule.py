@@ -33,7 +33,6 @@ MODEL = DecoderConfig(
 class Instruction(NamedTuple):
     """One of the step's own, not of a loop's."""
 
-    index: int
     kind: str
     shape: str
     operands: tuple[str, ...]
@@ -61,8 +60,8 @@ def schedule(zero: int) -> dict[str, Instruction]:
     entry = text[text.index("\nENTRY") :].split("\n}")[0]
     lines = re.findall(r"^ +(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, |$)", entry, re.MULTILINE)
     return {
-        name: Instruction(index, kind, shape, tuple(re.findall(r"%([\w.-]+)", operands)))
-        for index, (name, shape, kind, operands) in enumerate(lines)
+        name: Instruction(kind, shape, tuple(re.findall(r"%([\w.-]+)", operands)))
+        for name, shape, kind, operands in lines
     }
 
 

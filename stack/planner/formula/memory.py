@@ -217,6 +217,7 @@ def _scattering(w: Workload, s: _Sizes, sums: float) -> Iterable[dict[str, float
     weights = {} if w.accumulation > 1 else {"parameters": s.shard}
     waiting, scattered = sum(s.matrices), 0.0
     for matrix in s.matrices:
+        # Shards are added to the sums over micro-batches; of one micro-batch they are all there is.
         gradients = waiting * s.compute + (sums or scattered)
         yield weights | {"gradients": gradients, "collectives": matrix * w.reduce_bytes}
         waiting -= matrix
