@@ -57,6 +57,7 @@ LOSS_TOKENS = 1024
 CONSTANTS = {
     "STREAMS": [float(number) for number in range(1, 15)],
     "AHEAD": [step / 20 for step in range(21)],
+    "SPLITS": [step * 2.0**18 for step in range(17)],
 }
 """Constants of `stack.planner.formula.memory` that are fitted, and the values that are tried."""
 

@@ -25,19 +25,22 @@ size rounds to nothing."""
 RESERVE = 1.5 * 2**30
 """The runtime's context, its libraries' workspaces and the network's buffers."""
 
-# These two were read off the buffers of compiled steps. `benchmarks/plan_memory.py --fit` fits them to the
-# 372 compiled cells of `benchmarks/results/plan_memory.csv`. It prints the values with which the mean of
-# |log(formula / compiled)| is smallest, 2.20 %, and those as good to 0.01 %; with these here it is 2.30 %.
+# These three were read off the buffers of compiled steps. `benchmarks/plan_memory.py --fit` fits them to the
+# 372 compiled cells of `benchmarks/results/plan_memory.csv`: it prints the values with which the mean of
+# |log(formula / compiled)| is smallest, and those as good to 0.01 %.
 
-STREAMS = 7
+STREAMS = 8
 """Arrays as wide as the model, and as many as wide as the heads, that are alive in attention's backward pass
-where no fused kernel runs: inputs, norms, results and their gradients. `benchmarks/plan_memory.py --fit`
-prints 10."""
+where no fused kernel runs: inputs, norms, results and their gradients."""
 
-AHEAD = 0.2
+AHEAD = 0.1
 """The share of what a layer's backward pass works on with which the next layer's has begun by then. That is
 at stage 3, where no barrier keeps the two apart and the next has something to begin with: what was saved, or
-a gather along the sequence. `benchmarks/plan_memory.py --fit` prints 0.2, and 0.15 to 0.2 as good."""
+a gather along the sequence."""
+
+SPLITS = 1.5 * 2**20
+"""Sums in float32 of the parts of a gradient's product, whose long side, the tokens, is divided for a device
+to have something to do everywhere."""
 
 
 def memory(workload: Workload) -> Memory:
@@ -197,7 +200,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
     yield activations | {
         "gradients": sums + stack,
         "logits": s.table,
-        "temporaries": layer + input_copies,
+        "temporaries": layer + SPLITS + input_copies,
         "collectives": in_flight,
     }
     if w.zero == 2 or (w.zero == 1 and not several):
@@ -261,7 +264,7 @@ def _layer_temporaries(w: Workload) -> float:
     gathers = 2 * w.micro_tokens * model.embed_dim * bytes_each if w.sequence_parallel else 0.0
     everything = w.micro_batch / w.context * _trace(w, "none").per_layer(w.tensor) + gathers
     if w.fused_attention:
-        return everything
+        return everything + (_recomputed_beside(w) if w.remat == "full" else 0.0)
     scores = w.length * model.num_heads / w.tensor
     # Softmax and its gradient in float32, both in the compute dtype too, and what dropout kept.
     per_score = 2 * 4 + 2 * bytes_each + (1 if model.attention_dropout else 0)
@@ -269,6 +272,21 @@ def _layer_temporaries(w: Workload) -> float:
     heads = STREAMS * model.num_heads * model.head_width / w.tensor
     attention = w.micro_tokens * (scores * per_score + bytes_each * (stream + heads))
     return max(attention, everything + bytes_each * w.micro_tokens * scores)
+
+
+def _recomputed_beside(w: Workload) -> float:
+    """What a layer that is computed again works on at its most, in its MLP, beside what it would have kept.
+
+    In one piece of code an activation and its slope are made where they are read, not kept. The gradients
+    of the result and of the MLP's input are held, of a gated MLP one for each of its two products, and under
+    tensor parallelism their sum. What a kernel is told of segments is made again with the layer.
+    """
+    model, bytes_each = w.model, 4 if w.model.dtype == "float32" else 2
+    activations = 2 if model.gated else 1
+    gradients = (4 if w.tensor > 1 else 3) if model.gated else 1
+    widths = gradients * model.embed_dim - activations * model.mlp_width / w.tensor
+    mask = _trace(w, "none").once - _trace(w, "full").once
+    return w.micro_tokens * bytes_each * widths + w.micro_batch / w.context * mask
 
 
 def _layout_copies(w: Workload) -> tuple[float, float]:
