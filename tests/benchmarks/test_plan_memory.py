@@ -49,3 +49,16 @@ def test_the_fit_gives_back_the_constants_that_made_the_sizes(module, monkeypatc
         monkeypatch.setattr(formula, name, value)
     assert {cell: memory(work).program for cell, work in works.items()} == pytest.approx(sizes, rel=1e-3)
     assert "AHEAD" in capsys.readouterr().out
+
+
+def test_the_formula_is_as_close_to_the_grid_as_it_is_said_to_be(module):
+    sizes = module.read_results(module.RESULTS)
+    errors = {
+        cell: abs(memory(module.workload_of(module.config_of(cell))).program / size - 1)
+        for cell, size in sizes.items()
+    }
+    ordered = sorted(errors.values())
+    assert ordered[len(ordered) // 2] < 0.011
+    assert ordered[len(ordered) * 9 // 10] < 0.045
+    assert sum(error <= 0.05 for error in ordered) > 0.92 * len(ordered)
+    assert max(error for cell, error in errors.items() if sizes[cell] > 1e8) < 0.11

@@ -264,7 +264,7 @@ def _layer_temporaries(w: Workload) -> float:
     gathers = 2 * w.micro_tokens * model.embed_dim * bytes_each if w.sequence_parallel else 0.0
     everything = w.micro_batch / w.context * _trace(w, "none").per_layer(w.tensor) + gathers
     if w.fused_attention:
-        return everything + (_recomputed_beside(w) if w.remat == "full" else 0.0)
+        return everything + _recomputed_beside(w)
     scores = w.length * model.num_heads / w.tensor
     # Softmax and its gradient in float32, both in the compute dtype too, and what dropout kept.
     per_score = 2 * 4 + 2 * bytes_each + (1 if model.attention_dropout else 0)
@@ -275,18 +275,21 @@ def _layer_temporaries(w: Workload) -> float:
 
 
 def _recomputed_beside(w: Workload) -> float:
-    """What a layer that is computed again works on at its most, in its MLP, beside what it would have kept.
+    """What a layer that is computed again works on at its most beside what it would have kept.
 
-    In one piece of code an activation and its slope are made where they are read, not kept. The gradients
-    of the result and of the MLP's input are held, of a gated MLP one for each of its two products, and under
-    tensor parallelism their sum. What a kernel is told of segments is made again with the layer.
+    What a kernel is told of segments is made again with the layer. An MLP in one piece of code makes an
+    activation and its slope where they are read, and keeps neither; the gradients of its result and of its
+    input are held, of a gated MLP one for each of its two products, and under tensor parallelism their sum.
     """
+    rows = w.micro_batch / w.context
+    mask = rows * (_trace(w, "none").once - _trace(w, _policy(w)).once)
+    if w.remat not in ("full", "save_qkv_proj"):
+        return mask
     model, bytes_each = w.model, 4 if w.model.dtype == "float32" else 2
     activations = 2 if model.gated else 1
     gradients = (4 if w.tensor > 1 else 3) if model.gated else 1
     widths = gradients * model.embed_dim - activations * model.mlp_width / w.tensor
-    mask = _trace(w, "none").once - _trace(w, "full").once
-    return w.micro_tokens * bytes_each * widths + w.micro_batch / w.context * mask
+    return mask + w.micro_tokens * bytes_each * widths
 
 
 def _layout_copies(w: Workload) -> tuple[float, float]:
