@@ -10,6 +10,7 @@ import yaml
 from stack.config.errors import ConfigError
 from stack.config.explain import dotted, nearest
 from stack.config.located import Keys, Located, Place, merge
+from stack.config.paths import expand
 
 type PlaceOfLine = Callable[[int], Place]
 type FileOfName = Callable[[str], Path | None]
@@ -39,6 +40,15 @@ for _tag, _pattern in {
     "float": r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
 }.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes text in quotes wherever this reader, or one of YAML 1.1, would take it for something else."""
+
+
+for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _resolvers:
+        Dumper.add_implicit_resolver(_tag, _pattern, _first and [_first])
 
 
 def read_file(path: Path, above: tuple[Path, ...] = (), named: FileOfName | None = None) -> Located:
@@ -101,7 +111,7 @@ def _read_base(
         place = f"{where}:{_line(key)}"
         if value.tag != "tag:yaml.org,2002:str":
             raise ConfigError(f"{place}: base must be the path of another config file")
-        path = folder / Path(value.value).expanduser()
+        path = folder / expand(value.value)
         if named is not None:
             path = named(value.value) or path
         if path.resolve() in [other.resolve() for other in above]:
@@ -135,7 +145,10 @@ def _locate(node: yaml.Node, path: Keys, place: PlaceOfLine) -> Located:
         items = [_locate(item, (*path, i), place) for i, item in enumerate(node.value)]
         return Located(value=items, place=here)
     try:
-        return Located(value=_Loader("").construct_object(node), place=here)
+        value = _Loader("").construct_object(node)
+        if isinstance(value, str):  # An escape may give the two halves of a character.
+            value = value.encode("utf-16", "surrogatepass").decode("utf-16")
+        return Located(value=value, place=here)
     except (yaml.YAMLError, ValueError):
         raise ConfigError(f"{here.text}: {dotted(path)}: {node.value!r} cannot be a {node.tag}") from None
 

@@ -7,10 +7,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from stack.config.document import read_file, read_text, read_value
+from stack.config.document import Dumper, read_file, read_text, read_value
 from stack.config.errors import ConfigError
 from stack.config.explain import annotation_at, explain
 from stack.config.located import Keys, Located, Place, merge
+from stack.config.paths import expand
 from stack.config.tree import Config
 
 RUN_CONFIG = "config.yaml"
@@ -30,7 +31,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: in one line what is wrong, where, and the nearest valid name.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     if not path.is_dir():
         return _build(read_file(path), overrides)
     if not (path / RUN_CONFIG).is_file():
@@ -54,7 +55,8 @@ def replace(config: Config, *overrides: str) -> Config:
 
 def dump(config: Config) -> str:
     """The whole config, defaults included, as YAML that `parse` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+    tree = config.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def schema() -> dict[str, Any]:

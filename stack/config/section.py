@@ -44,10 +44,26 @@ class Section(BaseModel, metaclass=_Reported):
     """Which of its fields are read only beside some value of another; refused elsewhere, first to last."""
 
     @model_validator(mode="after")
+    def _check_text(self) -> Self:
+        for name, value in self:
+            if isinstance(value, str) and not is_text(value):
+                raise ValueError(f"{name} holds bytes or half a character that are not text; use UTF-8")
+        return self
+
+    @model_validator(mode="after")
     def _check_read(self) -> Self:
         if line := describe_unread(self, self.conditions):
             raise ValueError(line)
         return self
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written in UTF-8: half a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def one_of(union: Any) -> Any:

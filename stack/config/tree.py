@@ -55,6 +55,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
+            raise ValueError(f"name={self.name!r} must be the name of one folder; set output_dir to place it")
         length, limit = self.data.sequence_length, self.model.max_length
         if length > limit:
             raise ValueError(f"data.sequence_length={length} exceeds model.max_length={limit}")

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import IO
 
 from stack.config.errors import StackError
+from stack.config.paths import expand
 
 
 def cache_folder(cache_dir: str | Path) -> Path:
     """The folder `data.cache_dir` names, made if need be."""
-    root = Path(cache_dir).expanduser()
+    root = expand(cache_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
+from stack.config.paths import expand
 from stack.data.synthetic import synthetic_documents
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def source_files(source: SourceConfig) -> tuple[Path, ...]:
         return ()
     if source.kind == "python":
         return (*_topics_file(), *_library_files())
-    path = Path(source.path or "").expanduser()
+    path = expand(source.path or "")
     if path.is_file():
         return (path,)
     if path.is_dir():

@@ -12,6 +12,7 @@ from jaxtyping import Integer
 
 from stack.config import DataConfig
 from stack.config.errors import ConfigError, StackError
+from stack.config.paths import expand
 from stack.data.atomic import replace_text
 from stack.data.sources import read_documents
 from stack.data.split import is_heldout
@@ -114,7 +115,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     import tokenizers
 
-    path = Path(spec).expanduser()
+    path = expand(spec)
     if not path.is_file():
         raise StackError(f"data.tokenizer: {path} does not exist; give bytes or the path of a tokenizer.json")
     try:
@@ -180,7 +181,7 @@ def train_bpe(data: DataConfig, vocab_size: int, path: str | Path, *, seed: int 
                     yield text
 
     model.train_from_iterator(documents(), trainer)
-    _write(Path(path).expanduser(), model.to_str(pretty=True))
+    _write(expand(path), model.to_str(pretty=True))
     return load_tokenizer(str(path))
 
 

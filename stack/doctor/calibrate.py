@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from stack.config import ConfigError
+from stack.config.paths import expand
 from stack.doctor.timing import Measurement, Product, Transfer, measure
 from stack.hardware.chip import Hardware, Precision, load, lookup
 
@@ -23,7 +24,7 @@ def run(path: str | Path | None = None) -> Iterator[str]:
     Raises:
       ConfigError: the file exists, or is not named `.yaml` or `.yml`, or its folder does not exist.
     """
-    target = None if path is None else _checked(Path(path).expanduser())
+    target = None if path is None else _checked(expand(path))
     devices = jax.local_devices()
     yield f"measuring {len(devices)} x {devices[0].device_kind}, about half a minute"
     measurement = measure(devices)

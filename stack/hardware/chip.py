@@ -19,6 +19,7 @@ from stack.config import ConfigError
 from stack.config.document import read_file
 from stack.config.explain import dotted, explain, nearest
 from stack.config.located import Keys, Located, Place, merge
+from stack.config.paths import expand
 
 Precision = Literal["float32", "tensorfloat32", "float16", "bfloat16", "float8"]
 Platform = Literal["cpu", "gpu", "rocm", "tpu"]
@@ -133,7 +134,7 @@ def load(name_or_path: str | Path) -> Hardware:
     name = str(name_or_path)
     if path := _find_file(name):
         return _chips()[path.stem]
-    path = Path(name_or_path).expanduser()
+    path = expand(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _build(path)
     raise _unknown(name)

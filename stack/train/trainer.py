@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
 
 from stack.config import Config, StackError, dump, load
+from stack.config.paths import expand
 from stack.data.atomic import replace_text
 from stack.data.dataset import Data, check_fingerprint, open_data
 from stack.data.loader import Batch, prefetch, training_batches
@@ -61,7 +61,7 @@ class Trainer:
         devices = jax.devices() if devices is None else list(devices)
         resolved = auto.is_auto(config)
         self.config = config = auto.resolve(config, devices)
-        self.folder = Path(config.output_dir) / config.name
+        self.folder = expand(config.output_dir) / config.name
         self.program = programs.build(config, devices)
         self.mesh = states.concrete(self.program)
         self.state: states.State | None = None

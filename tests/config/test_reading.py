@@ -1,10 +1,24 @@
 """Configs from files and overrides, and the one line that says what is wrong with them."""
 
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from stack.config import Config, ConfigError, DecoderConfig, ParallelDecoderConfig, dump, load, parse
+from stack.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DecoderConfig,
+    ParallelDecoderConfig,
+    SampleConfig,
+    dump,
+    load,
+    parse,
+)
+from stack.config.paths import expand
 
 FILE = Path("run.yaml")
 
@@ -338,3 +352,46 @@ def test_a_single_text_for_the_list_of_overrides_is_told():
     write("run.yaml", "seed: 1\n")
     with pytest.raises(ConfigError, match=r"write \['seed=2'\]"):
         load("run.yaml", "seed=2")
+
+
+# Any text survives.
+
+
+@pytest.mark.parametrize(
+    "text", ["3e-4", "1E3", "1_000", "on", "0x1f", "1:30", "2024-01-01", "~", "", "=", "<<"]
+)
+def test_text_that_looks_like_something_else_reads_back_as_text(text):
+    config = Config(sample=SampleConfig(prompt=text))
+    assert parse(dump(config)) == config
+
+
+@settings(deadline=None)
+@given(st.text())
+@example("\U0001f600")
+def test_any_text_reads_back(text):
+    config = Config(sample=SampleConfig(prompt=text), data=DataConfig(tokenizer=text, cache_dir=text))
+    write("config.yaml", dump(config))
+    assert load("config.yaml") == config
+    for ascii_only in (True, False) if text.isprintable() else ():  # Others YAML wants escaped.
+        quoted = json.dumps(text, ensure_ascii=ascii_only)
+        assert Config().replace(f"sample.prompt={quoted}").sample.prompt == text
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(ConfigError, match="prompt holds bytes or half a character that are not text"):
+        Config(sample=SampleConfig(prompt="\ud800"))
+    assert "cannot be" in error('sample: {prompt: "\\ud800"}')
+    assert "not text" in error("seed: 1", "sample.prompt=\udcff")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/x", "", "..", "a\0b", "a\nb"])
+def test_the_name_of_a_run_is_that_of_one_folder(name):
+    with pytest.raises(ConfigError, match="must be the name of one folder"):
+        Config(name=name)
+
+
+def test_paths_expand_alike(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert expand("~/x") == Path("/home/someone/x")
+    with pytest.raises(ConfigError, match="there is no user nobody_at_all"):
+        expand("~nobody_at_all/x")

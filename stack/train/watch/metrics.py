@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from stack.config.errors import StackError
+from stack.config.paths import expand
 from stack.train.watch.listeners import Listener
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class History:
         axes.legend(frameon=False)
         if path is not None:
             try:
-                figure.savefig(path, dpi=150)
+                figure.savefig(expand(path), dpi=150)
             except (OSError, ValueError) as error:  # ValueError: a suffix Matplotlib does not know.
                 raise StackError(f"cannot write the plot to {os.fspath(path)}: {error}") from error
         return figure
@@ -186,7 +187,7 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         StackError: there is no such file, or a line of it is not a record.
     """
-    path = Path(path)
+    path = expand(path)
     if path.is_dir():
         path /= FILE
     try:
