@@ -1,6 +1,7 @@
 """Tokenized corpora on disk, keyed by what was read and by which tokenizer."""
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -31,11 +32,12 @@ from stack.data.split import document_hash
 from stack.data.token_files import read_token_documents
 from stack.data.tokenizer import Tokenizer
 
-_FORMAT = 2  # raise it when what is written changes: old entries are then not found
+_FORMAT = 3  # raise it when what is written changes: old entries are then not found
 _COLUMNS = {"offsets": "<i8", "num_bytes": "<i8", "hashes": "<u8"}
 """What is kept per document, a file each."""
 _CHUNK = 1 << 20  # characters or tokens a thread takes at one time
 _CHUNK_DOCUMENTS = 4096
+_READ_BACK = 1 << 12  # tokens of a chunk that are decoded again
 _SETTLED_SECONDS = 2  # a file changed more recently may change again within the clock's resolution
 
 
@@ -55,6 +57,12 @@ class Corpus:
     """[documents] int64: UTF-8 bytes of each document's text."""
     hashes: np.ndarray
     """[documents] uint64: `split.document_hash` of each document's text."""
+    left_out: int
+    """Documents without text."""
+    unknown_tokens: int
+    """Tokens that stand for words the tokenizer does not know."""
+    changed: float
+    """Share of the beginnings of documents, one of every chunk, that do not come back from their tokens."""
 
 
 def open_corpus(
@@ -82,9 +90,11 @@ def open_corpus(
     def write(target: Path) -> None:
         progress, task = _progress(source, show_progress)
         with progress:
-            chunks = _tokenize(_documents(source, tokenizer, seed), tokenizer, workers or os.cpu_count() or 1)
+            left_out = itertools.count()
+            documents = _documents(source, tokenizer, seed, lambda: next(left_out))
+            chunks = _tokenize(documents, tokenizer, workers or os.cpu_count() or 1)
             counted = _counted(chunks, lambda count: progress.advance(task, count))
-            if not _write(counted, tokenizer, target):
+            if not _write(counted, tokenizer, target, lambda: next(left_out)):
                 name = source.path or source.kind
                 raise StackError(f"data.sources: {name} holds no text; give it documents that are not empty")
 
@@ -137,10 +147,12 @@ def _digest(path: Path, known: list | None) -> list:
         raise StackError(f"{path}: cannot be read: {error.strerror}; check path and permissions") from error
 
 
-def _documents(source: SourceConfig, tokenizer: Tokenizer, seed: int) -> Iterator[str] | Iterator[np.ndarray]:
+def _documents(
+    source: SourceConfig, tokenizer: Tokenizer, seed: int, leave_out: Callable[[], object]
+) -> Iterator[str] | Iterator[np.ndarray]:
     if source.kind == "tokens":
         return read_token_documents(source, tokenizer)
-    return read_documents(source, seed=seed)
+    return read_documents(source, seed=seed, leave_out=leave_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +163,10 @@ class _Tokenized:
     lengths: np.ndarray
     num_bytes: np.ndarray
     hashes: np.ndarray
+    unknown: int
+    """Tokens for words the tokenizer does not know."""
+    is_changed: bool
+    """Whether the beginning of the first document's text does not come back from its tokens."""
 
 
 def _tokenize(
@@ -200,7 +216,17 @@ def _tokenize_chunk(documents: list, tokenizer: Tokenizer) -> _Tokenized:
         lengths=np.array([len(document) + 2 for document in ids], np.int64),
         num_bytes=np.array([len(text) for text in encoded], np.int64),
         hashes=np.array([document_hash(text) for text in encoded], np.uint64),
+        unknown=sum(int((document == tokenizer.unknown).sum()) for document in ids),
+        is_changed=isinstance(documents[0], str) and _is_changed(documents[0], ids[0], tokenizer),
     )
+
+
+def _is_changed(text: str, ids: np.ndarray, tokenizer: Tokenizer) -> bool:
+    """Whether the beginning of a text does not come back from its tokens."""
+    if len(ids) <= _READ_BACK:
+        return tokenizer.decode(ids) != text
+    # The last character may be cut.
+    return not text.startswith(tokenizer.decode(ids[:_READ_BACK]).rstrip("\ufffd"))
 
 
 def _counted(chunks: Iterable[_Tokenized], advance: Callable[[int], None]) -> Iterator[_Tokenized]:
@@ -209,10 +235,13 @@ def _counted(chunks: Iterable[_Tokenized], advance: Callable[[int], None]) -> It
         advance(int(chunk.num_bytes.sum()))
 
 
-def _write(chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: Path) -> bool:
+def _write(
+    chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: Path, left_out: Callable[[], int]
+) -> bool:
     """Whether there was anything to write."""
     # Written as they come: of a hundred million documents not even the lengths would fit in memory.
     content, end, documents = hashlib.blake2b(digest_size=16), 0, 0
+    unknown, changed = 0, []
     with ExitStack() as stack:
         tokens = stack.enter_context((target / "tokens.bin").open("wb"))
         columns = {name: stack.enter_context((target / f"{name}.bin").open("wb")) for name in _COLUMNS}
@@ -220,6 +249,8 @@ def _write(chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: Path) -> 
         for chunk in chunks:
             offsets = end + np.cumsum(chunk.lengths)
             end, documents = int(offsets[-1]), documents + len(offsets)
+            unknown += chunk.unknown
+            changed.append(chunk.is_changed)
             content.update(chunk.hashes.data)
             tokens.write(chunk.tokens.data)
             for name, values in (
@@ -235,6 +266,9 @@ def _write(chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: Path) -> 
         "dtype": str(np.min_scalar_type(tokenizer.vocab_size - 1)),
         "documents": documents,
         "fingerprint": content.hexdigest(),
+        "left_out": left_out(),
+        "unknown_tokens": unknown,
+        "changed": sum(changed) / len(changed),
     }
     (target / "manifest.json").write_text(json.dumps(manifest))
     return True
@@ -261,6 +295,9 @@ def _load(folder: Path, key: str) -> Corpus:
     return Corpus(
         key=key,
         fingerprint=manifest["fingerprint"],
+        left_out=manifest["left_out"],
+        unknown_tokens=manifest["unknown_tokens"],
+        changed=manifest["changed"],
         tokens=np.asarray(np.memmap(folder / "tokens.bin", manifest["dtype"], mode="r")),
         **columns,
     )

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Integer
 
-from stack.config import Config
+from stack.config import Config, SourceConfig
 from stack.config.errors import ConfigError, StackError
 from stack.data import mixture, packing
 from stack.data.atomic import cache_folder
-from stack.data.cache import open_corpus
+from stack.data.cache import Corpus, open_corpus
 from stack.data.fields import Field
 from stack.data.packing import FIELDS, PackedRows, pack_corpus
+from stack.data.sources import describe_names, list_files
 from stack.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+UNKNOWN = 1e-3
+"""A larger share of unknown tokens than this makes a loss per byte another one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,7 @@ class Dataset:
         """The UTF-8 text of every document, in order."""
         for part in self.parts:
             for document in part.token_documents():
-                yield self.tokenizer.decode(document[1:-1]).encode()
+                yield self.tokenizer.decode(document).encode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +109,21 @@ class Data:
     fingerprint: dict[str, str]
     """Hashes of tokenizer, corpus and packing, and the versions of how rows are made and ordered: equal
     fingerprints give equal batches from one seed."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it, a line each."""
+    is_lossless: bool = True
+    """Whether text comes back from its tokens, so that a loss per byte is one of the text."""
 
 
-def open_data(config: Config, *, show_progress: bool = True) -> Data:
+def open_data(config: Config, *, tokenizer: Tokenizer | None = None, show_progress: bool = True) -> Data:
     """Tokenize and pack what `config.data` names, unless the cache holds it, and open it.
 
     Safe to call in all processes of a run at once: those that share a cache wait for the first.
+
+    Args:
+        config: of the run.
+        tokenizer: by default the one it names.
+        show_progress: draw a bar on standard error.
 
     Raises:
         ConfigError: a tokenizer larger than the model's vocabulary, less training text than one batch.
@@ -118,7 +131,7 @@ def open_data(config: Config, *, show_progress: bool = True) -> Data:
             for it.
     """
     data = config.data
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     check_vocabulary(tokenizer, config.model.vocab_size)
     root = cache_folder(data.cache_dir)
     sources = [source for source in data.sources if source.weight > 0]
@@ -128,21 +141,32 @@ def open_data(config: Config, *, show_progress: bool = True) -> Data:
         )
         for source in sources
     ]
-    sides = [
-        pack_corpus(
-            corpus,
-            root,
-            sequence_length=data.sequence_length,
-            packed=data.packed,
-            heldout_fraction=data.heldout_fraction,
-        )
-        for corpus in corpora
-    ]
     weights = tuple(source.weight for source in sources)
-    train, heldout = (
-        Dataset(parts=parts, weights=weights, tokenizer=tokenizer) for parts in zip(*sides, strict=True)
-    )
-    _check_size(config, train, heldout)
+
+    def pack(*, by_place: bool) -> tuple[Dataset, Dataset]:
+        sides = [
+            pack_corpus(
+                corpus,
+                root,
+                sequence_length=data.sequence_length,
+                packed=data.packed,
+                heldout_fraction=data.heldout_fraction,
+                by_place=by_place,
+                decode=tokenizer.decode,
+            )
+            for corpus in corpora
+        ]
+        train, heldout = zip(*sides, strict=True)
+        return (
+            Dataset(parts=train, weights=weights, tokenizer=tokenizer),
+            Dataset(parts=heldout, weights=weights, tokenizer=tokenizer),
+        )
+
+    train, heldout = pack(by_place=False)
+    by_place = data.heldout_fraction > 0 and not heldout.num_rows
+    if by_place:
+        train, heldout = pack(by_place=True)
+    _check_size(config, train)
     choices = [data.sequence_length, data.packed, data.heldout_fraction, data.shuffle, weights]
     return Data(
         tokenizer=tokenizer,
@@ -155,7 +179,39 @@ def open_data(config: Config, *, show_progress: bool = True) -> Data:
             "rows": str(packing.VERSION),
             "order": str(mixture.VERSION),
         },
+        notes=tuple(_notes(config, sources, corpora, by_place=by_place)),
+        is_lossless=all(
+            corpus.changed == 0 and corpus.unknown_tokens <= UNKNOWN * len(corpus.tokens)
+            for corpus in corpora
+        ),
     )
+
+
+def _notes(
+    config: Config, sources: Sequence[SourceConfig], corpora: Sequence[Corpus], *, by_place: bool
+) -> Iterator[str]:
+    """What is not read as one might think, a line each."""
+    tokenizer = config.data.tokenizer
+    for source, corpus in zip(sources, corpora, strict=True):
+        name = source.path or source.kind
+        if others := list_files(source).passed_over:
+            yield f"data.sources: {name}: {len(others):,} files are not read: {describe_names(others)}"
+        if corpus.left_out:
+            yield f"data.sources: {name}: {corpus.left_out:,} documents without text are left out"
+        if corpus.unknown_tokens:
+            share = corpus.unknown_tokens / len(corpus.tokens)
+            hidden = "; no nats per byte are told, as they would flatter" if share > UNKNOWN else ""
+            yield f"data.tokenizer: {tokenizer} does not know {share:.2g} of the tokens of {name}{hidden}"
+        if corpus.changed:
+            yield (
+                f"data.tokenizer: {tokenizer} changes the text of {name} (case, spaces or characters do not"
+                " come back from its tokens); no nats per byte are told, as they would flatter"
+            )
+    if by_place:
+        yield (
+            "data.heldout_fraction: no document falls to the held-out side, so the last"
+            f" {config.data.heldout_fraction:.3g} of the text is held out, wherever it begins"
+        )
 
 
 def check_fingerprint(recorded: Mapping[str, str], current: Mapping[str, str], place: str) -> None:
@@ -181,7 +237,7 @@ def check_fingerprint(recorded: Mapping[str, str], current: Mapping[str, str], p
             )
 
 
-def _check_size(config: Config, train: Dataset, heldout: Dataset) -> None:
+def _check_size(config: Config, train: Dataset) -> None:
     batch_size = config.train.batch_size
     if train.num_rows < batch_size:
         raise ConfigError(
@@ -196,12 +252,6 @@ def _check_size(config: Config, train: Dataset, heldout: Dataset) -> None:
                 f"data.sources: every document of {source.path or source.kind} is held out;"
                 " lower data.heldout_fraction or add documents"
             )
-    if config.data.heldout_fraction > 0 and not heldout.num_rows:
-        documents = train.num_documents
-        raise ConfigError(
-            f"no document is held out of {documents} at data.heldout_fraction={config.data.heldout_fraction};"
-            " raise it, add documents, or set it to 0 to go without evaluation"
-        )
 
 
 def _digest(value: object) -> str:

@@ -8,9 +8,10 @@ Attention and positions start anew with each piece.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
@@ -28,6 +29,15 @@ VERSION = 1
 began with the old rows are told so, and not gone on with."""
 
 
+class Cut(NamedTuple):
+    """The share of one side where text is held out by its place, so that one document lies on both."""
+
+    bounds: tuple[int, int]
+    """Places, in the corpus, of the side's first token and of the one after its last."""
+    bytes_beyond: int
+    """UTF-8 bytes, of the document that is cut, on the other side."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedRows:
     """One side, train or held-out, of one corpus, as rows of `sequence_length` tokens."""
@@ -42,6 +52,8 @@ class PackedRows:
     """[pieces] int64: place of a piece's first token in the corpus."""
     piece_length: np.ndarray
     """[pieces] int32: input tokens of a piece."""
+    cut: Cut | None = None
+    """Where a document lies on both sides, its part on this one."""
 
     @property
     def num_rows(self) -> int:
@@ -56,7 +68,8 @@ class PackedRows:
     @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the documents' text."""
-        return int(self.corpus.num_bytes[self.documents].sum())
+        beyond = self.cut.bytes_beyond if self.cut else 0
+        return int(self.corpus.num_bytes[self.documents].sum()) - beyond
 
     def read(
         self, rows: Integer[np.ndarray, " rows"], padding: Mapping[str, int]
@@ -96,8 +109,10 @@ class PackedRows:
 
     def token_documents(self) -> Iterator[np.ndarray]:
         """The stored tokens, bos and eos included, of each document on this side."""
+        low, high = self.cut.bounds if self.cut else (0, len(self.corpus.tokens))
         for number in self.documents:
-            yield self.corpus.tokens[self.corpus.offsets[number] : self.corpus.offsets[number + 1]]
+            start, end = self.corpus.offsets[number : number + 2]
+            yield self.corpus.tokens[max(start, low) : min(end, high)]
 
 
 def pack_corpus(
@@ -107,21 +122,41 @@ def pack_corpus(
     sequence_length: int,
     packed: bool,
     heldout_fraction: float,
+    by_place: bool = False,
+    decode: Callable[[np.ndarray], str] | None = None,
 ) -> tuple[PackedRows, PackedRows]:
     """The train and the held-out rows of a corpus; the index is made once and kept under `root`.
+
+    Args:
+        corpus: the documents.
+        root: the cache.
+        sequence_length: tokens per row.
+        packed: whether several documents share a row.
+        heldout_fraction: share of documents, or of the tokens, that are held out.
+        by_place: hold out the end of the text, wherever documents end, instead of documents by hash.
+        decode: the tokenizer's, which counts the bytes of a document that lies on both sides; `by_place`
+            needs it.
 
     Raises:
         StackError: a cache that can not be written, or a damaged index.
     """
-    parts = [VERSION, corpus.key, sequence_length, packed, heldout_fraction]
+    parts = [VERSION, corpus.key, sequence_length, packed, heldout_fraction, *["by_place"] * by_place]
+    cuts: dict[str, Cut | None] = {"train": None, "heldout": None}
+    if by_place:
+        assert decode is not None
+        cuts = _cut_at_place(corpus, heldout_fraction, decode)
     key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     folder = root / f"rows-{key}"
 
     def write(target: Path) -> None:
         heldout = heldout_mask(corpus.hashes, heldout_fraction)
         for side, chosen in (("train", ~heldout), ("heldout", heldout)):
-            documents = np.flatnonzero(chosen)
-            start, length = _cut(corpus.offsets, documents, sequence_length)
+            low, high = cut.bounds if (cut := cuts[side]) else (0, int(corpus.offsets[-1]))
+            inside = (corpus.offsets[1:] > low + 1) & (corpus.offsets[:-1] + 1 < high)
+            documents = np.flatnonzero(inside if by_place else chosen)
+            start = np.maximum(corpus.offsets[documents], low)
+            end = np.minimum(corpus.offsets[documents + 1], high)
+            start, length = _cut(start, end, sequence_length)
             order, row_offsets = _rows(length, sequence_length) if packed else _one_each(length)
             np.save(target / f"{side}-documents.npy", documents)
             np.save(target / f"{side}-row_offsets.npy", row_offsets)
@@ -129,8 +164,27 @@ def pack_corpus(
             np.save(target / f"{side}-piece_length.npy", length[order].astype(np.int32))
 
     publish_folder(folder, write)
-    train, heldout = (_load(folder, side, corpus, sequence_length) for side in ("train", "heldout"))
+    train, heldout = (_load(folder, side, corpus, sequence_length, cut) for side, cut in cuts.items())
     return train, heldout
+
+
+def _cut_at_place(
+    corpus: Corpus, fraction: float, decode: Callable[[np.ndarray], str]
+) -> dict[str, Cut | None]:
+    """Both sides of the place before which all but a fraction of the tokens lie."""
+    total = int(corpus.offsets[-1])
+    place = min(max(int(total * (1 - fraction)), 2), total - 2)
+    document = int(np.searchsorted(corpus.offsets, place, side="right")) - 1
+    start, end = (int(offset) for offset in corpus.offsets[document : document + 2])
+    # Not within a character: its last bytes alone are no text.
+    while place < end - 1 and decode(corpus.tokens[place : place + 8]).startswith("\ufffd"):
+        place += 1
+    before = len(decode(corpus.tokens[start:place]).encode())
+    # The token before the place is what the first that is held out is predicted from.
+    return {
+        "train": Cut((0, place), int(corpus.num_bytes[document]) - before),
+        "heldout": Cut((place - 1, total), before),
+    }
 
 
 def best_fit(lengths: Integer[np.ndarray, " items"], capacity: int) -> Int64[np.ndarray, " items"]:
@@ -176,10 +230,9 @@ def best_fit(lengths: Integer[np.ndarray, " items"], capacity: int) -> Int64[np.
     return bins
 
 
-def _cut(offsets: np.ndarray, documents: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Start and length of every piece, in the order of the text."""
-    start = offsets[documents]
-    predictions = offsets[documents + 1] - start - 1
+def _cut(start: np.ndarray, end: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of every piece of documents at these places, in the order of the text."""
+    predictions = end - start - 1
     pieces = -(-predictions // sequence_length)
     within = _count_up(pieces) * sequence_length
     length = np.minimum(np.repeat(predictions, pieces) - within, sequence_length)
@@ -210,7 +263,7 @@ def _count_up(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _load(folder: Path, side: str, corpus: Corpus, sequence_length: int) -> PackedRows:
+def _load(folder: Path, side: str, corpus: Corpus, sequence_length: int, cut: Cut | None) -> PackedRows:
     names = ("documents", "row_offsets", "piece_start", "piece_length")
     try:
         arrays = {name: np.asarray(np.load(folder / f"{side}-{name}.npy", mmap_mode="r")) for name in names}
@@ -218,4 +271,4 @@ def _load(folder: Path, side: str, corpus: Corpus, sequence_length: int) -> Pack
         raise StackError(
             f"{folder}: a damaged cache entry ({error}); remove the folder and run again"
         ) from error
-    return PackedRows(corpus=corpus, sequence_length=sequence_length, **arrays)
+    return PackedRows(corpus=corpus, sequence_length=sequence_length, cut=cut, **arrays)

@@ -1,14 +1,20 @@
 """Documents, read one after another from where they lie; never more than a few in memory."""
 
+import bz2
 import codecs
 import glob
+import gzip
 import importlib
+import io
 import itertools
 import json
+import lzma
 import sysconfig
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
@@ -23,18 +29,35 @@ TEXT_DOCUMENT_CHARACTERS = 1 << 24
 SYNTHETIC_BYTES = 1 << 20
 """Size of a synthetic source without `max_bytes`."""
 
-_SUFFIXES = {"jsonl": (".jsonl",), "parquet": (".parquet",), "tokens": (".bin", ".npy"), "text": ("",)}
+_BYTE_ORDER_MARK = "\ufeff"
+"""What some editors put before a text; it is not part of it."""
+_UNREADABLE = (UnicodeError, LookupError, OSError, EOFError, lzma.LZMAError, zlib.error)
+_SUFFIXES = {
+    "jsonl": (".jsonl", ".ndjson"),
+    "parquet": (".parquet",),
+    "tokens": (".bin", ".npy"),
+    "text": ("",),
+}
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""How a compressed file of text is read."""
 # Not text a person wrote to be read: test suites, generated tables, how the interpreter was built.
 # pydoc_data is read through its topics, not as source.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
 _SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
 
 
-def read_documents(source: SourceConfig, *, seed: int = 0) -> Iterator[str]:
-    """The texts of a source in a fixed order, empty ones left out, until `max_bytes` of UTF-8.
+def read_documents(
+    source: SourceConfig, *, seed: int = 0, leave_out: Callable[[], object] = lambda: None
+) -> Iterator[str]:
+    """The texts of a source in a fixed order, empty and null ones left out, until `max_bytes` of UTF-8.
 
     A document is never cut by `max_bytes`: the one that reaches it is the last. `seed` is read by
     `synthetic` alone. Not for `tokens`: see `stack.data.token_files`.
+
+    Args:
+        source: where they lie.
+        seed: of synthetic text.
+        leave_out: called once for each that is left out.
 
     Raises:
         StackError: a missing path, a folder or pattern without files, bytes that are not text in
@@ -60,41 +83,125 @@ def read_documents(source: SourceConfig, *, seed: int = 0) -> Iterator[str]:
         case "tokens":
             raise ValueError("a tokens source holds token ids, not text")
     limit = source.max_bytes or (SYNTHETIC_BYTES if source.kind == "synthetic" else None)
-    return _until(filter(None, documents), limit)
+    return _until(_with_text(documents, leave_out), limit)
 
 
 def source_files(source: SourceConfig) -> tuple[Path, ...]:
     """The files of a source, sorted by path; none for `synthetic`.
 
     `path` is a file, a pattern (`**` crosses folders) or a folder, which is searched to its bottom for
-    *.jsonl, *.parquet, *.bin and *.npy, or every file of a `text` source; hidden files are passed over.
+    *.jsonl, *.ndjson, *.parquet, *.bin and *.npy in letters of either case, text and records also as *.gz,
+    *.bz2 and *.xz, or every file of a `text` source; hidden files are passed over. Links are followed, and
+    what several names lead to is read once.
+    """
+    return list_files(source).read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """What lies where a source is."""
+
+    read: tuple[Path, ...]
+    """Sorted by path."""
+    passed_over: tuple[Path, ...] = ()
+    """In its folder and not hidden, but not read: names of another kind, links that lead nowhere."""
+
+
+def list_files(source: SourceConfig) -> Files:
+    """The files of a source, and those in its folder that it does not read; see `source_files`.
+
+    Raises:
+        StackError: nothing is there to be read.
     """
     if source.kind == "synthetic":
-        return ()
+        return Files(read=())
     if source.kind == "python":
-        return (*_topics_file(), *_library_files())
+        return Files(read=(*_topics_file(), *_library_files()))
     path = expand(source.path or "")
     if path.is_file():
-        return (path,)
+        return Files(read=(path,))
+    suffixes = _SUFFIXES[source.kind]
+    if source.kind in ("jsonl", "text"):
+        suffixes += tuple(suffix + packed for suffix in suffixes for packed in _OPENERS)
     if path.is_dir():
-        suffixes = _SUFFIXES[source.kind]
-        files = [
-            file
-            for file in path.rglob("*")
-            if file.name.endswith(suffixes)
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-        wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
+        inside = [file for folder in _folders([path]) for file in _entries(folder)]
+        files = [file for file in inside if file.name.lower().endswith(suffixes) and file.is_file()]
+        known = {*files, *(file.with_suffix(".json") for file in files if source.kind == "tokens")}
+        others = [file for file in inside if file not in known and not file.is_dir()]
+        wanted = " or ".join(f"*{suffix}" for suffix in _SUFFIXES[source.kind])
         if not files:
-            raise StackError(f"data.sources: folder {path} holds no file {wanted}; check path and kind")
-    else:
-        files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-        if not files and glob.has_magic(str(path)):
-            raise StackError(f"data.sources: no file matches {path}; check path")
-        if not files:
-            raise StackError(f"data.sources: {path} does not exist; check path")
-    return tuple(sorted(files))
+            raise StackError(
+                f"data.sources: folder {path} holds no file {wanted}{_instead(others)}; check path and kind"
+            )
+        return Files(read=_once(files), passed_over=tuple(sorted(others)))
+    files = [file for file in _match(path) if file.is_file()]
+    if not files and glob.has_magic(str(path)):
+        raise StackError(f"data.sources: no file matches {path}; check path")
+    if not files:
+        raise StackError(f"data.sources: {path} does not exist; check path")
+    return Files(read=_once(files))
+
+
+def describe_names(files: Sequence[Path]) -> str:
+    """A few of the names of files, and how many there are beside these."""
+    names = ", ".join(file.name for file in files[:3])
+    return f"{names} and {len(files) - 3:,} more" if len(files) > 3 else names
+
+
+def _instead(others: Sequence[Path]) -> str:
+    return f" (it holds {describe_names(sorted(others))})" if others else ""
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden."""
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise StackError(
+            f"data.sources: folder {folder} cannot be read: {error.strerror}; check path and permissions"
+        ) from error
+
+
+def _folders(roots: Iterable[Path]) -> Iterator[Path]:
+    """These folders and all below them, each once, however many links lead to it."""
+    seen, waiting = set(), list(roots)
+    while waiting:
+        folder = waiting.pop()
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) not in seen:
+            seen.add((status.st_dev, status.st_ino))
+            yield folder
+            waiting += [entry for entry in _entries(folder) if entry.is_dir()]
+
+
+def _match(pattern: Path) -> Iterator[Path]:
+    """What a pattern names; unlike `glob`, `**` enters each folder once, so a circle of links ends."""
+    parts = pattern.parts
+    crossing = parts.index("**") if "**" in parts else None
+    if crossing is None:
+        yield from map(Path, glob.glob(str(pattern)))
+        return
+    rest = parts[crossing + 1 :]
+    roots = [folder for folder in map(Path, glob.glob(str(Path(*parts[:crossing])))) if folder.is_dir()]
+    for folder in _folders(roots or ([Path()] if not crossing else [])):
+        yield from _match(folder / Path(*rest)) if rest else _entries(folder)
+
+
+def _once(files: Iterable[Path]) -> tuple[Path, ...]:
+    """Files sorted by path, of several names of one file the first."""
+    unique: dict[tuple[int, int], Path] = {}
+    for file in sorted(set(files)):
+        status = file.stat()
+        unique.setdefault((status.st_dev, status.st_ino), file)
+    return tuple(unique.values())
+
+
+def _with_text(documents: Iterable[str | None], leave_out: Callable[[], object]) -> Iterator[str]:
+    for text in documents:
+        if text:
+            yield text
+        else:
+            leave_out()
 
 
 def _until(documents: Iterator[str], max_bytes: int | None) -> Iterator[str]:
@@ -137,40 +244,54 @@ def _python_documents() -> Iterator[str]:
             continue
 
 
+def _open(path: Path, encoding: str, newline: str) -> io.TextIOBase:
+    """A file of text, decompressed where its name says so."""
+    opener = _OPENERS.get(path.suffix.lower(), open)
+    return cast("io.TextIOBase", opener(path, "rt", encoding=encoding, newline=newline))
+
+
 def _read_text(path: Path, encoding: str) -> Iterator[str]:
     try:
-        with path.open(encoding=encoding, newline="") as file:
+        with _open(path, encoding, newline="") as file:
+            mark = _BYTE_ORDER_MARK
             while text := file.read(TEXT_DOCUMENT_CHARACTERS):
                 if len(text) == TEXT_DOCUMENT_CHARACTERS:
                     text += file.readline(TEXT_DOCUMENT_CHARACTERS)
-                yield text
-    except (UnicodeError, LookupError, OSError) as error:
+                yield text.removeprefix(mark)
+                mark = ""
+    except _UNREADABLE as error:
         raise _unreadable(path, encoding, error) from error
 
 
-def _read_jsonl(path: Path, field: str, encoding: str) -> Iterator[str]:
+def _read_jsonl(path: Path, field: str, encoding: str) -> Iterator[str | None]:
     try:
-        with path.open(encoding=encoding, newline="\n") as file:
+        with _open(path, encoding, newline="\n") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _json_text(line, field, f"{path}:{number}")
-    except (UnicodeError, LookupError, OSError) as error:
+                record = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+                if record.strip():
+                    yield _json_text(record, field, f"{path}:{number}")
+    except _UNREADABLE as error:
         raise _unreadable(path, encoding, error) from error
 
 
-def _json_text(line: str, field: str, place: str) -> str:
+def _json_text(line: str, field: str, place: str) -> str | None:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise StackError(
             f"{place}: not JSON at column {error.colno}: {error.msg}; mend or remove the line"
         ) from error
+    except (ValueError, RecursionError) as error:
+        what = "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+        raise StackError(f"{place}: JSON that is {what} to be read; mend or remove the line") from None
     if not isinstance(record, dict):
         raise StackError(f"{place}: a JSON {type(record).__name__}, not an object with a field {field!r}")
     if field not in record:
         present = ", ".join(record) or "none"
         raise StackError(f"{place}: no field {field!r}; fields present: {present}; set field to one of them")
     text = record[field]
+    if text is None:
+        return None
     if not isinstance(text, str):
         raise StackError(
             f"{place}: field {field!r} holds a {type(text).__name__}, not text; set field to a text"
@@ -185,7 +306,7 @@ def _json_text(line: str, field: str, place: str) -> str:
     return text
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -197,7 +318,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         with parquet.ParquetFile(path, memory_map=True) as file:
             _check_column(file, path, column)
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+                yield from batch.column(0).to_pylist()
     except (arrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise StackError(f"{path}: not a whole Parquet file ({reason}); write or copy it again") from error
@@ -218,7 +339,14 @@ def _check_column(file: "pyarrow.parquet.ParquetFile", path: Path, column: str) 
 
 
 def _unreadable(path: Path, encoding: str, error: Exception) -> StackError:
+    packed = path.suffix.lower() in _OPENERS
     match error:
+        case UnicodeError() if packed:
+            return StackError(
+                f"{path}: holds bytes that are not {encoding}; set encoding of this source to the file's"
+            )
+        case EOFError() | gzip.BadGzipFile() | lzma.LZMAError() | zlib.error():
+            return StackError(f"{path}: not a whole {path.suffix} file ({error}); copy or pack it again")
         case UnicodeError():
             return StackError(
                 f"{path}: the byte at offset {_first_undecodable(path, encoding)} is not {encoding};"

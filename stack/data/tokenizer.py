@@ -48,6 +48,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def unknown(self) -> int:
+        """Id that stands for every word it does not know; -1: it knows all text."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Changes whenever any text could be tokenized differently."""
         ...
@@ -68,6 +73,7 @@ class ByteTokenizer:
     vocab_size: int = 257
     bos: int = 256
     eos: int = 256
+    unknown: int = -1
     fingerprint: str = "bytes"
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -88,6 +94,7 @@ class HuggingFaceTokenizer:
     vocab_size: int
     bos: int
     eos: int
+    unknown: int
     fingerprint: str
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -132,8 +139,18 @@ def load_tokenizer(spec: str) -> Tokenizer:
         vocab_size=max(model.get_vocab(with_added_tokens=True).values()) + 1,
         bos=bos,
         eos=eos,
+        unknown=_unknown(model),
         fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest(),
     )
+
+
+def _unknown(model: "tokenizers.Tokenizer") -> int:
+    """Id of what stands for unknown words, -1 if there is none."""
+    settings = json.loads(model.to_str())["model"]
+    word, number = settings.get("unk_token"), settings.get("unk_id")
+    if word is not None:
+        number = model.token_to_id(word)
+    return -1 if number is None else number
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

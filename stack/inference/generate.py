@@ -1,6 +1,7 @@
 """Text from a model: prompts in, new tokens out."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -37,13 +38,13 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues each prompt, all of them at once, with a key-value cache.
 
     A row's text depends on its prompt, on `seed` and on its number in the batch; not on the other
-    prompts, so the same prompt given twice is continued in two ways. Prompt and text together end at
-    `model.max_length`, even where positions are not learned.
+    prompts, so the same prompt given twice is continued in two ways. A text that fills the context,
+    `model.max_length`, goes on from its last half.
 
     Args:
       program: of the run; its mesh is used whole, with the batch on every device and heads, MLP and
@@ -55,37 +56,125 @@ def generate(
       top_k: sample among this many likeliest tokens; None: all.
       top_p: sample among the likeliest tokens that together hold this probability.
       seed: of the random choices.
-      eos: the token that ends a text; None: none does.
+      eos: the tokens that end a text; None: none does.
 
     Returns:
-      The new tokens of each prompt, up to `eos`, which is left out.
+      The new tokens of each prompt, up to the first of `eos`, which is left out.
 
     Raises:
       StackError: no token is asked for, or a prompt is empty, has a token the model does not know, or
         fills the context.
+    """
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "eos": eos}
+    texts: list[list[int]] = [[] for _ in prompts]
+    for more in stream(program, params, prompts, length=length, chunk=length, **options):
+        for number, tokens in enumerate(more):
+            texts[number] += tokens
+    return texts
+
+
+def stream(
+    program: Program,
+    params: dict,
+    prompts: Sequence[Sequence[int]],
+    *,
+    length: int,
+    chunk: int = 8,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos: int | Sequence[int] | None = None,
+) -> Iterator[list[list[int]]]:
+    """The same, as it comes: each time up to `chunk` new tokens of every prompt.
+
+    What is chosen does not depend on `chunk`. The other arguments and errors are those of `generate`.
     """
     if length < 1:
         raise StackError(f"length={length} asks for no new token; ask for at least 1")
     config = program.config.model
     for number, prompt in enumerate(prompts):
         check_prompt(prompt, config, name=f"prompt {number}")
-    if not prompts:
-        return []
-    settings = _Settings(
-        graph=program.graph,
-        config=config,
-        layout=_layout(program.layout),
-        length=min(length, config.max_length),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )
+    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    rows = [_Row(list(prompt), length) for prompt in prompts]
+    key = jax.random.key(seed)
+    for number in itertools.count():
+        if not any(row.left for row in rows):
+            return
+        settings = _Settings(
+            graph=program.graph,
+            config=config,
+            layout=_layout(program.layout),
+            length=min(max(row.left for row in rows), config.max_length),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            ends=ends,
+        )
+        turn = jax.random.fold_in(key, _FIRST_TURN + number) if number else key
+        for more in _fill_context(program, settings, params, rows, turn, chunk):
+            yield [row.take(tokens, ends) for row, tokens in zip(rows, more, strict=True)]
+
+
+_FIRST_TURN = 1 << 30
+"""Beyond every number of a token, with which keys are folded too."""
+
+
+class _Row:
+    """One text: what the model sees of it, and how many tokens are still to come."""
+
+    def __init__(self, tokens: list[int], left: int) -> None:
+        """Begins with a prompt."""
+        self.tokens = tokens
+        self.left = left
+
+    def prompt(self, max_length: int) -> list[int]:
+        """What the next turn begins with: all of it while it fits the context, else as much as half of that.
+
+        A text that is at its end begins with its last token, as rows of a batch begin with something.
+        """
+        if not self.left:
+            return self.tokens[-1:]
+        if len(self.tokens) < max_length:
+            return self.tokens
+        return self.tokens[-max(1, max_length // 2) :]
+
+    def take(self, tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+        """Adds new tokens, up to an end; returns those that are text."""
+        new = tokens[: self.left]
+        end = next((place for place, token in enumerate(new) if token in ends), None)
+        self.left = 0 if end is not None else self.left - len(new)
+        new = new[:end]
+        self.tokens += new
+        return new
+
+
+def _fill_context(
+    program: Program, settings: "_Settings", params: dict, rows: Sequence[_Row], key: jax.Array, chunk: int
+) -> Iterator[list[list[int]]]:
+    """New tokens of every row until its context is full, it ends, or there are as many as asked for."""
+    limit = settings.config.max_length
+    prompts = [row.prompt(limit) for row in rows]
     with meshes.use(concrete(program)):
-        tokens, padding = jax.device_put(pad(prompts, config.max_length), program.layout.sharding())
-        end = -1 if eos is None else eos
-        new, lengths = _generate(settings, params, tokens, padding, jax.random.key(seed), end)
-    new, lengths = np.asarray(new), np.asarray(lengths)
-    return [row[:end].tolist() for row, end in zip(new, lengths, strict=True)]
+        everywhere = program.layout.sharding()
+        tokens, padding = jax.device_put(pad(prompts, limit), everywhere)
+        done = jax.device_put(np.array([not row.left for row in rows]), everywhere)
+        room = min(settings.length, chunk)
+        progress = _begin(settings, params, tokens, padding, done, key, room)
+    told = np.zeros(len(rows), np.int64)
+    while True:
+        with meshes.use(concrete(program)):
+            counts, new, is_done = jax.device_get((progress.lengths, progress.tokens, progress.ended))
+            finished = is_done.all() or int(progress.number) >= settings.length
+            if not finished:
+                room = min(settings.length, room + chunk)
+                progress = _go_on(settings, params, padding, tokens.shape[1], progress, key, room)
+        yield [
+            new[row, start:end].tolist() for row, (start, end) in enumerate(zip(told, counts, strict=True))
+        ]
+        told = counts
+        if finished:
+            return
 
 
 def pad(prompts: Sequence[Sequence[int]], max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -112,6 +201,7 @@ class _Settings:
     temperature: float
     top_k: int | None
     top_p: float
+    ends: tuple[int, ...]
 
 
 class _Progress(NamedTuple):
@@ -122,19 +212,69 @@ class _Progress(NamedTuple):
     tokens: jax.Array
     """[batch, length] int32."""
     lengths: jax.Array
-    """[batch] int32: tokens that belong to the text."""
+    """[batch] int32: tokens chosen before a row ended, its end included."""
     ended: jax.Array
     """[batch] bool."""
     cache: Cache
 
 
+type _Append = Callable[[_Progress, jax.Array, jax.Array | int], _Progress]
+
+
 @partial(jax.jit, static_argnames="settings")
-def _generate(
-    settings: _Settings, params: dict, prompts: jax.Array, padding: jax.Array, key: jax.Array, eos: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """New tokens [batch, length] and how many of them are text, [batch]."""
-    config, layout = settings.config, settings.layout
+def _begin(
+    settings: _Settings,
+    params: dict,
+    prompts: jax.Array,
+    padding: jax.Array,
+    ended: jax.Array,
+    key: jax.Array,
+    until: jax.Array,
+) -> _Progress:
+    """Reads the prompts [batch, bucket] and chooses up to `until` tokens of every row."""
     batch, bucket = prompts.shape
+    empty = caches.empty(settings.config, settings.layout, batch=batch, slots=bucket + settings.length)
+    start = _Progress(
+        number=jnp.int32(0),
+        tokens=jnp.zeros((batch, settings.length), jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        ended=ended,
+        cache=empty,
+    )
+    append = _append(settings, params, padding, bucket, key)
+    return _choose(append, append(start, prompts, 0), bucket, until)
+
+
+@partial(jax.jit, static_argnames=("settings", "bucket"), donate_argnames="progress")
+def _go_on(
+    settings: _Settings,
+    params: dict,
+    padding: jax.Array,
+    bucket: int,
+    progress: _Progress,
+    key: jax.Array,
+    until: jax.Array,
+) -> _Progress:
+    """Chooses more tokens of every row, up to `until`."""
+    return _choose(_append(settings, params, padding, bucket, key), progress, bucket, until)
+
+
+def _choose(append: _Append, progress: _Progress, bucket: int, until: jax.Array) -> _Progress:
+    """One token after another, until there are so many or every row has ended."""
+
+    def unfinished(progress: _Progress) -> jax.Array:
+        return (progress.number < until) & ~progress.ended.all()
+
+    def one_more(progress: _Progress) -> _Progress:
+        last = jax.lax.dynamic_slice_in_dim(progress.tokens, progress.number - 1, 1, axis=1)
+        return append(progress, last, bucket + progress.number - 1)
+
+    return jax.lax.while_loop(unfinished, one_more, progress)
+
+
+def _append(settings: _Settings, params: dict, padding: jax.Array, bucket: int, key: jax.Array) -> _Append:
+    """The function that takes tokens [batch, queries] into the cache and chooses the next of every row."""
+    config, layout = settings.config, settings.layout
     slots = bucket + settings.length
     room = config.max_length - (bucket - padding)
     model: Decoder = nnx.merge(settings.graph, params)
@@ -143,7 +283,6 @@ def _generate(
         model = gather_module(model, layout)
 
     def append(progress: _Progress, tokens: jax.Array, first: jax.Array | int) -> _Progress:
-        """Puts `tokens`, [batch, queries], into the cache from slot `first` on and chooses the next."""
         queries, window = tokens.shape[1], config.sliding_window
         mask = caches.mask(padding, first=first, queries=queries, slots=slots, window=window)
         output, cache = model.decode(tokens, mask, run, cache=progress.cache, slot=first)
@@ -161,34 +300,19 @@ def _generate(
             top_k=settings.top_k,
             top_p=settings.top_p,
         )
-        ended = progress.ended | (chosen == eos)
-        lengths = progress.lengths + ~ended
+        lengths = progress.lengths + ~progress.ended
+        is_end = jnp.isin(chosen, jnp.asarray(settings.ends, jnp.int32))
         return _Progress(
             number=progress.number + 1,
             tokens=jax.lax.dynamic_update_slice_in_dim(
                 progress.tokens, chosen[:, None], progress.number, axis=1
             ),
             lengths=lengths,
-            ended=ended | (lengths >= room),
+            ended=progress.ended | is_end | (lengths >= room),
             cache=cache,
         )
 
-    def unfinished(progress: _Progress) -> jax.Array:
-        return (progress.number < settings.length) & ~progress.ended.all()
-
-    def one_more(progress: _Progress) -> _Progress:
-        last = jax.lax.dynamic_slice_in_dim(progress.tokens, progress.number - 1, 1, axis=1)
-        return append(progress, last, bucket + progress.number - 1)
-
-    start = _Progress(
-        number=jnp.int32(0),
-        tokens=jnp.zeros((batch, settings.length), jnp.int32),
-        lengths=jnp.zeros(batch, jnp.int32),
-        ended=jnp.zeros(batch, bool),
-        cache=caches.empty(config, layout, batch=batch, slots=slots),
-    )
-    end = jax.lax.while_loop(unfinished, one_more, append(start, prompts, 0))
-    return end.tokens, end.lengths
+    return append
 
 
 def _layout(layout: Layout) -> Layout:

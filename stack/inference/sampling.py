@@ -35,9 +35,10 @@ def sample(
     """
     if temperature < 0:
         raise StackError(f"temperature={temperature} is negative; 0 takes the likeliest token")
-    if temperature == 0:
+    if temperature < jnp.finfo(jnp.float32).tiny:  # To float32, 0.
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
+    # From the largest, which stays 0, so that no quotient of the best is infinite.
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     return jax.random.categorical(key, keep_top_p(logits, top_p), axis=-1).astype(jnp.int32)

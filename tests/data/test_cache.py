@@ -211,7 +211,8 @@ def chunks(number: int) -> Iterator[cache._Tokenized]:
         lengths = np.full(1000, 3, np.int64)
         hashes = np.arange(first, first + 1000, dtype=np.uint64)
         tokens = np.tile(np.array([256, 7, 256], np.uint16), 1000)
-        yield cache._Tokenized(tokens=tokens, lengths=lengths, num_bytes=lengths - 2, hashes=hashes)
+        columns = {"tokens": tokens, "lengths": lengths, "num_bytes": lengths - 2, "hashes": hashes}
+        yield cache._Tokenized(**columns, unknown=0, is_changed=False)
 
 
 def test_what_is_kept_per_document_goes_to_disk_as_it_comes(tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_what_is_kept_per_document_goes_to_disk_as_it_comes(tmp_path: Path) -> N
         folder = tmp_path / str(number)
         folder.mkdir()
         tracemalloc.start()
-        assert cache._write(chunks(number), ByteTokenizer(), folder)
+        assert cache._write(chunks(number), ByteTokenizer(), folder, lambda: 0)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         corpus = cache._load(folder, "key")

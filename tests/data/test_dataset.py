@@ -1,9 +1,15 @@
 """A config becomes rows with sizes, a fingerprint, and refusals that say what to do."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers.models import BPE, WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.trainers import BpeTrainer
 
 from stack.config import Config
 from stack.config.errors import ConfigError, StackError
@@ -21,6 +27,7 @@ def open_with(tmp_path: Path, *sources: dict[str, object], batch_size: int = 2, 
             "cache_dir": str(tmp_path / "cache"),
             **data,
         },
+        "model": {"vocab_size": 300},
         "train": {"batch_size": batch_size},
     }
     return open_data(Config.model_validate(tree), show_progress=False)
@@ -98,11 +105,85 @@ def test_less_text_than_a_batch_is_refused_with_both_numbers(tmp_path: Path) -> 
         open_with(tmp_path, source, batch_size=rows + 1)
 
 
-def test_an_empty_held_out_set_is_refused_unless_none_is_asked_for(tmp_path: Path) -> None:
+def test_one_large_text_is_held_out_by_its_place(tmp_path: Path) -> None:
+    text = "".join(f"line {i}: ä€😀\n" for i in range(1000))
+    data = open_with(tmp_path, text_source(tmp_path / "text", [text]), heldout_fraction=0.1)
+    (train,), (heldout,) = (list(side.texts()) for side in (data.train, data.heldout))
+    # The character before is what the first of the held-out ones is predicted from.
+    assert text.encode().startswith(train)
+    assert train + heldout[-data.heldout.num_bytes :] == text.encode()
+    assert data.train.num_bytes + data.heldout.num_bytes == len(text.encode())
+    assert data.train.num_tokens + data.heldout.num_tokens == len(text.encode()) + 1
+    assert data.heldout.num_bytes == pytest.approx(0.1 * len(text.encode()), rel=0.01)
+    assert [note for note in data.notes if "the last 0.1 of the text is held out" in note]
+    labels = data.heldout.read(np.arange(data.heldout.num_rows), Causal.fields)["labels"]
+    assert (
+        bytes(int(label) for label in labels[labels >= 0] if label < 256)
+        == heldout[-data.heldout.num_bytes :]
+    )
+
+
+def test_several_sources_whose_documents_all_train_are_each_cut(tmp_path: Path) -> None:
+    sources = [text_source(tmp_path / name, [name * 2000]) for name in ("one", "two")]
+    data = open_with(tmp_path, *sources, heldout_fraction=0.05)
+    assert [part.num_bytes for part in data.heldout.parts] == [300, 300]
+    assert sum(part.num_bytes for part in data.train.parts) == 2 * 5700
+
+
+def test_nothing_is_held_out_where_nothing_is_asked_for(tmp_path: Path) -> None:
     source = text_source(tmp_path / "text", ["one text " * 100])
-    with pytest.raises(ConfigError, match=r"no document is held out of 1 at .*=0\.001; raise it"):
-        open_with(tmp_path, source, heldout_fraction=0.001)
-    assert open_with(tmp_path, source, heldout_fraction=0.0).heldout.num_rows == 0
+    data = open_with(tmp_path, source, heldout_fraction=0.0)
+    assert data.heldout.num_rows == 0
+    assert data.notes == ()
+
+
+def test_what_is_not_read_is_told_with_its_number(tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    records = [{"text": f"record {i} " * 20} for i in range(40)] + [{"text": None}, {"text": ""}]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "b.json").write_text("[]")
+    (folder / "gone.jsonl").symlink_to(folder / "nowhere")
+    notes = open_with(tmp_path, {"kind": "jsonl", "path": str(folder)}).notes
+    assert notes == (
+        f"data.sources: {folder}: 2 files are not read: b.json, gone.jsonl",
+        f"data.sources: {folder}: 2 documents without text are left out",
+    )
+    assert open_with(tmp_path, {"kind": "jsonl", "path": str(folder)}).notes == notes, "from the cache too"
+
+
+def words_tokenizer(path: Path, *, lowercase: bool = False) -> str:
+    model = tokenizers.Tokenizer(WordLevel({"[UNK]": 0, "[EOS]": 1, "the": 2, "cat": 3}, unk_token="[UNK]"))
+    model.add_special_tokens(["[UNK]", "[EOS]"])
+    if lowercase:
+        model = tokenizers.Tokenizer(BPE())
+        model.add_special_tokens(["[EOS]"])
+        model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        model.decoder = tokenizers.decoders.ByteLevel()
+        model.train_from_iterator(
+            ["the cat"], BpeTrainer(special_tokens=["[EOS]"], initial_alphabet=ByteLevel.alphabet())
+        )
+        model.normalizer = Lowercase()
+    else:
+        model.pre_tokenizer = Whitespace()
+    model.save(str(path))
+    return str(path)
+
+
+def test_a_tokenizer_that_does_not_know_the_words_flatters_nobody(tmp_path: Path) -> None:
+    source = text_source(tmp_path / "text", ["the cat sat on a mat " * 20 for _ in range(9)] + ["the dog"])
+    data = open_with(tmp_path, source, tokenizer=words_tokenizer(tmp_path / "words.json"))
+    assert not data.is_lossless
+    assert any("does not know 0.6" in note and "no nats per byte" in note for note in data.notes)
+
+
+def test_a_tokenizer_that_changes_the_text_is_told(tmp_path: Path) -> None:
+    source = text_source(tmp_path / "text", ["The Cat SAT " * 20 + str(i) for i in range(10)])
+    name = words_tokenizer(tmp_path / "lower.json", lowercase=True)
+    data = open_with(tmp_path, source, tokenizer=name)
+    assert not data.is_lossless
+    assert any("changes the text" in note for note in data.notes)
+    assert open_with(tmp_path, source).is_lossless
 
 
 def test_a_source_held_out_whole_is_named(tmp_path: Path) -> None:

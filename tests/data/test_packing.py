@@ -24,6 +24,9 @@ def make_corpus(lengths: list[int]) -> Corpus:
     """Documents whose tokens tell where they stand: token i of the corpus is i."""
     offsets = np.cumsum([0, *lengths])
     return Corpus(
+        left_out=0,
+        unknown_tokens=0,
+        changed=0.0,
         key=str(lengths),
         fingerprint="",
         tokens=np.arange(offsets[-1], dtype=np.uint32),

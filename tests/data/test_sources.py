@@ -1,8 +1,12 @@
 """Documents come out whole, in order, and what can not be read is said with its place."""
 
+import gzip
+import itertools
 import json
+import lzma
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import pytest
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
-from stack.data.sources import TEXT_DOCUMENT_CHARACTERS, read_documents, source_files
+from stack.data.sources import TEXT_DOCUMENT_CHARACTERS, list_files, read_documents, source_files
 
 
 def read(kind: str, path: Path | None = None, **settings: object) -> list[str]:
@@ -73,6 +77,52 @@ def test_parquet_gives_the_column_of_every_row(tmp_path: Path) -> None:
     texts = [f"row {i}" for i in range(3000)]
     pyarrow.parquet.write_table(pyarrow.table({"text": [*texts, None]}), tmp_path / "a.parquet")
     assert read("parquet", tmp_path) == texts
+
+
+def test_a_null_is_left_out_of_both_kinds_of_records(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "one"}\n{"text": ""}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": [None, "one", ""]}), tmp_path / "a.parquet")
+    for kind in ("jsonl", "parquet"):
+        left_out = itertools.count()
+        source = SourceConfig(kind=kind, path=str(tmp_path))
+        assert list(read_documents(source, leave_out=partial(next, left_out))) == ["one"]
+        assert next(left_out) == 2
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffone\ufeff".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "two"}'.encode("utf-16-le"))
+    assert read("text", tmp_path / "a.txt") == ["one\ufeff"]
+    assert read("jsonl", tmp_path / "b.jsonl", encoding="utf-16-le") == ["two"]
+
+
+def test_each_file_is_read_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a")
+    (tmp_path / "in" / "below" / "b.txt").write_text("b")
+    (tmp_path / "elsewhere" / "c.txt").write_text("c")
+    (tmp_path / "in" / "below" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "other").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "same.txt").symlink_to(tmp_path / "in" / "a.txt")
+    (tmp_path / "in" / "z.txt").hardlink_to(tmp_path / "in" / "a.txt")
+    for path in ("in", "in/**", "in/**/*.txt", "**/*.txt"):
+        assert sorted(read("text", tmp_path / path)) == ["a", "b", "c"], path
+
+
+def test_records_are_read_whatever_the_letters_of_the_name_and_compressed(tmp_path: Path) -> None:
+    for name, opener in (
+        ("a.JSONL", open),
+        ("b.ndjson", open),
+        ("c.jsonl.gz", gzip.open),
+        ("d.jsonl.xz", lzma.open),
+    ):
+        with opener(tmp_path / name, "wt") as file:
+            file.write(json.dumps({"text": name}) + "\n")
+    (tmp_path / "e.json").write_text("{}")
+    assert read("jsonl", tmp_path) == ["a.JSONL", "b.ndjson", "c.jsonl.gz", "d.jsonl.xz"]
+    files = list_files(SourceConfig(kind="jsonl", path=str(tmp_path)))
+    assert [file.name for file in files.passed_over] == ["e.json"]
 
 
 def test_max_bytes_ends_with_the_document_that_reaches_it(tmp_path: Path) -> None:
@@ -179,6 +229,34 @@ BAD_INPUT: dict[str, tuple[str, str, Callable[[Path], object], dict[str, str], s
         lambda path: path.write_text('{"text": "x\\ud800"}'),
         {},
         r":1: .*surrogate pair at character 1",
+    ),
+    "number of too many digits": (
+        "jsonl",
+        "a.jsonl",
+        lambda path: path.write_text('{"text": "x", "n": ' + "9" * 5000 + "}"),
+        {},
+        r":1: JSON that is a number of too many digits to be read; mend or remove the line",
+    ),
+    "records in records": (
+        "jsonl",
+        "a.jsonl",
+        lambda path: path.write_text('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+        {},
+        r":1: JSON that is nested too deep to be read",
+    ),
+    "truncated gzip": (
+        "text",
+        "a.txt.gz",
+        lambda path: path.write_bytes(gzip.compress(b"text " * 1000)[:-10]),
+        {},
+        r"a\.txt\.gz: not a whole \.gz file",
+    ),
+    "no gzip": (
+        "text",
+        "a.txt.gz",
+        lambda path: path.write_bytes(b"text"),
+        {},
+        r"a\.txt\.gz: not a whole \.gz file",
     ),
     "truncated parquet": (
         "parquet",

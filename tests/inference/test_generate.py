@@ -1,6 +1,7 @@
 """Cached generation is the model itself, run once per token, on any mesh and in any batch."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from stack.config import Config, DecoderConfig, StackError
-from stack.inference.generate import generate, pad
+from stack.inference.generate import generate, pad, stream
 from stack.layers.head import logits
 from stack.models.stack import Execution
 from stack.step.program import build
@@ -102,10 +103,14 @@ def scorer(family):
 
 
 def greedy_without_cache(family, prompt, length):
-    """The whole sequence computed again for every token."""
-    text = list(prompt)
-    for _ in range(min(length, CONTEXT - len(prompt))):
-        text.append(int(scorer(family)(text)[len(text) - 1].argmax()))
+    """The whole context computed again for every token; a full one begins anew with its last half."""
+    text, seen = list(prompt), list(prompt)
+    for _ in range(length):
+        if len(seen) == CONTEXT:
+            seen = seen[CONTEXT // 2 :]
+        token = int(scorer(family)(seen)[len(seen) - 1].argmax())
+        text.append(token)
+        seen.append(token)
     return text[len(prompt) :]
 
 
@@ -149,18 +154,47 @@ def test_text_ends_before_the_end_token():
     assert len(cut[1]) < 20 == len(cut[0])
 
 
-def test_text_ends_with_the_context_and_leaves_other_rows_alone(family):
+def test_text_goes_on_beyond_the_context_from_its_last_half(family):
     program, params = one_device(family)
     prompts = [PROMPTS[0], (PROMPTS[2] * 3)[: CONTEXT - 5]]
-    texts = generate(program, params, prompts, length=1000)
-    assert [len(text) for text in texts] == [CONTEXT - 3, 5]
-    assert texts == [greedy_without_cache(family, prompt, 1000) for prompt in prompts]
+    texts = generate(program, params, prompts, length=110)
+    assert [len(text) for text in texts] == [110, 110]
+    assert texts == [greedy_without_cache(family, prompt, 110) for prompt in prompts]
+
+
+def test_beyond_the_context_too_a_drawn_text_does_not_depend_on_the_other_prompts():
+    draw = functools.partial(generate, *one_device("gpt"), length=110, temperature=1.0, eos=[3, 7])
+    long = (PROMPTS[2] * 3)[: CONTEXT - 5]
+    texts = draw([PROMPTS[0], long])
+    assert texts[0] == draw([PROMPTS[0]])[0] == draw([PROMPTS[0], [11]])[0]
+    assert texts[1] == draw([[11], long])[1]
 
 
 def test_the_last_place_of_the_context_can_be_filled():
     program, params = one_device("gpt")
     prompt = (PROMPTS[2] * 3)[: CONTEXT - 1]
-    assert generate(program, params, [prompt], length=4) == [greedy_without_cache("gpt", prompt, 1)]
+    assert generate(program, params, [prompt], length=4) == [greedy_without_cache("gpt", prompt, 4)]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_text_streams_as_it_is_generated_whole(chunk):
+    program, params = one_device("gpt")
+    options = {"length": 70, "temperature": 1.0, "seed": 5}
+    end = generate(program, params, PROMPTS, **options)[1][60]
+    whole = generate(program, params, PROMPTS, **options, eos=end)
+    pieces = list(stream(program, params, PROMPTS, **options, eos=end, chunk=chunk))
+    assert [list(itertools.chain(*column)) for column in zip(*pieces, strict=True)] == whole
+    assert len({len(text) for text in whole}) > 1, "rows that end at one place prove little"
+    assert max(len(tokens) for piece in pieces for tokens in piece) <= chunk
+
+
+def test_any_of_several_tokens_ends_a_text():
+    program, params = one_device("gpt")
+    whole = generate(program, params, PROMPTS, length=20)
+    ends = [whole[0][5], whole[1][9]]
+    cut = [text[: min(map(text.index, set(ends) & set(text)), default=20)] for text in whole]
+    assert generate(program, params, PROMPTS, length=20, eos=ends) == cut
+    assert len(cut[0]) <= 5
 
 
 def test_no_prompts_no_texts():
@@ -199,7 +233,12 @@ def test_padding_stands_before_the_prompt():
     assert padding.tolist() == [13, 15]
 
 
-SHARP = {"top 1": {"top_k": 1}, "a tiny nucleus": {"top_p": 1e-6}, "cold": {"temperature": 1e-4}}
+SHARP = {
+    "top 1": {"top_k": 1},
+    "a tiny nucleus": {"top_p": 1e-6},
+    "cold": {"temperature": 1e-4},
+    "frozen": {"temperature": 1e-40},
+}
 
 
 @pytest.mark.parametrize("options", SHARP.values(), ids=SHARP)
