@@ -1,6 +1,8 @@
 """The command line: one thin command per verb; the work is done by the library."""
 
 import argparse
+import io
+import itertools
 import json
 import os
 import sys
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for a StackError, 2 for a ConfigError or a bad command line, 130 when
         interrupted.
     """
+    for screen in (sys.stdout, sys.stderr):
+        if isinstance(screen, io.TextIOWrapper):  # What it cannot show is spelled out, not an error.
+            screen.reconfigure(errors="backslashreplace")
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         _prepare_jax()
@@ -78,6 +83,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; overrides and prompts may stand before, between and after options."""
     parser, verbs = _parser()
+    argv, tail = _split_tail(argv)
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
         raise ConfigError(_unknown_verb(argv[0], verbs))
     arguments, rest = parser.parse_known_args(argv)
@@ -88,7 +94,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if not hasattr(arguments, "rest"):
             raise ConfigError(f"{word!r} is one argument too many; see `stack {argv[0]} --help`")
         arguments.rest = [*arguments.rest, word]
+    if tail and not hasattr(arguments, "rest"):
+        raise ConfigError(f"{tail[0]!r} is one argument too many; see `stack {argv[0]} --help`")
+    if tail:
+        arguments.rest = [*arguments.rest, *tail]
     return arguments
+
+
+def _split_tail(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments, and what stands after `--`, whatever it looks like."""
+    words = list(argv)
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]
 
 
 def _unknown_verb(word: str, verbs: Sequence[str]) -> str:
@@ -123,7 +140,15 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     sample = _verb(verbs, "sample", _sample, "generate text with a run")
     sample.add_argument("config", metavar="RUN", help="the folder of a run")
-    sample.add_argument("rest", metavar="PROMPT", nargs="*", default=(), help="what the text starts with")
+    text = "what the text starts with; - reads it from standard input; after -- it may begin with a dash"
+    sample.add_argument("rest", metavar="PROMPT", nargs="*", default=(), help=text)
+    sample.add_argument(
+        "--file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a prompt that is in a file; may be repeated",
+    )
     for option, kind, text in (
         ("length", int, "tokens to generate at most"),
         ("temperature", float, "divides the logits; 0 takes the likeliest token"),
@@ -268,11 +293,44 @@ def _sample(arguments: argparse.Namespace) -> None:
     }
     overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
     with together():
+        prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
         trainer = Trainer.from_run(arguments.config, overrides)
-        prompts = arguments.rest or [trainer.config.sample.prompt]
-        texts = trainer.generate(prompts, seed=arguments.seed)
-        if first():
-            print("\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
+        prompts = prompts or [trainer.config.sample.prompt]
+        if len(prompts) == 1:
+            pieces = itertools.chain(prompts, trainer.stream(prompts[0], seed=arguments.seed), ["\n"])
+        else:
+            texts = trainer.generate(prompts, seed=arguments.seed)
+            pieces = (f"{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
+        for piece in pieces:
+            if first():
+                print(piece, end="", flush=True)
+
+
+def _prompt(word: str) -> str:
+    """A prompt as it was typed; `-`: what stands on standard input."""
+    from stack.config.section import is_text
+
+    if word != "-":
+        if not is_text(word):
+            raise StackError(f"prompt {word!a} holds bytes that are not UTF-8; give it as UTF-8")
+        return word
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise StackError(
+            f"standard input: byte {error.start} is not UTF-8; give the prompt as UTF-8"
+        ) from None
+
+
+def _prompt_file(name: str) -> str:
+    from stack.config.paths import expand
+
+    try:
+        return expand(name).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise StackError(f"{name}: byte {error.start} is not UTF-8; give UTF-8") from None
+    except OSError as error:
+        raise StackError(f"{name}: cannot be read: {error.strerror}; check --file") from None
 
 
 def _show(arguments: argparse.Namespace) -> None:

@@ -46,6 +46,12 @@ class Dumper(yaml.SafeDumper):
     """Writes text in quotes wherever this reader, or one of YAML 1.1, would take it for something else."""
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+Dumper.add_representer(str, _represent_text)
 for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
     for _tag, _pattern in _resolvers:
         Dumper.add_implicit_resolver(_tag, _pattern, _first and [_first])

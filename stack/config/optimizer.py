@@ -19,14 +19,18 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Shape after the warmup: `cosine` (arXiv 1608.03983), `linear`, `constant`, or `wsd`, constant
     and then linear decay (arXiv 2404.06395)."""
-    warmup_steps: NonNegativeInt = 100
-    """Steps of linear rise from 0."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of linear rise from 0; null: a tenth of the run's, at most 100."""
     decay_steps: PositiveInt | None = None
     """Steps from the end of the warmup to the end of the decay; null: to the end of the run."""
     decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
     """`wsd`: share of decay_steps, at their end, that decays."""
     final_fraction: float = Field(default=0.1, ge=0.0, le=1.0)
     """Fraction of the peak at the end; 0.1 in GPT-3 and Llama."""
+
+    def warmup(self, steps: int) -> int:
+        """Steps of the warmup in a run of so many."""
+        return min(100, steps // 10) if self.warmup_steps is None else self.warmup_steps
 
 
 class OptimizerConfig(Section):

@@ -52,12 +52,14 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Held-out evaluation: the whole held-out set, each token once."""
+    """Held-out evaluation: the whole held-out set, each token once, unless `batches` says less."""
 
     every: NonNegativeInt = 0
     """Steps between evaluations; 0: only at the end. Nothing is evaluated where no data is held out."""
     batch_size: PositiveInt | None = None
     """Sequences per evaluation step over all devices; null: train.batch_size."""
+    batches: PositiveInt | None = None
+    """Evaluation steps at most, spread over the held-out set and the same each time; null: all of it."""
     trigram: bool = False
     """Print an interpolated trigram model's loss on the same text beside it, as a yardstick."""
 
@@ -88,3 +90,5 @@ class SampleConfig(Section):
     """Sample among this many likeliest tokens; null: all."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample among the likeliest tokens that together hold this probability (arXiv 1904.09751)."""
+    end_tokens: tuple[str, ...] = Field(default=(), strict=False)
+    """Tokens, as the tokenizer writes them, that end a text besides the end of a document."""

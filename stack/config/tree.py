@@ -29,7 +29,9 @@ class Config(Section):
         # What is to be computed again would be computed at once and kept, so the loop over layers stays.
         Condition(fields=("model.scan_unroll",), other="train.remat", values=("none", "auto")),
         Condition(
-            fields=("eval.every", "eval.batch_size", "eval.trigram"), other="data.heldout_fraction", unless=0
+            fields=("eval.every", "eval.batch_size", "eval.batches", "eval.trigram"),
+            other="data.heldout_fraction",
+            unless=0,
         ),
     )
 
@@ -60,7 +62,7 @@ class Config(Section):
         length, limit = self.data.sequence_length, self.model.max_length
         if length > limit:
             raise ValueError(f"data.sequence_length={length} exceeds model.max_length={limit}")
-        steps, warmup = self.train.steps, self.optimizer.schedule.warmup_steps
+        steps, warmup = self.train.steps, self.optimizer.schedule.warmup(self.train.steps)
         if self.optimizer.schedule.kind != "constant" and warmup >= steps:
             raise ValueError(
                 f"optimizer.schedule.warmup_steps={warmup} leaves nothing of train.steps={steps}"
@@ -70,6 +72,15 @@ class Config(Section):
                 f"train.profile_steps={list(self.train.profile_steps)} goes beyond train.steps={steps}"
             )
         return self
+
+    def settled(self) -> "Config":
+        """The same with what a default takes from the length of the run written out.
+
+        So that a run that goes on for longer keeps what it began with.
+        """
+        return self.replace(
+            f"optimizer.schedule.warmup_steps={self.optimizer.schedule.warmup(self.train.steps)}"
+        )
 
     def replace(self, *overrides: str) -> "Config":
         """A copy with overrides such as `"model.num_layers=4"`; the pairs are checked anew.

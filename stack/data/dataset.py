@@ -30,6 +30,8 @@ class Dataset:
     weights: tuple[float, ...]
     """Share of each part's rows in training."""
     tokenizer: Tokenizer
+    is_lossless: bool = True
+    """Whether text comes back from its tokens, so that a loss per byte is one of the text."""
 
     @property
     def sequence_length(self) -> int:
@@ -111,8 +113,6 @@ class Data:
     fingerprints give equal batches from one seed."""
     notes: tuple[str, ...] = ()
     """What a person should know of it, a line each."""
-    is_lossless: bool = True
-    """Whether text comes back from its tokens, so that a loss per byte is one of the text."""
 
 
 def open_data(config: Config, *, tokenizer: Tokenizer | None = None, show_progress: bool = True) -> Data:
@@ -143,6 +143,10 @@ def open_data(config: Config, *, tokenizer: Tokenizer | None = None, show_progre
     ]
     weights = tuple(source.weight for source in sources)
 
+    is_lossless = all(
+        corpus.changed == 0 and corpus.unknown_tokens <= UNKNOWN * len(corpus.tokens) for corpus in corpora
+    )
+
     def pack(*, by_place: bool) -> tuple[Dataset, Dataset]:
         sides = [
             pack_corpus(
@@ -158,8 +162,8 @@ def open_data(config: Config, *, tokenizer: Tokenizer | None = None, show_progre
         ]
         train, heldout = zip(*sides, strict=True)
         return (
-            Dataset(parts=train, weights=weights, tokenizer=tokenizer),
-            Dataset(parts=heldout, weights=weights, tokenizer=tokenizer),
+            Dataset(parts=train, weights=weights, tokenizer=tokenizer, is_lossless=is_lossless),
+            Dataset(parts=heldout, weights=weights, tokenizer=tokenizer, is_lossless=is_lossless),
         )
 
     train, heldout = pack(by_place=False)
@@ -180,10 +184,6 @@ def open_data(config: Config, *, tokenizer: Tokenizer | None = None, show_progre
             "order": str(mixture.VERSION),
         },
         notes=tuple(_notes(config, sources, corpora, by_place=by_place)),
-        is_lossless=all(
-            corpus.changed == 0 and corpus.unknown_tokens <= UNKNOWN * len(corpus.tokens)
-            for corpus in corpora
-        ),
     )
 
 

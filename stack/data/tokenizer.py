@@ -20,6 +20,8 @@ from stack.data.split import is_heldout
 if TYPE_CHECKING:
     import tokenizers
 
+FILE = "tokenizer.json"
+"""Of Hugging Face's `tokenizers`."""
 END_OF_DOCUMENT = "<|endoftext|>"
 """The special token of tokenizers trained here; it ends a document and starts the next."""
 
@@ -61,6 +63,14 @@ class Tokenizer(Protocol):
         """Ids of each text, without bos and eos: text can not forge a special token."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Writes what `load_tokenizer` reads back as its equal, if it needs a file."""
+        ...
+
+    def token(self, text: str) -> int | None:
+        """The id of one token as the vocabulary writes it, None if there is none."""
+        ...
+
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
         """The text of ids; special tokens leave nothing, broken UTF-8 leaves U+FFFD."""
         ...
@@ -79,6 +89,14 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The bytes of each text, uint8."""
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def save(self, folder: Path) -> None:
+        """Bytes need no file."""
+
+    def token(self, text: str) -> int | None:
+        """The id of one byte."""
+        encoded = text.encode()
+        return encoded[0] if len(encoded) == 1 else None
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
         """The text of ids; see `Tokenizer`."""
@@ -103,6 +121,18 @@ class HuggingFaceTokenizer:
         # the plain `encode` keeps the lock.
         encodings = (self.model.encode_batch_fast([text], add_special_tokens=False)[0] for text in texts)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def save(self, folder: Path) -> None:
+        """Writes a tokenizer.json, and the tokenizer_config.json that names its marks, into a folder."""
+        words = {"bos_token": self.bos, "eos_token": self.eos}
+        marks = {mark: self.model.id_to_token(number) for mark, number in words.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "tokenizer_config.json", json.dumps(marks, indent=2) + "\n")
+        replace_text(folder / FILE, self.model.to_str(pretty=True))
+
+    def token(self, text: str) -> int | None:
+        """The id of one token as the vocabulary writes it, None if there is none."""
+        return self.model.token_to_id(text)
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
         """The text of ids; see `Tokenizer`. Ids of a padded vocabulary's unused words are passed over."""
@@ -151,6 +181,16 @@ def _unknown(model: "tokenizers.Tokenizer") -> int:
     if word is not None:
         number = model.token_to_id(word)
     return -1 if number is None else number
+
+
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens after those of a prompt.
+
+    Decoded together, as some tokenizers drop a space at the start of what they decode.
+    """
+    before = tokenizer.decode(prompt)
+    whole = tokenizer.decode([*prompt, *new])
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(new)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

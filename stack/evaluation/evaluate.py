@@ -1,4 +1,4 @@
-"""The held-out set, each of its labels once."""
+"""The held-out set, each of its labels at most once."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ EvalStep = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]
 def evaluate(
     program: Program, eval_step: EvalStep, params: dict[str, Any], heldout: Dataset
 ) -> dict[str, float]:
-    """What the program's objective tells of the whole held-out set.
+    """What the program's objective tells of the held-out set, or of `eval.batches` of it.
 
     Args:
       program: of the run; its mesh is in use.
@@ -34,6 +34,16 @@ def evaluate(
     config, objective = program.config, program.objective
     size = config.eval.batch_size or config.train.batch_size
     make, number = heldout_batches(heldout, fields=objective.fields, batch_size=size, layout=program.layout)
-    parts = jax.device_get([eval_step(params, batch) for batch in prefetch(make, range(number))])
+    chosen = spread(number, config.eval.batches or number)
+    parts = jax.device_get([eval_step(params, batch) for batch in prefetch(make, chosen)])
     sums = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
-    return objective.evaluate(sums, num_bytes=heldout.num_bytes)
+    # Of some batches the bytes are not counted; their share of the tokens stands for that of the bytes.
+    share = sums["tokens"] / heldout.num_tokens if len(chosen) < number else 1.0
+    return objective.evaluate(sums, num_bytes=share * heldout.num_bytes if heldout.is_lossless else None)
+
+
+def spread(number: int, most: int) -> list[int]:
+    """At most so many of the numbers from 0 to `number` - 1, evenly spread and always the same."""
+    if most >= number:
+        return list(range(number))
+    return [(2 * place + 1) * number // (2 * most) for place in range(most)]

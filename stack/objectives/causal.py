@@ -65,14 +65,14 @@ class Causal:
         divisor = jnp.maximum(tokens, 1.0)
         return {"loss": sums["nll"] / divisor, "accuracy": sums["correct"] / divisor, "tokens": tokens}
 
-    def evaluate(self, sums: Mapping[str, float], *, num_bytes: int) -> dict[str, float]:
-        """Loss (nats per token), perplexity, accuracy, nats_per_byte, tokens."""
+    def evaluate(self, sums: Mapping[str, float], *, num_bytes: float | None) -> dict[str, float]:
+        """Loss (nats per token), perplexity, accuracy, nats_per_byte where there are bytes, tokens."""
         loss = sums["nll"] / sums["tokens"]
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "accuracy": sums["correct"] / sums["tokens"],
-            "nats_per_byte": sums["nll"] / num_bytes,
+            **({} if num_bytes is None else {"nats_per_byte": sums["nll"] / num_bytes}),
             "tokens": sums["tokens"],
         }
 

@@ -48,11 +48,11 @@ class Objective(Protocol):
         """What a training step tells of its sums."""
         ...
 
-    def evaluate(self, sums: Mapping[str, float], *, num_bytes: int) -> dict[str, float]:
-        """What an evaluation tells of the sums over the whole held-out set.
+    def evaluate(self, sums: Mapping[str, float], *, num_bytes: float | None) -> dict[str, float]:
+        """What an evaluation tells of the sums over held-out text.
 
         Args:
           sums: of all batches.
-          num_bytes: UTF-8 bytes of the held-out text.
+          num_bytes: UTF-8 bytes of the text; None where its tokens are not all of it.
         """
         ...

@@ -40,15 +40,16 @@ def parts(config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles) -> t
 def schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     """Step (from 0) -> learning rate."""
     shape, peak = config.schedule, config.learning_rate
-    rise = optax.linear_schedule(0.0, peak, max(1, shape.warmup_steps))
-    parts, boundaries = [rise, _after_warmup(shape, peak, steps)], [shape.warmup_steps]
+    warmup = shape.warmup(steps)
+    rise = optax.linear_schedule(0.0, peak, max(1, warmup))
+    parts, boundaries = [rise, _after_warmup(shape, peak, steps)], [warmup]
     joined = optax.join_schedules(parts, boundaries)
     # The first update counts as one step of the rise: a step at rate 0 would be wasted.
-    return (lambda step: joined(step + 1)) if shape.warmup_steps else parts[1]
+    return (lambda step: joined(step + 1)) if warmup else parts[1]
 
 
 def _after_warmup(shape: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
-    length = shape.decay_steps or max(1, steps - shape.warmup_steps)
+    length = shape.decay_steps or max(1, steps - shape.warmup(steps))
     end = peak * shape.final_fraction
     match shape.kind:
         case "constant":

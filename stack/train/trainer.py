@@ -17,11 +17,13 @@ from jax.experimental import multihost_utils
 
 from stack.config import Config, StackError, dump, load
 from stack.config.paths import expand
+from stack.config.section import is_text
 from stack.data.atomic import replace_text
 from stack.data.dataset import Data, check_fingerprint, open_data
 from stack.data.loader import Batch, prefetch, training_batches
+from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, continuation, load_tokenizer
 from stack.evaluation.evaluate import evaluate
-from stack.inference.generate import generate
+from stack.inference.generate import generate, stream
 from stack.parallel import mesh as meshes
 from stack.parallel.host_memory import keep_freed_memory
 from stack.planner.search import auto
@@ -36,6 +38,9 @@ from stack.train.watch.metrics import History
 from stack.train.watch.standard import standard_listeners
 from stack.train.watch.trace import Trace
 from stack.versions import RECORDED, installed_version
+
+TOKENIZER = "tokenizer"
+"""The folder, within a run's, of the tokenizer it was trained with."""
 
 
 class Trainer:
@@ -59,6 +64,7 @@ class Trainer:
           ConfigError: the config does not fit the devices.
         """
         devices = jax.devices() if devices is None else list(devices)
+        config = config.settled()
         resolved = auto.is_auto(config)
         self.config = config = auto.resolve(config, devices)
         self.folder = expand(config.output_dir) / config.name
@@ -90,7 +96,20 @@ class Trainer:
     @cached_property
     def data(self) -> Data:
         """Tokenized and packed text; prepared on first use."""
-        return open_data(self.config, show_progress=jax.process_index() == 0)
+        return open_data(self.config, tokenizer=self.tokenizer, show_progress=jax.process_index() == 0)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own, once it has a checkpoint; before that the one the config names.
+
+        Raises:
+          StackError: there is none, or its vocabulary is larger than the model's.
+        """
+        own = self.folder / TOKENIZER
+        kept = (own / FILE).is_file() and Checkpoints(self.folder / "checkpoints").latest() is not None
+        tokenizer = load_tokenizer(str(own / FILE) if kept else self.config.data.tokenizer)
+        check_vocabulary(tokenizer, self.config.model.vocab_size)
+        return tokenizer
 
     @property
     def history(self) -> History:
@@ -115,6 +134,8 @@ class Trainer:
                 ending.check(self)
             first = self._begin(checkpoints)
             self._listeners.on_start(self._introduction(first))
+            for note in self.data.notes:
+                self._listeners.on_warning(note)
             self._train(first, checkpoints)
             summary.update(self._finish(first))
         if jax.process_count() > 1:  # The first may still be writing the history that all read.
@@ -132,9 +153,29 @@ class Trainer:
             return evaluate(self.program, self._eval_step, params, self.data.heldout)
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens of prompts, each the start of a document."""
-        tokenizer = self.data.tokenizer
-        return [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(prompts)]
+        """The tokens of prompts, each the start of a document.
+
+        Raises:
+          StackError: a prompt is not text.
+        """
+        for number, prompt in enumerate(prompts):
+            if not is_text(prompt):
+                raise StackError(f"prompt {number} holds bytes that are not UTF-8; give it as UTF-8")
+        return [[self.tokenizer.bos, *ids.tolist()] for ids in self.tokenizer.encode_batch(prompts)]
+
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a text.
+
+        Raises:
+          StackError: the tokenizer lacks one of `sample.end_tokens`.
+        """
+        names = self.config.sample.end_tokens
+        ids = {name: self.tokenizer.token(name) for name in names}
+        if missing := [name for name, number in ids.items() if number is None]:
+            raise StackError(
+                f"sample.end_tokens: {missing[0]!r} is no token of {self.config.data.tokenizer}; remove it"
+            )
+        return [self.tokenizer.eos, *(number for number in ids.values() if number is not None)]
 
     def generate(self, prompts: str | Sequence[str], *, seed: int | None = None) -> list[str]:
         """Continues each prompt as `config.sample` says.
@@ -149,20 +190,37 @@ class Trainer:
         Raises:
           StackError: a prompt longer than the context.
         """
-        state, tokenizer, sample = self._trained(), self.data.tokenizer, self.config.sample
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        tokens = generate(
-            self.program,
-            states.join(state),
-            self.encode(texts),
-            length=sample.length,
-            temperature=sample.temperature,
-            top_k=sample.top_k,
-            top_p=sample.top_p,
-            seed=self.config.seed if seed is None else seed,
-            eos=tokenizer.eos,
-        )
-        return [tokenizer.decode(ids) for ids in tokens]
+        tokens = self.encode([prompts] if isinstance(prompts, str) else list(prompts))
+        new = generate(self.program, states.join(self._trained()), tokens, **self._sampling(seed))
+        return [continuation(self.tokenizer, *pair) for pair in zip(tokens, new, strict=True)]
+
+    def stream(self, prompt: str, *, seed: int | None = None) -> Iterator[str]:
+        """The same text of one prompt in pieces, as they come.
+
+        Raises:
+          StackError: a prompt longer than the context.
+        """
+        (tokens,) = self.encode([prompt])
+        new: list[int] = []
+        told = ""
+        for ((*more,),) in stream(
+            self.program, states.join(self._trained()), [tokens], **self._sampling(seed)
+        ):
+            new += more
+            text = continuation(self.tokenizer, tokens, new)
+            whole = text.rstrip("\ufffd")  # The last character may not be whole yet.
+            if whole.startswith(told):
+                yield whole.removeprefix(told)
+                told = whole
+        yield continuation(self.tokenizer, tokens, new).removeprefix(told)
+
+    def _sampling(self, seed: int | None) -> dict[str, Any]:
+        sample = self.config.sample
+        return {
+            **sample.model_dump(include={"length", "temperature", "top_k", "top_p"}),
+            "seed": self.config.seed if seed is None else seed,
+            "eos": self.end_tokens(),
+        }
 
     @cached_property
     def train_step(self) -> Any:
@@ -206,15 +264,27 @@ class Trainer:
                 f"{self.folder} holds a run at step {step} and checkpoint.resume is false; "
                 "give this run another name, or delete the folder"
             )
+        self._check_tokenizer()
         check_fingerprint(checkpoints.extra(step)["data"], self.data.fingerprint, str(self.folder))
         self.state = checkpoints.restore(step, states.abstract(self.program))
         self._record_data()  # Last: what could not go on leaves the run's record as it was.
         return step
 
+    def _check_tokenizer(self) -> None:
+        """Refuses a config that names another tokenizer than the run's own; its file may be gone."""
+        named = self.config.data.tokenizer
+        is_here = named == "bytes" or expand(named).is_file()
+        if is_here and load_tokenizer(named).fingerprint != self.tokenizer.fingerprint:
+            raise StackError(
+                f"{self.folder}: the run began with another tokenizer than data.tokenizer={named} is now;"
+                " restore it, or start a new run under another name"
+            )
+
     def _record_data(self) -> None:
         fingerprint = self.data.fingerprint
         if jax.process_index() == 0:
             replace_text(self.folder / "config.yaml", dump(self.config))
+            self.tokenizer.save(self.folder / TOKENIZER)
             (self.folder / "data.json").write_text(json.dumps(fingerprint, indent=2) + "\n")
 
     def _train(self, first: int, checkpoints: Checkpoints) -> None:

@@ -368,6 +368,7 @@ def test_text_that_looks_like_something_else_reads_back_as_text(text):
 @settings(deadline=None)
 @given(st.text())
 @example("\U0001f600")
+@example("\x85")
 def test_any_text_reads_back(text):
     config = Config(sample=SampleConfig(prompt=text), data=DataConfig(tokenizer=text, cache_dir=text))
     write("config.yaml", dump(config))

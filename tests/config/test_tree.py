@@ -81,7 +81,11 @@ def test_a_list_stands_for_a_tuple():
             {"data": {"sequence_length": 2048}},
             "data.sequence_length=2048 exceeds model.max_length=1024",
         ),
-        (Config, {"train": {"steps": 100}}, "warmup_steps=100 leaves nothing of train.steps=100"),
+        (
+            Config,
+            {"train": {"steps": 100}, "optimizer": {"schedule": {"warmup_steps": 100}}},
+            "warmup_steps=100 leaves nothing of train.steps=100",
+        ),
         (
             Config,
             {"train": {"profile_steps": [1, 2000]}},

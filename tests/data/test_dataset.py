@@ -173,7 +173,7 @@ def words_tokenizer(path: Path, *, lowercase: bool = False) -> str:
 def test_a_tokenizer_that_does_not_know_the_words_flatters_nobody(tmp_path: Path) -> None:
     source = text_source(tmp_path / "text", ["the cat sat on a mat " * 20 for _ in range(9)] + ["the dog"])
     data = open_with(tmp_path, source, tokenizer=words_tokenizer(tmp_path / "words.json"))
-    assert not data.is_lossless
+    assert not data.heldout.is_lossless
     assert any("does not know 0.6" in note and "no nats per byte" in note for note in data.notes)
 
 
@@ -181,9 +181,9 @@ def test_a_tokenizer_that_changes_the_text_is_told(tmp_path: Path) -> None:
     source = text_source(tmp_path / "text", ["The Cat SAT " * 20 + str(i) for i in range(10)])
     name = words_tokenizer(tmp_path / "lower.json", lowercase=True)
     data = open_with(tmp_path, source, tokenizer=name)
-    assert not data.is_lossless
+    assert not data.heldout.is_lossless
     assert any("changes the text" in note for note in data.notes)
-    assert open_with(tmp_path, source).is_lossless
+    assert open_with(tmp_path, source).heldout.is_lossless
 
 
 def test_a_source_held_out_whole_is_named(tmp_path: Path) -> None:

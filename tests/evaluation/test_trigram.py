@@ -58,7 +58,12 @@ def test_unseen_bytes_have_a_finite_cost() -> None:
 
 
 def test_it_says_what_it_lacks() -> None:
-    with pytest.raises(StackError, match="needs two training documents"):
-        trigram_nats_per_byte([b"abc"], [b"abc"])
+    with pytest.raises(StackError, match="needs more training text"):
+        trigram_nats_per_byte([b"a"], [b"abc"])
     with pytest.raises(StackError, match=r"no held-out text; raise data\.heldout_fraction"):
         trigram_nats_per_byte([b"abc"] * 20, [])
+
+
+def test_a_lone_text_is_held_back_in_pieces() -> None:
+    text = b"".join(b"line %d of a text\n" % number for number in range(4000))
+    assert trigram_nats_per_byte([text], [text[-2000:]]) < 0.7

@@ -27,15 +27,15 @@ class Ending:
 
 
 def show_nats_per_byte(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The held-out loss over the bytes of its text, which no tokenizer changes."""
-    if "nats_per_byte" not in summary:
-        return {}
-    return {"rows": [("held-out", f"{summary['nats_per_byte']:.4f} nats per byte")]}
+    """The held-out loss over the bytes of its text, which no tokenizer changes; else over its tokens."""
+    if "nats_per_byte" in summary:
+        return {"rows": [("held-out", f"{summary['nats_per_byte']:.4f} nats per byte")]}
+    return {"rows": [("held-out", f"{summary['loss']:.4f} nats per token")]} if "loss" in summary else {}
 
 
-def show_trigram(trainer: "Trainer", _: Mapping[str, Any]) -> dict[str, Any]:
+def show_trigram(trainer: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
     """The same of a trigram model, if the config asks for it and there is held-out text."""
-    if not (trainer.config.eval.trigram and trainer.data.heldout.num_rows):
+    if not (trainer.config.eval.trigram and "nats_per_byte" in summary):
         return {}
     nats = trigram_nats_per_byte(trainer.data.train.texts(), trainer.data.heldout.texts())
     return {"trigram_nats_per_byte": nats, "rows": [("trigram", f"{nats:.4f} nats per byte, to compare")]}
@@ -50,11 +50,12 @@ def show_sample(trainer: "Trainer", _: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sample(trainer: "Trainer") -> None:
-    """Refuses a prompt that leaves no room in the context.
+    """Refuses a prompt that leaves no room in the context, and ends of a text that are no tokens.
 
     Raises:
-      StackError: it does not.
+      StackError: it does not, or they are not.
     """
+    trainer.end_tokens()
     tokens = trainer.encode([trainer.config.sample.prompt])[0]
     check_prompt(tokens, trainer.config.model, name="sample.prompt")
 
