@@ -42,6 +42,11 @@ def __getattr__(name: str) -> Any:
     """Load a public name from its module on first use."""
     if name not in _HOME:
         raise AttributeError(f"module 'stack' has no attribute {name!r}")
+    from stack import environment
+
+    environment.prepare()
+    if name in ("Plan", "Trainer", "plan"):
+        environment.import_jax()
     value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from stack import environment
 from stack.config.errors import ConfigError, StackError
 
 EPILOG = """\
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             screen.reconfigure(errors="backslashreplace")
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
-        _prepare_jax()
+        environment.prepare()
         arguments.run(arguments)
         sys.stdout.flush()
     except ConfigError as error:
@@ -56,21 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever reads our output has enough; nothing more may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def _prepare_jax() -> None:
-    """Sets what JAX reads from the environment when it is imported; what is set already stays."""
-    from importlib.util import find_spec
-
-    # Even the compiler alone, which the extra `plan` installs, makes JAX look for a GPU and print a
-    # traceback when there is no driver: Linux has the first two, WSL the third.
-    driver = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
-    plugin = any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
-    if plugin and not any(map(os.path.exists, driver)):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # A second start of the same run compiles nothing, but on several CPU devices: see `parallel/mesh.py`.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/stack/jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -252,16 +238,19 @@ def _train(arguments: argparse.Namespace) -> None:
     from stack.config.reading import load
 
     config = load(arguments.config, arguments.rest)  # what is wrong is told before anything heavy is loaded
+    if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"start     {config.name}: loading JAX, then its data", flush=True)
 
+    environment.import_jax()
     from stack.parallel.processes import together
     from stack.train.trainer import Trainer
-    from stack.train.watch.progress import Progress
 
     with together():
-        Trainer(config, listeners=[Progress()]).fit()
+        Trainer(config).fit()
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    environment.import_jax()
     from stack.planner.command import run
 
     options = {
@@ -272,6 +261,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    environment.import_jax()
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
 
@@ -282,6 +272,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    environment.import_jax()
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
 
@@ -340,11 +331,10 @@ def _show(arguments: argparse.Namespace) -> None:
     if not arguments.sharding:
         print(dump(config), end="")
         return
-    import jax
-
+    environment.import_jax()
     from stack.step.describe import sharding_table
 
-    devices = jax.device_count() if arguments.devices is None else arguments.devices
+    devices = len(environment.devices()) if arguments.devices is None else arguments.devices
     print(sharding_table(config, devices))
 
 
@@ -364,6 +354,8 @@ def _tokenizer(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
+    environment.import_jax()
+    environment.devices()
     from stack import doctor
 
     if arguments.calibrate is not None:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     ("config", "versions"),
+    ("environment",),
     ("hardware", "parallel"),
     ("kernels",),
     ("layers", "data"),

@@ -196,7 +196,7 @@ def _notes(
         name = source.path or source.kind
         if others := list_files(source).passed_over:
             yield f"data.sources: {name}: {len(others):,} files are not read: {describe_names(others)}"
-        if corpus.left_out:
+        if corpus.left_out and source.kind != "python":
             yield f"data.sources: {name}: {corpus.left_out:,} documents without text are left out"
         if corpus.unknown_tokens:
             share = corpus.unknown_tokens / len(corpus.tokens)

@@ -15,6 +15,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
+from stack import environment
 from stack.config import Config, StackError, dump, load
 from stack.config.paths import expand
 from stack.config.section import is_text
@@ -31,11 +32,12 @@ from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import compiler_options, eval_step, train_step
 from stack.train.checkpoint import Checkpoints
+from stack.train.identity import check_model
 from stack.train.watch.endings import ENDINGS, Ending
 from stack.train.watch.late import LateReader
 from stack.train.watch.listeners import Listener, Listeners
 from stack.train.watch.metrics import History
-from stack.train.watch.standard import standard_listeners
+from stack.train.watch.standard import show_progress, standard_listeners
 from stack.train.watch.trace import Trace
 from stack.versions import RECORDED, installed_version
 
@@ -63,7 +65,7 @@ class Trainer:
         Raises:
           ConfigError: the config does not fit the devices.
         """
-        devices = jax.devices() if devices is None else list(devices)
+        devices = list(environment.devices() if devices is None else devices)
         config = config.settled()
         resolved = auto.is_auto(config)
         self.config = config = auto.resolve(config, devices)
@@ -116,13 +118,18 @@ class Trainer:
         """What the run has logged so far."""
         return History.read(self.folder)
 
-    def fit(self) -> History:
+    def fit(self, *, progress: bool = True) -> History:
         """Trains to `train.steps`, from the newest checkpoint in the run folder if there is one.
 
+        Args:
+          progress: show it, in a terminal, a notebook or a log.
+
         Raises:
-          StackError: the run folder cannot be written, holds a run over other data, or holds one
-            although `checkpoint.resume` is false; or what is shown at the end cannot be.
+          StackError: the run folder cannot be written, holds a run of another model or over other data, or
+            holds one although `checkpoint.resume` is false; or what is shown at the end cannot be.
         """
+        if progress:
+            self._listeners = show_progress(self._listeners)
         if self.mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
         with (
@@ -263,6 +270,12 @@ class Trainer:
             raise StackError(
                 f"{self.folder} holds a run at step {step} and checkpoint.resume is false; "
                 "give this run another name, or delete the folder"
+            )
+        check_model(self.config, checkpoints.extra(step)["config"], self.folder)
+        if step > self.config.train.steps:
+            raise StackError(
+                f"{self.folder} has taken {step:,} steps, more than train.steps={self.config.train.steps};"
+                f" set train.steps above {step:,} to go on, or give a new run another name: name=..."
             )
         self._check_tokenizer()
         check_fingerprint(checkpoints.extra(step)["data"], self.data.fingerprint, str(self.folder))

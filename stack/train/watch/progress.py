@@ -1,7 +1,9 @@
 """A run on the screen: a live bar in a terminal or notebook, a few plain lines in a log."""
 
 import contextlib
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,6 +17,7 @@ from stack.train.watch.announce import conclusion, introduction
 from stack.train.watch.listeners import Listener
 
 _PLAIN_LINES = 20  # Lines of a whole run in a log.
+_SPEEDS = 20  # Steps whose speed is averaged: single ones arrive unevenly.
 _PLAIN_SECONDS = 60.0  # A log that says nothing for longer looks like a hang.
 
 
@@ -34,6 +37,7 @@ class Progress(Listener):
         self._step = 0
         self._steps = 0
         self._metrics: dict[str, float] = {}
+        self._speeds: deque[float] = deque(maxlen=_SPEEDS)
         self._first: tuple[int, float] | None = None  # Step and time the speed is measured from.
         self._printed: tuple[int, float] | None = None  # Step and time of the last line of a log.
 
@@ -43,6 +47,7 @@ class Progress(Listener):
 
         self._step, self._steps = int(info["step"]), int(info["steps"])
         self._metrics, self._first, self._printed = {}, None, None
+        self._speeds.clear()
         self._shows = jax.process_index() == 0
         if "name" in info:
             self._safely(lambda: self._console.print(introduction(info), soft_wrap=True))
@@ -51,6 +56,8 @@ class Progress(Listener):
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Moves on; reads `loss` and `tokens_per_second` where there are."""
         self._step, self._metrics = step, metrics
+        if "tokens_per_second" in metrics:
+            self._speeds.append(metrics["tokens_per_second"])
         # The first step holds the compilation, so the clock starts after it.
         self._first = self._first or (step, time.monotonic())
         self._safely(self._draw)
@@ -81,14 +88,18 @@ class Progress(Listener):
             self._safely(lambda: self._console.print(conclusion(summary, steps=self._steps), soft_wrap=True))
 
     def line(self) -> str:
-        """Step, loss, tokens per second and the time left, as far as they are known."""
+        """Step, loss, learning rate, gradient norm, speed of late and the time left, as far as they are known."""
         parts = [f"step {self._step:,}/{self._steps:,}"]
         if not self._metrics:
             parts.append("compiling")
         if "loss" in self._metrics:
             parts.append(f"loss {self._metrics['loss']:.4f}")
-        if "tokens_per_second" in self._metrics:
-            parts.append(f"{_shorten(self._metrics['tokens_per_second'])} tokens/s")
+        if "learning_rate" in self._metrics:
+            parts.append(f"lr {self._metrics['learning_rate']:.2e}")
+        if "grad_norm" in self._metrics:
+            parts.append(f"grad norm {self._metrics['grad_norm']:.3g}")
+        if self._speeds:
+            parts.append(f"{_shorten(statistics.harmonic_mean(self._speeds))} tokens/s")
         if (seconds := self._seconds_left()) is not None:
             parts.append(f"{timedelta(seconds=round(seconds))} left")
         return "  ".join(parts)

@@ -8,10 +8,18 @@ import jax
 from stack.config import Config
 from stack.step import state as states
 from stack.step.program import Program
-from stack.train.watch.listeners import Listener
+from stack.train.watch.listeners import Listener, Listeners
 from stack.train.watch.metrics import MetricsLog
 from stack.train.watch.plan import Plan
+from stack.train.watch.progress import Progress
 from stack.train.watch.speed import Speedometer
+
+
+def show_progress(listeners: Listeners) -> Listeners:
+    """These and one that shows the run, unless one of them does."""
+    if any(isinstance(listener, Progress) for listener in listeners):
+        return listeners
+    return Listeners([*listeners, Progress()])
 
 
 def standard_listeners(
