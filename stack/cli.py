@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from stack import environment
 from stack.config.errors import ConfigError, StackError
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for a StackError, 2 for a ConfigError or a bad command line, 130 when
         interrupted.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (one that is closed)
+    sys.stderr = sys.stderr or sys.stdout
     for screen in (sys.stdout, sys.stderr):
         if isinstance(screen, io.TextIOWrapper):  # What it cannot show is spelled out, not an error.
             screen.reconfigure(errors="backslashreplace")
@@ -53,10 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # It is an OSError too.
         # Whoever reads our output has enough; nothing more may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _point_at_nothing(sys.stdout)
+    except OSError as error:
+        _point_at_nothing(sys.stdout)  # Or exit would fail once more to write what is left.
+        place = error.filename or "standard output"
+        print(f"error: {place}: {error.strerror}; see whether its disk is full", file=sys.stderr)
+        return 1
     return 0
+
+
+def _point_at_nothing(screen: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), screen.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -332,10 +343,13 @@ def _show(arguments: argparse.Namespace) -> None:
         print(dump(config), end="")
         return
     environment.import_jax()
+    from stack.planner.plan import for_devices
     from stack.step.describe import sharding_table
 
-    devices = len(environment.devices()) if arguments.devices is None else arguments.devices
-    print(sharding_table(config, devices))
+    if arguments.devices is None:
+        print(sharding_table(config, len(environment.devices())))
+    else:
+        print(sharding_table(for_devices(config, arguments.devices)[0], arguments.devices))
 
 
 def _schema(_: argparse.Namespace) -> None:

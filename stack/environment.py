@@ -1,5 +1,6 @@
 """What JAX reads from the environment, set before it is imported, and what is wrong there in one line."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -51,14 +52,20 @@ def devices() -> "Sequence[jax.Device]":
     """
     import jax
 
+    log = logging.getLogger("jax._src.xla_bridge")  # It tells of a plugin without its driver in 20 lines.
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         return jax.devices()
-    except RuntimeError as error:
-        raise StackError(f"JAX finds no device: {_first_line(error)}; {_variables()}") from None
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is one.
+        told = _first_line(error) if str(error) else "there is none of the kind that is asked for"
+        raise StackError(f"JAX finds no device: {told}; {_variables()}") from None
+    finally:
+        log.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
+    return str(error).splitlines()[0].rstrip(". ")
 
 
 def _variables() -> str:

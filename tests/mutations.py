@@ -201,8 +201,8 @@ MUTATIONS = (
     Mutation(
         "temperature ignored",
         "stack/inference/sampling.py",
-        "logits = logits / temperature",
-        "logits = logits * 1.0",
+        "keepdims=True)) / temperature",
+        "keepdims=True)) * 1.0",
         "tests/inference/test_sampling.py",
     ),
     Mutation(
@@ -215,8 +215,8 @@ MUTATIONS = (
     Mutation(
         "a step skipped on resuming",
         "stack/train/trainer.py",
-        "        return step\n\n    def _record_data",
-        "        return step + 1\n\n    def _record_data",
+        "        return step\n\n    def _check_tokenizer",
+        "        return step + 1\n\n    def _check_tokenizer",
         "tests/train/test_trainer.py",
     ),
 )

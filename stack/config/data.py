@@ -17,6 +17,8 @@ class SourceConfig(Section):
         Condition(fields=("encoding",), other="kind", values=("text", "jsonl")),
     )
 
+    large = frozenset({"max_bytes"})
+
     kind: Literal["python", "text", "jsonl", "parquet", "tokens", "synthetic"] = "python"
     """`python`: the documentation and standard library installed with the interpreter; `text`: one
     document per file; `jsonl`, `parquet`: one per record; `tokens`: a memory-mapped token file;

@@ -43,11 +43,19 @@ class Section(BaseModel, metaclass=_Reported):
     conditions: ClassVar[tuple[Condition, ...]] = ()
     """Which of its fields are read only beside some value of another; refused elsewhere, first to last."""
 
+    large: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may be larger than an array may be long."""
+
     @model_validator(mode="after")
-    def _check_text(self) -> Self:
+    def _check_values(self) -> Self:
         for name, value in self:
             if isinstance(value, str) and not is_text(value):
-                raise ValueError(f"{name} holds bytes or half a character that are not text; use UTF-8")
+                raise ValueError(
+                    f"{name} holds bytes or half a character that are not text; write it in UTF-8"
+                )
+            bits = 63 if name in self.large else 31
+            if isinstance(value, int) and abs(value) >= 2**bits:
+                raise ValueError(f"{name}={value} must be below 2^{bits}; lower it")
         return self
 
     @model_validator(mode="after")

@@ -35,6 +35,8 @@ class Config(Section):
         ),
     )
 
+    large = frozenset({"seed"})
+
     name: str = "run"
     """Name of the run; its folder is output_dir/name."""
     output_dir: str = "runs"
@@ -57,11 +59,26 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
+        if (
+            self.name in ("", ".", "..")
+            or "/" in self.name
+            or not self.name.isprintable()
+            or len(self.name.encode()) > 200
+        ):
             raise ValueError(f"name={self.name!r} must be the name of one folder; set output_dir to place it")
         length, limit = self.data.sequence_length, self.model.max_length
         if length > limit:
             raise ValueError(f"data.sequence_length={length} exceeds model.max_length={limit}")
+        model = self.model
+        sizes = {
+            "model.num_layers x embed_dim x its widest": model.num_layers
+            * model.embed_dim
+            * max(model.mlp_width, model.num_heads * model.head_width, model.padded_vocab_size),
+            "model.num_heads x data.sequence_length x itself": model.num_heads * length**2,
+        }
+        for name, size in sizes.items():
+            if size >= 2**59:  # Bytes of it are still counted in 64 bits.
+                raise ValueError(f"{name} = {size:.3g} is more than any array may hold; lower one of them")
         steps, warmup = self.train.steps, self.optimizer.schedule.warmup(self.train.steps)
         if self.optimizer.schedule.kind != "constant" and warmup >= steps:
             raise ValueError(
@@ -91,3 +108,9 @@ class Config(Section):
         from stack.config.reading import replace  # it reads files into this very class
 
         return replace(self, *overrides)
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a file system takes it as that of one folder."""
+    is_plain = name.isprintable() and "/" not in name and name not in ("", ".", "..")
+    return is_plain and len(name.encode()) <= 200

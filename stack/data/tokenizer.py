@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.json"
 """Of Hugging Face's `tokenizers`."""
+MOST_WORDS = 10_000_000
+"""Of a tokenizer that is trained here."""
 END_OF_DOCUMENT = "<|endoftext|>"
 """The special token of tokenizers trained here; it ends a document and starts the next."""
 
@@ -215,6 +218,10 @@ def train_bpe(data: DataConfig, vocab_size: int, path: str | Path, *, seed: int 
     """
     if vocab_size < 257:
         raise ConfigError(f"vocab_size={vocab_size} has no room for the 256 bytes and the end of document")
+    if vocab_size > MOST_WORDS:
+        raise ConfigError(f"vocab_size={vocab_size} is more than {MOST_WORDS:,}; ask for fewer words")
+    target = expand(path)
+    _check_writable(target)
     texts = [source for source in data.sources if source.kind != "tokens"]
     if not texts:
         raise ConfigError("data.sources holds token files only; a tokenizer is trained on text")
@@ -238,8 +245,20 @@ def train_bpe(data: DataConfig, vocab_size: int, path: str | Path, *, seed: int 
                     yield text
 
     model.train_from_iterator(documents(), trainer)
-    _write(expand(path), model.to_str(pretty=True))
+    _write(target, model.to_str(pretty=True))
     return load_tokenizer(str(path))
+
+
+def _check_writable(path: Path) -> None:
+    """Refuses, before the work, a file that cannot be written after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise StackError(f"{path}: cannot be written: {error.strerror}; give another path") from error
 
 
 def _write(path: Path, text: str) -> None:

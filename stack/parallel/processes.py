@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import jax
 
+from stack import environment
+
 
 def join(*, initialization_timeout_seconds: int = 300, heartbeat_timeout_seconds: int = 60) -> None:
     """Joins this process to the others of its run, if it was started as one of several.
@@ -48,6 +50,7 @@ def together() -> Iterator[None]:
     others; failing that, the heartbeat does.
     """
     join()
+    environment.devices()
     try:
         yield
     except BaseException:

@@ -15,6 +15,8 @@ class Answer:
 
     lines: Sequence[str]
     json: Any
+    refusal: str | None = None
+    """Why the answer is no."""
 
 
 def run(
@@ -35,6 +37,7 @@ def run(
 
     Raises:
       ConfigError: two that exclude each other, one that is missing, or a value that cannot be.
+      StackError: after the last line, what was planned does not fit.
     """
     questions = {
         "--search": search,
@@ -62,6 +65,8 @@ def run(
         else:
             answer = _plan(tree, hardware, _count(devices), price, compile_step)
     yield from [_as_json(answer.json)] if json else answer.lines
+    if answer.refusal:
+        raise StackError(answer.refusal)
 
 
 def _plan(
@@ -79,7 +84,8 @@ def _plan(
         except StackError as error:
             note = f"not compiled, so the memory is the formula's: {error}"
             result = dataclasses.replace(result, notes=(*result.notes, note))
-    return Answer(lines=report.lines(result), json=report.as_dict(result))
+    refusal = None if result.fits else f"{result.config.name} does not fit: {result.binds}"
+    return Answer(lines=report.lines(result), json=report.as_dict(result), refusal=refusal)
 
 
 def _search(
@@ -96,7 +102,8 @@ def _search(
     if out:
         search.write(result, out, base=base)
         text = [*text, "", f"wrote the first to {out}"]
-    return Answer(lines=text, json=search.as_dict(result))
+    refusal = None if result.best else f"no layout of {config.name} fits; use more devices"
+    return Answer(lines=text, json=search.as_dict(result), refusal=refusal)
 
 
 def _scaling(config: Config, hardware: str | None, devices: str, out: str | None) -> Answer:

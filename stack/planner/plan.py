@@ -1,6 +1,7 @@
 """A config on a cluster, planned: memory, step time, cost, and what binds."""
 
 import dataclasses
+import html
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from stack.planner.formula.result import Memory, Time
 from stack.planner.formula.shapes import num_parameters
 from stack.planner.formula.time import step_time
 from stack.planner.formula.workload import Workload, from_config
+from stack.planner.remedy import MOST_DEVICES, find_remedy, fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether that is within the device's memory."""
         return self.bytes_per_device <= self.hardware.memory_bytes
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether it fits by less than the formula may be wrong by."""
+        return self.compiled is None and self.fits and not fits(self.bytes_per_device, self.hardware)
 
     @property
     def tokens_per_second_per_device(self) -> float:
@@ -106,6 +113,16 @@ class Plan:
         """Of the devices at full power, servers and cooling left out; None where it is not known."""
         watts = self.hardware.power_watts
         return None if watts is None else watts * self.device_hours / 1000
+
+    def __str__(self) -> str:
+        """It in print, as `stack plan` shows it."""
+        from stack.planner.report import lines  # it reads plans
+
+        return "\n".join(lines(self))
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     @property
     def binds(self) -> str:
@@ -185,6 +202,8 @@ def for_devices(config: Config, devices: int | None) -> tuple[Config, list[str]]
     Raises:
       ConfigError: the mesh does not divide the devices; the line names the nearest layout that does.
     """
+    if devices is not None and devices < 1:
+        raise ConfigError(f"{devices} devices are too few; give at least 1")
     if config.mesh.auto or config.train.remat == "auto":
         raise ConfigError(
             "mesh or train.remat is auto: the layout is the planner's to choose; add --search to see its"
@@ -265,7 +284,9 @@ def _binds(result: Plan) -> str:
     time, chip, work = result.time, result.hardware, result.work
     if not result.fits:
         over = result.bytes_per_device / chip.memory_bytes
-        return f"memory: it needs {over:.2f} of what {chip.name} has; {_smaller(work)}"
+        remedy = find_remedy(work, chip)
+        told = remedy.describe(chip, work.devices) if remedy else f"{MOST_DEVICES:,} devices do not hold it"
+        return f"memory: it needs {over:.2f} of what {chip.name} has; {told}"
     (name, seconds), (second, next_seconds) = sorted(time.parts.items(), key=lambda part: -part[1])[:2]
     remedies = {
         "matrix products": "as it should be",
@@ -280,14 +301,3 @@ def _binds(result: Plan) -> str:
         f"{name}, {seconds / time.total:.0%} of the step: {remedy};"
         f" next {second}, {next_seconds / time.total:.0%}"
     )
-
-
-def _smaller(work: Workload) -> str:
-    """The first thing to try when it does not fit."""
-    if work.micro_batch > 1:
-        return "raise train.accumulation"
-    if work.remat != "full":
-        return "set train.remat=full"
-    if work.zero < 3 and work.fsdp > 1:
-        return "set mesh.zero=3"
-    return "use more fsdp or tensor ways, or offload; `--search` finds what fits"

@@ -83,22 +83,26 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    text = ["memory of a device, GB"]
-    text += [_row(label, getattr(plan.memory, name) / 1e9) for name, label in _MEMORY.items()]
-    text.append(_row("total by formula", plan.memory.total / 1e9))
+    unit, scale = _unit(plan.bytes_per_device - plan.memory.reserve, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)))
+    text = [f"memory of a device, {unit}"]
+    text += [_row(label, getattr(plan.memory, name) / scale) for name, label in _MEMORY.items()]
+    text.append(_row("total by formula", plan.memory.total / scale))
     if plan.compiled is not None:
-        text.append(_row("total, compiled", plan.bytes_per_device / 1e9))
+        text.append(_row("total, compiled", plan.bytes_per_device / scale))
     if plan.memory.host:
-        text.append(_row("in host memory", plan.memory.host / 1e9))
-    size = plan.hardware.memory_bytes / 1e9
+        text.append(_row("in host memory", plan.memory.host / scale))
     basis = "by formula, not compiled" if plan.compiled is None else "as compiled"
+    if plan.is_tight:
+        basis = "by less than the formula may be wrong by: see with --compile"
+    size = plan.hardware.memory_bytes / scale
     text.append(f"  {'fits' if plan.fits else 'DOES NOT FIT'} in {size:,.0f} ({basis})")
     return text
 
 
 def _time_lines(plan: Plan) -> list[str]:
     time = plan.time
-    unit, scale = ("ms", 1e3) if time.total < 10 else ("s", 1.0)
+    unit, _ = _unit(time.total, (("s", 10.0), ("ms", 1e-3), ("us", 0.0)))
+    scale = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
     text = [f"time of a step, {unit}"]
     for name, seconds in time.parts.items():
         if seconds:
@@ -107,6 +111,11 @@ def _time_lines(plan: Plan) -> list[str]:
             whole = f"  of {part.seconds * scale:,.1f}" if part else ""
             text.append(_row(f"over {axis}, exposed" if part else name, seconds * scale) + whole)
     return [*text, _row("total", time.total * scale)]
+
+
+def _unit(value: float, units: tuple[tuple[str, float], ...]) -> tuple[str, float]:
+    """The largest unit that a value reaches, else the smallest."""
+    return next((unit for unit in units if value >= unit[1]), units[-1])
 
 
 def _speed_lines(plan: Plan) -> list[str]:

@@ -18,15 +18,15 @@ from jax.experimental import multihost_utils
 from stack import environment
 from stack.config import Config, StackError, dump, load
 from stack.config.paths import expand
-from stack.config.section import is_text
 from stack.data.atomic import replace_text
 from stack.data.dataset import Data, check_fingerprint, open_data
 from stack.data.loader import Batch, prefetch, training_batches
-from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, continuation, load_tokenizer
+from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokenizer
 from stack.evaluation.evaluate import evaluate
-from stack.inference.generate import generate, stream
+from stack.inference.text import generate_texts, stream_text
 from stack.parallel import mesh as meshes
 from stack.parallel.host_memory import keep_freed_memory
+from stack.planner.predict import check_memory
 from stack.planner.search import auto
 from stack.step import program as programs
 from stack.step import state as states
@@ -125,9 +125,11 @@ class Trainer:
           progress: show it, in a terminal, a notebook or a log.
 
         Raises:
-          StackError: the run folder cannot be written, holds a run of another model or over other data, or
-            holds one although `checkpoint.resume` is false; or what is shown at the end cannot be.
+          StackError: it cannot fit; the run folder cannot be written, holds a run of another model or over
+            other data, or holds one although `checkpoint.resume` is false; or what is shown at the end
+            cannot be.
         """
+        check_memory(self.config, list(self.mesh.devices.flat))
         if progress:
             self._listeners = show_progress(self._listeners)
         if self.mesh.devices.flat[0].platform == "cpu":
@@ -159,75 +161,14 @@ class Trainer:
         with meshes.use(self.mesh):
             return evaluate(self.program, self._eval_step, params, self.data.heldout)
 
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens of prompts, each the start of a document.
-
-        Raises:
-          StackError: a prompt is not text.
-        """
-        for number, prompt in enumerate(prompts):
-            if not is_text(prompt):
-                raise StackError(f"prompt {number} holds bytes that are not UTF-8; give it as UTF-8")
-        return [[self.tokenizer.bos, *ids.tolist()] for ids in self.tokenizer.encode_batch(prompts)]
-
-    def end_tokens(self) -> list[int]:
-        """The tokens that end a text.
-
-        Raises:
-          StackError: the tokenizer lacks one of `sample.end_tokens`.
-        """
-        names = self.config.sample.end_tokens
-        ids = {name: self.tokenizer.token(name) for name in names}
-        if missing := [name for name, number in ids.items() if number is None]:
-            raise StackError(
-                f"sample.end_tokens: {missing[0]!r} is no token of {self.config.data.tokenizer}; remove it"
-            )
-        return [self.tokenizer.eos, *(number for number in ids.values() if number is not None)]
-
     def generate(self, prompts: str | Sequence[str], *, seed: int | None = None) -> list[str]:
-        """Continues each prompt as `config.sample` says.
-
-        Args:
-          prompts: texts; an empty one starts a document.
-          seed: another seed gives another text; None: the run's.
-
-        Returns:
-          The continuations, without the prompts.
-
-        Raises:
-          StackError: a prompt longer than the context.
-        """
-        tokens = self.encode([prompts] if isinstance(prompts, str) else list(prompts))
-        new = generate(self.program, states.join(self._trained()), tokens, **self._sampling(seed))
-        return [continuation(self.tokenizer, *pair) for pair in zip(tokens, new, strict=True)]
+        """Continues each prompt, or the one, as `config.sample` says; see `generate_texts`."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return generate_texts(self.program, states.join(self._trained()), self.tokenizer, texts, seed=seed)
 
     def stream(self, prompt: str, *, seed: int | None = None) -> Iterator[str]:
-        """The same text of one prompt in pieces, as they come.
-
-        Raises:
-          StackError: a prompt longer than the context.
-        """
-        (tokens,) = self.encode([prompt])
-        new: list[int] = []
-        told = ""
-        for ((*more,),) in stream(
-            self.program, states.join(self._trained()), [tokens], **self._sampling(seed)
-        ):
-            new += more
-            text = continuation(self.tokenizer, tokens, new)
-            whole = text.rstrip("\ufffd")  # The last character may not be whole yet.
-            if whole.startswith(told):
-                yield whole.removeprefix(told)
-                told = whole
-        yield continuation(self.tokenizer, tokens, new).removeprefix(told)
-
-    def _sampling(self, seed: int | None) -> dict[str, Any]:
-        sample = self.config.sample
-        return {
-            **sample.model_dump(include={"length", "temperature", "top_k", "top_p"}),
-            "seed": self.config.seed if seed is None else seed,
-            "eos": self.end_tokens(),
-        }
+        """The same text of one prompt in pieces, as they come."""
+        return stream_text(self.program, states.join(self._trained()), self.tokenizer, prompt, seed=seed)
 
     @cached_property
     def train_step(self) -> Any:

@@ -111,3 +111,12 @@ def test_what_cannot_be_is_one_line_with_status_2(capsys, arguments, message):
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_what_does_not_fit_is_an_error_after_its_lines(capsys):
+    for options in ([], ["--json"]):
+        assert main(["plan", LLAMA, "--hardware", "t4", "--devices", "8", *options]) == 1
+        shown = capsys.readouterr()
+        assert shown.err.startswith("error: llama3_8b does not fit: memory: it needs")
+        assert shown.err.count("\n") == 1
+        assert '"fits": false' in shown.out if options else "DOES NOT FIT in 16" in shown.out

@@ -1,5 +1,6 @@
 """A plan keeps the layout of each device, says what it found and refuses what cannot be."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from stack.hardware import chip as chips
 from stack.planner import report
 from stack.planner.compiled.compile import has_plugin
 from stack.planner.plan import plan
+from stack.planner.remedy import find_remedy
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -84,7 +86,7 @@ def test_turing_nlg_is_planned_on_the_machine_it_was_trained_on():
         ("h1000", 8, "'h1000' is unknown; did you mean h100?"),
         ("h100", 12, "mesh.fsdp=6 (data 2); or use 8 or 16 devices"),
         ("h100", 3, "mesh.fsdp=3 (data 1); or use 8 devices"),
-        ("h100", 0, "does not divide 0 devices"),
+        ("h100", 0, "0 devices are too few; give at least 1"),
         (None, 8, "no hardware is named; give --hardware, one of a100-40gb"),
     ],
 )
@@ -109,7 +111,7 @@ def test_what_does_not_fit_is_said_with_a_remedy():
     result = plan(llama("train.remat=none"), hardware="l4", devices=8)
     assert not result.fits
     assert result.binds.startswith("memory: it needs")
-    assert "set train.remat=full" in result.binds
+    assert "no layout of 8 devices holds it; 16 do with" in result.binds
     assert any("DOES NOT FIT" in line for line in report.lines(result))
 
 
@@ -167,3 +169,58 @@ def test_a_plan_is_compiled_for_the_chip_of_the_users_own(tmp_path):
     assert result.compiled.memory.device == 40e9
     assert report.as_dict(result)["memory_source"] == "compiled"
     assert result.bytes_per_device == result.compiled.memory.total + result.memory.reserve
+
+
+@pytest.mark.parametrize(
+    ("hardware", "devices", "overrides"),
+    [
+        ("l4", 8, ["train.remat=none"]),
+        ("a100-40gb", 8, ["train.remat=none"]),
+        ("a100-80gb", 8, ["train.remat=none", "mesh.zero=1"]),
+        ("t4", 8, []),
+    ],
+)
+def test_a_remedy_makes_it_fit(hardware, devices, overrides):
+    result = plan(llama(*overrides), hardware=hardware, devices=devices)
+    assert not result.fits
+    remedy = find_remedy(result.work, result.hardware)
+    assert remedy is not None
+    assert remedy.overrides[0] in result.binds
+    sizes = {axis: getattr(result.config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    layout = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
+    batch = [f"train.batch_size={result.work.batch}", "eval.batch_size=null"]
+    config = llama(*overrides, *layout, *batch, *remedy.overrides)
+    mended = plan(config, hardware=hardware, devices=remedy.devices)
+    assert mended.fits
+    assert not mended.is_tight
+    assert mended.bytes_per_device == pytest.approx(remedy.bytes_per_device)
+
+
+def test_what_no_number_of_devices_holds_is_said_so():
+    result = plan(llama("data.sequence_length=8192"), hardware="h100", devices=8)
+    tiny = dataclasses.replace(result.hardware, memory_bytes=2e9)
+    assert find_remedy(result.work, tiny) is None
+    assert "16,384 devices do not hold it" in plan(llama(), hardware=tiny, devices=8).binds
+
+
+def test_a_fit_within_the_formulas_error_is_no_plain_fit():
+    result = plan(llama(), hardware="h100", devices=8)
+    tight = dataclasses.replace(result.hardware, memory_bytes=1.02 * result.bytes_per_device)
+    told = plan(llama(), hardware=tight, devices=8)
+    assert told.fits
+    assert told.is_tight
+    assert any("by less than the formula may be wrong by" in line for line in report.lines(told))
+
+
+def test_small_models_are_planned_in_units_that_fit():
+    small = load(CONFIGS / "quickstart.yaml")
+    text = "\n".join(report.lines(plan(small, hardware="h100", devices=1)))
+    assert "memory of a device, MB" in text
+    assert "time of a step, us" in text
+    assert "parameters                       3.61" in text
+
+
+def test_a_plan_prints_as_its_lines():
+    result = plan(llama(), hardware="h100", devices=8)
+    assert str(result) == "\n".join(report.lines(result))
+    assert result._repr_html_().startswith("<pre>llama3_8b on 8 x NVIDIA H100")

@@ -37,7 +37,7 @@ def test_a_run_on_a_chip_of_the_table_is_planned():
     assert planned.work == work
     assert planned.figures["planned_step_seconds"] == step_time(work, chips.load("h200")).total
     assert planned.figures["planned_memory_bytes"] == planned.memory.program
-    assert line(SMALL, 8, planned, chosen=False).endswith(" of 141 on each NVIDIA H200 SXM")
+    assert line(SMALL, 8, planned, chosen=False).endswith(" of 141 GB on each NVIDIA H200 SXM")
 
 
 def test_a_chip_that_nobody_knows_is_no_plan():

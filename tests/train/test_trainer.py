@@ -138,7 +138,9 @@ def test_a_finished_run_goes_on_with_more_steps(folder) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert short.history.curve("loss")[0] == [1, 2, 3, 4, 5]
-    assert done.stdout.startswith("run       longer, 5 steps (3 taken) of 256 tokens\n")
+    start, run_line = done.stdout.splitlines(keepends=True)[:2]
+    assert start == "start     longer: loading JAX, then its data\n"
+    assert run_line.startswith("run       longer, 5 steps (3 taken) of 256 tokens\n")
     for line in (
         f"{short.program.num_parameters:,} parameters; {short.program.attention}",
         "MFU peak  none: cpu is not in the table of chips",

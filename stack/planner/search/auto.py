@@ -43,7 +43,7 @@ def resolve(config: Config, devices: Sequence[jax.Device]) -> Config:
             "describe it in a YAML file (`stack doctor --calibrate` writes one) and set target.hardware to "
             "it, or choose them yourself"
         )
-    chip = dataclasses.replace(chip, memory_bytes=_memory_bytes(chip, devices))
+    chip = dataclasses.replace(chip, memory_bytes=memory_limit(chip, devices))
     return _choose(config, chip, len(devices))
 
 
@@ -119,7 +119,7 @@ def _earlier(config: Config, devices: int) -> Config | None:
     return candidate
 
 
-def _memory_bytes(chip: Hardware, devices: Sequence[jax.Device]) -> float:
+def memory_limit(chip: Hardware, devices: Sequence[jax.Device]) -> float:
     """The least that any device may hold: as its allocator says, else as the chip has."""
     here = [device for device in devices if device.process_index == jax.process_index()]
     limits = [float((device.memory_stats() or {}).get("bytes_limit", chip.memory_bytes)) for device in here]

@@ -24,6 +24,7 @@ from stack.planner.formula.result import Memory, Time
 from stack.planner.formula.time import step_time
 from stack.planner.formula.workload import Workload, from_config
 from stack.planner.plan import for_devices
+from stack.planner.remedy import MARGIN, fits
 from stack.planner.search.layouts import (
     REMATS,
     Rejection,
@@ -149,8 +150,8 @@ def fastest_first(layouts: Iterable[Sequence[Workload]], hardware: Hardware) -> 
     fitting = [candidate for works in layouts for candidate in run.fitting(works)]
     if not fitting:
         raise ConfigError(
-            f"no layout fits; the smallest is {run.smallest[1]}; use more devices, more micro-batches "
-            "(train.accumulation) or train.offload_optimizer"
+            f"no layout fits with the formula's margin of {MARGIN:.0%}; the smallest is {run.smallest[1]};"
+            " use more devices, more micro-batches (train.accumulation) or train.offload_optimizer"
         )
     return sorted(fitting, key=_order)
 
@@ -215,7 +216,7 @@ class _Run:
                 continue
             self.count += 1
             need = memory(work)
-            if need.total > self.hardware.memory_bytes:
+            if not fits(need.total, self.hardware):
                 example = f"{describe(work)}: {_of_memory(need, self.hardware)}"
                 self.smallest = min(self.smallest, (need.total, example))
                 self.rejections.add("does not fit", example, unit="layouts")
@@ -389,7 +390,8 @@ def _rows(candidate: Candidate, own: Candidate | None, hardware: Hardware, label
 
 
 def _of_memory(need: Memory, hardware: Hardware) -> str:
-    return f"{need.total / 1e9:.1f} GB of {hardware.memory_bytes / 1e9:.0f}"
+    text = f"{need.total / 1e9:.1f} GB of {hardware.memory_bytes / 1e9:.0f}"
+    return text + (", within the formula's error" if need.total <= hardware.memory_bytes else "")
 
 
 def as_dict(result: Search) -> dict[str, Any]:

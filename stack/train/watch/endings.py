@@ -8,6 +8,7 @@ from rich.text import Text
 
 from stack.evaluation.trigram import trigram_nats_per_byte
 from stack.inference.generate import check_prompt
+from stack.inference.text import encode_prompts, end_tokens
 
 if TYPE_CHECKING:
     from stack.train.trainer import Trainer
@@ -55,8 +56,8 @@ def check_sample(trainer: "Trainer") -> None:
     Raises:
       StackError: it does not, or they are not.
     """
-    trainer.end_tokens()
-    tokens = trainer.encode([trainer.config.sample.prompt])[0]
+    end_tokens(trainer.tokenizer, trainer.config)
+    (tokens,) = encode_prompts(trainer.tokenizer, [trainer.config.sample.prompt])
     check_prompt(tokens, trainer.config.model, name="sample.prompt")
 
 

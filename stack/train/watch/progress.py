@@ -88,7 +88,7 @@ class Progress(Listener):
             self._safely(lambda: self._console.print(conclusion(summary, steps=self._steps), soft_wrap=True))
 
     def line(self) -> str:
-        """Step, loss, learning rate, gradient norm, speed of late and the time left, as far as they are known."""
+        """Step, loss, learning rate, gradient norm, speed of late and the time left, as far as known."""
         parts = [f"step {self._step:,}/{self._steps:,}"]
         if not self._metrics:
             parts.append("compiling")

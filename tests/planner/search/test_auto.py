@@ -65,10 +65,11 @@ def test_remat_auto_takes_the_fastest_that_fits_and_leaves_the_mesh(tmp_path):
     }
     needs = {remat: memory(work).total for remat, work in works.items()}
     assert needs["full"] < needs["none"]
-    limit = (needs["full"] + needs["none"]) / 2
+    # The formula may be wrong by a twentieth.
+    limit = 1.05 * (needs["full"] + needs["none"]) / 2
     small = start.replace(f"target={{hardware: {chip_file(tmp_path, memory_bytes=f'{limit:.1f}')}}}")
     resolved = auto.resolve(small, jax.devices())
-    fitting = [remat for remat in REMATS if needs[remat] <= limit]
+    fitting = [remat for remat in REMATS if 1.05 * needs[remat] <= limit]
     chip = chips.load("cpu")
     assert resolved.train.remat == min(fitting, key=lambda remat: step_time(works[remat], chip).total)
     assert resolved.train.remat != "none"
@@ -78,7 +79,7 @@ def test_remat_auto_takes_the_fastest_that_fits_and_leaves_the_mesh(tmp_path):
 def test_what_cannot_fit_is_refused_and_not_claimed(tmp_path):
     file = chip_file(tmp_path, memory_bytes="1e6")
     for open_field in ("mesh=auto", "train.remat=auto"):
-        with pytest.raises(ConfigError, match="no layout fits; the smallest is"):
+        with pytest.raises(ConfigError, match="no layout fits with the formula's margin of 5%"):
             auto.resolve(config(tmp_path, open_field, f"target={{hardware: {file}}}"), jax.devices())
 
 
@@ -156,5 +157,5 @@ def test_the_allocators_limit_stands_before_the_chips_memory():
         Device(process_index=0, stats={"bytes_limit": 60 * 10**9}),
         Device(process_index=0, stats=None),
     ]
-    assert auto._memory_bytes(chip, cast("list[jax.Device]", devices)) == 60e9
-    assert auto._memory_bytes(chip, jax.devices()) == 80e9
+    assert auto.memory_limit(chip, cast("list[jax.Device]", devices)) == 60e9
+    assert auto.memory_limit(chip, jax.devices()) == 80e9
