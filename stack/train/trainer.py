@@ -26,7 +26,6 @@ from stack.evaluation.evaluate import evaluate
 from stack.inference.text import generate_texts, stream_text
 from stack.parallel import mesh as meshes
 from stack.parallel.host_memory import keep_freed_memory
-from stack.planner.predict import check_memory
 from stack.planner.search import auto
 from stack.step import program as programs
 from stack.step import state as states
@@ -37,7 +36,7 @@ from stack.train.watch.endings import ENDINGS, Ending
 from stack.train.watch.late import LateReader
 from stack.train.watch.listeners import Listener, Listeners
 from stack.train.watch.metrics import History
-from stack.train.watch.standard import show_progress, standard_listeners
+from stack.train.watch.standard import check_start, show_progress, standard_listeners
 from stack.train.watch.trace import Trace
 from stack.versions import RECORDED, installed_version
 
@@ -129,7 +128,7 @@ class Trainer:
             other data, or holds one although `checkpoint.resume` is false; or what is shown at the end
             cannot be.
         """
-        check_memory(self.config, list(self.mesh.devices.flat))
+        check_start(self.config, list(self.mesh.devices.flat))
         if progress:
             self._listeners = show_progress(self._listeners)
         if self.mesh.devices.flat[0].platform == "cpu":

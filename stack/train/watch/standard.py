@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from stack.config import Config
+from stack.planner.predict import check_memory
 from stack.step import state as states
 from stack.step.program import Program
 from stack.train.watch.listeners import Listener, Listeners
@@ -13,6 +14,15 @@ from stack.train.watch.metrics import MetricsLog
 from stack.train.watch.plan import Plan
 from stack.train.watch.progress import Progress
 from stack.train.watch.speed import Speedometer
+
+
+def check_start(config: Config, devices: Sequence[jax.Device]) -> None:
+    """Refuses, before anything is read or compiled, a run that its devices cannot hold.
+
+    Raises:
+      StackError: they cannot, with what they can.
+    """
+    check_memory(config, devices)
 
 
 def show_progress(listeners: Listeners) -> Listeners:
