@@ -2,11 +2,14 @@
 
 import dataclasses
 import json as jsons
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stack.config import Config, ConfigError, StackError, load
 from stack.planner.plan import find_chip
+
+_COLUMNS = 120
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,10 @@ def run(
             answer = _search(tree, hardware, _count(devices), top, out, base=None if overrides else config)
         else:
             answer = _plan(tree, hardware, _count(devices), price, compile_step)
-    yield from [_as_json(answer.json)] if json else answer.lines
+    if json:
+        yield _as_json(answer.json)
+    else:
+        yield from (part for line in answer.lines for part in _fold(line))
     if answer.refusal:
         raise StackError(answer.refusal)
 
@@ -111,8 +117,8 @@ def _scaling(config: Config, hardware: str | None, devices: str, out: str | None
 
     curves = scaling.scaling(config, hardware=find_chip(config, hardware), devices=scaling.counts(devices))
     text = scaling.lines(curves)
-    if out:
-        text = [*text, "", f"drew {scaling.plot(curves, out)}"]
+    drawn = f"drew {scaling.plot(curves, out)}" if out else "--out curve.png (or .html) draws both curves"
+    text = [*text, "", drawn]
     return Answer(lines=text, json=scaling.as_dict(curves))
 
 
@@ -121,6 +127,14 @@ def _validate(path: str) -> Answer:
 
     result = validate.validate(path) if path else validate.validate()
     return Answer(lines=validate.lines(result), json=validate.as_dict(result))
+
+
+def _fold(line: str) -> list[str]:
+    """A line in parts of at most 120 columns, the later ones indented."""
+    if len(line) <= _COLUMNS:
+        return [line]
+    how = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(line, _COLUMNS, subsequent_indent=" " * 12, **how)
 
 
 def _of(config: Config, devices: int | None) -> int:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import jax
 
@@ -77,19 +78,54 @@ def check_memory(config: Config, devices: Sequence[jax.Device]) -> None:
     planned = predict(config, devices, of_cpu=True)
     if isinstance(planned, NoPlan):
         return
-    if devices[0].platform == "cpu":
-        here = sum(device.process_index == jax.process_index() for device in devices)
-        limit, most = _host_bytes() / here, HOST_SHARE
-        need, place = planned.memory.program, "this machine has for each device"
-    else:
-        limit, most = auto.memory_limit(planned.chip, devices), 1 + MARGIN
-        need, place = planned.memory.total, f"each {planned.chip.title} has"
+    limit, need, most = _limit(planned, devices)
     if need > most * limit:
-        chip = dataclasses.replace(planned.chip, memory_bytes=limit)
-        remedy = find_remedy(planned.work, chip)
-        told = remedy.describe(chip, len(devices)) if remedy else "take a smaller model or shorter rows"
-        sizes = f"{size_text(need)} of the {size_text(limit)} that {place}"
-        raise StackError(f"{config.name} needs {sizes}, by formula; {told}")
+        raise StackError(
+            f"{config.name} needs {size_text(need)} a device, of {size_text(limit)}, by formula;"
+            f" {_remedy_text(planned, limit)}"
+        )
+
+
+@contextmanager
+def explain_exhaustion(config: Config, devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Says in one line what to do where a device has no memory left.
+
+    Raises:
+      StackError: in place of the error of the runtime.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        planned = predict(config, devices, of_cpu=True)
+        if isinstance(planned, NoPlan):
+            told = "raise train.accumulation or set train.remat=full"
+            raise StackError(f"{config.name}: a device has no memory left; {told}") from error
+        limit, need, _ = _limit(planned, devices)
+        # Where the formula thought it fits, only what needs less than it did can help.
+        told = _remedy_text(planned, min(limit, 0.9 * need))
+        raise StackError(
+            f"{config.name}: a device has no memory left; planned {size_text(need)} of {size_text(limit)};"
+            f" {told}"
+        ) from error
+
+
+def _limit(planned: Planned, devices: Sequence[jax.Device]) -> tuple[float, float, float]:
+    """Bytes a device has, bytes it needs by formula, and how many times as many it may need."""
+    if devices[0].platform != "cpu":
+        return auto.memory_limit(planned.chip, devices), planned.memory.total, 1 + MARGIN
+    here = sum(device.process_index == jax.process_index() for device in devices)
+    return _host_bytes() / here, planned.memory.program, HOST_SHARE
+
+
+def _remedy_text(planned: Planned, limit: float) -> str:
+    reserve = planned.memory.reserve if planned.chip.generation == "cpu" else 0.0  # It needs none.
+    chip = dataclasses.replace(planned.chip, memory_bytes=limit + reserve)
+    remedy = find_remedy(planned.work, chip)
+    if remedy is None:
+        return "take a smaller model or shorter rows"
+    return remedy.describe(chip, planned.work.devices)
 
 
 def _host_bytes() -> float:

@@ -10,11 +10,11 @@ from stack.parallel import mesh as meshes
 from stack.step import program as programs
 
 _LARGE_BYTES = 16 * 2**20
-_HEADINGS = ("parameter", "shape", "dtype", "axes", "spec", "bytes per device")
+_HEADINGS = ("parameter", "shape", "axes", "spec", "bytes each")
 
 
 def sharding_table(config: Config, num_devices: int) -> str:
-    """Parameter, shape, dtype, logical axes, spec and bytes per device; warnings of large ones left whole.
+    """Parameter, shape, logical axes, spec and bytes per device; warnings of large ones left whole.
 
     Nothing is allocated, and the devices need not be here.
 
@@ -23,7 +23,7 @@ def sharding_table(config: Config, num_devices: int) -> str:
     """
     mesh = meshes.abstract(config.mesh, num_devices)
     program = programs.on_mesh(config, mesh, "cpu")
-    rows, warnings, total = [], [], 0
+    rows, warnings, dtypes, total = [], [], set[str](), 0
     names = jax.tree.leaves(program.axes, is_leaf=lambda node: isinstance(node, tuple))
     leaves = jax.tree_util.tree_flatten_with_path(program.parameters)[0]
     roles = jax.tree.leaves(program.roles)
@@ -32,7 +32,8 @@ def sharding_table(config: Config, num_devices: int) -> str:
         here = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total += here
         axes_text = ", ".join(axes)
-        rows.append((name, _shape(leaf), str(leaf.dtype), axes_text, str(leaf.sharding.spec), f"{here:,}"))
+        rows.append((name, _shape(leaf), axes_text, str(leaf.sharding.spec), f"{here:,}"))
+        dtypes.add(str(leaf.dtype))
         whole = here == leaf.size * leaf.dtype.itemsize
         if num_devices > 1 and whole and here >= _LARGE_BYTES and role != "vector":
             warnings.append(
@@ -40,8 +41,8 @@ def sharding_table(config: Config, num_devices: int) -> str:
             )
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     summary = (
-        f"{program.num_parameters:,} parameters; {total:,} bytes of parameters per device on {sizes}, "
-        f"zero {config.mesh.zero}"
+        f"{program.num_parameters:,} parameters in {', '.join(sorted(dtypes))};"
+        f" {total:,} bytes of them per device on {sizes}, zero {config.mesh.zero}"
     )
     return "\n".join([*_columns([_HEADINGS, *rows]), "", summary, *warnings])
 

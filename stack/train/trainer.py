@@ -36,7 +36,7 @@ from stack.train.watch.endings import ENDINGS, Ending
 from stack.train.watch.late import LateReader
 from stack.train.watch.listeners import Listener, Listeners
 from stack.train.watch.metrics import History
-from stack.train.watch.standard import check_start, show_progress, standard_listeners
+from stack.train.watch.standard import check_start, explain_errors, show_progress, standard_listeners
 from stack.train.watch.trace import Trace
 from stack.versions import RECORDED, installed_version
 
@@ -128,12 +128,14 @@ class Trainer:
             other data, or holds one although `checkpoint.resume` is false; or what is shown at the end
             cannot be.
         """
-        check_start(self.config, list(self.mesh.devices.flat))
+        devices = list(self.mesh.devices.flat)
+        check_start(self.config, devices)
         if progress:
             self._listeners = show_progress(self._listeners)
         if self.mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
         with (
+            explain_errors(self.config, devices),
             meshes.use(self.mesh),
             Checkpoints(self.folder / "checkpoints", self.config.checkpoint) as checkpoints,
             self._concluding() as summary,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stack.config import Config, ConfigError, StackError
+from stack.config.paths import expand
 from stack.hardware.chip import Hardware
 from stack.models.flops import train_flops_per_token
 from stack.planner.search.layouts import describe
@@ -151,7 +152,7 @@ def plot(curves: Scaling, path: str | os.PathLike[str]) -> Path:
     Raises:
       StackError: no point has a layout, or the file cannot be written.
     """
-    path = Path(path)
+    path = expand(path)
     if not any(point.candidate for _, points in _titled_curves(curves) for point in points):
         raise StackError("there is nothing to plot: no number of devices has a layout that runs and fits")
     try:
@@ -167,7 +168,7 @@ def plot(curves: Scaling, path: str | os.PathLike[str]) -> Path:
     return path
 
 
-_HEADING = "  devices     batch       step  tokens/s each  MFU full/causal  against fewest  layout"
+_HEADING = "  devices     batch       step  tokens/s each  MFU full/causal  against the fewest  layout"
 
 
 def _titled_curves(curves: Scaling) -> tuple[tuple[str, tuple[Point, ...]], ...]:
@@ -185,9 +186,15 @@ def _row(curves: Scaling, point: Point, efficiency: float | None) -> str:
     percentages = f"{share[0]:.1%} / {share[1]:.1%}" if share else "no peak"
     seconds, speed = point.candidate.time.total, point.candidate.tokens_per_second
     return (
-        f"{start} {f'{seconds:.4g} s':>10} {speed:>14,.0f} {percentages:>16} {f'{efficiency:.1%}':>15}"
+        f"{start} {f'{seconds:.4g} s':>10} {speed:>14,.0f} {percentages:>16}  {_bar(efficiency)}"
         f"  {describe(point.candidate.work)}"
     )
+
+
+def _bar(share: float | None) -> str:
+    """A share drawn, and in numbers; more than all is drawn as all."""
+    drawn = "#" * round(10 * min(share or 0.0, 1.0))
+    return f"{drawn:10} {share or 0.0:6.1%}"
 
 
 def _obstacle_to_running(point: Point) -> str | None:

@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 from stack.config import AXES, Config, ConfigError, MeshConfig, StackError, TargetConfig, dump, load
+from stack.config.document import Dumper
+from stack.config.paths import expand
 from stack.hardware import chip as chips
 from stack.hardware.chip import Hardware
 from stack.parallel.mesh import check_divides
@@ -273,7 +275,7 @@ def _own(config: Config, hardware: Hardware, devices: int) -> tuple[Candidate | 
     except ConfigError as error:
         return None, str(error)
     own = Candidate(work=work, memory=memory(work), time=step_time(work, hardware))
-    if own.memory.total > hardware.memory_bytes:
+    if not fits(own.memory.total, hardware):
         return own, f"does not fit: {_of_memory(own.memory, hardware)}"
     return own, work.why_modelled()
 
@@ -391,7 +393,8 @@ def _rows(candidate: Candidate, own: Candidate | None, hardware: Hardware, label
 
 def _of_memory(need: Memory, hardware: Hardware) -> str:
     text = f"{need.total / 1e9:.1f} GB of {hardware.memory_bytes / 1e9:.0f}"
-    return text + (", within the formula's error" if need.total <= hardware.memory_bytes else "")
+    is_tight = need.total <= hardware.memory_bytes and not fits(need.total, hardware)
+    return text + (", within the formula's error" if is_tight else "")
 
 
 def as_dict(result: Search) -> dict[str, Any]:
@@ -446,7 +449,7 @@ def write(
         raise StackError(
             f"no layout that runs fits {result.devices} x {result.hardware.title}; nothing to write"
         )
-    fastest, hardware, path = result.best[0], result.hardware, Path(path)
+    fastest, hardware, path = result.best[0], result.hardware, expand(path)
     config = _with_target(apply_layout(result.config, fastest.work), result)
     if base is None or Path(base).is_dir():
         body = dump(config)
@@ -455,7 +458,7 @@ def write(
     else:
         changes = _difference(load(Path(base)).model_dump(mode="json"), config.model_dump(mode="json"))
         fields = {"base": os.path.relpath(base, path.parent)} | changes
-        body = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)
+        body = yaml.dump(fields, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
     comment = [
         f"# The fastest of {result.count:,} layouts planned for {result.devices:,} x {hardware.title}:",
         f"# {describe(fastest.work)};",

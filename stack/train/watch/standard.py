@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from stack.config import Config
-from stack.planner.predict import check_memory
+from stack.planner.predict import check_memory, explain_exhaustion
 from stack.step import state as states
 from stack.step.program import Program
 from stack.train.watch.listeners import Listener, Listeners
@@ -23,6 +23,10 @@ def check_start(config: Config, devices: Sequence[jax.Device]) -> None:
       StackError: they cannot, with what they can.
     """
     check_memory(config, devices)
+
+
+explain_errors = explain_exhaustion
+"""Says in one line what of the runtime's errors a user can mend."""
 
 
 def show_progress(listeners: Listeners) -> Listeners:
