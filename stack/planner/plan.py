@@ -56,7 +56,7 @@ class Plan:
     @property
     def is_tight(self) -> bool:
         """Whether it fits by less than the formula may be wrong by."""
-        return self.compiled is None and self.fits and not fits(self.bytes_per_device, self.hardware)
+        return self.compiled is None and self.fits and not fits(self.memory, self.hardware)
 
     @property
     def tokens_per_second_per_device(self) -> float:

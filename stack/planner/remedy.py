@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from stack.hardware.chip import Hardware
 from stack.planner.formula.memory import memory
+from stack.planner.formula.result import Memory
 from stack.planner.formula.workload import Remat, Workload
 from stack.planner.search.layouts import divides_by_tensor, divisors
 
@@ -37,9 +38,9 @@ class Remedy:
         return f"{here}; {self.devices:,} do with {changes}: {of}"
 
 
-def fits(bytes_per_device: float, hardware: Hardware) -> bool:
-    """Whether bytes by formula are within a device's memory whatever the formula is wrong by."""
-    return bytes_per_device * (1 + MARGIN) <= hardware.memory_bytes
+def fits(need: Memory, hardware: Hardware) -> bool:
+    """Whether a step is within a device's memory by formula, whatever the formula is wrong by."""
+    return need.program * (1 + MARGIN) + need.reserve <= hardware.memory_bytes
 
 
 def find_remedy(work: Workload, hardware: Hardware) -> Remedy | None:
@@ -54,9 +55,10 @@ def find_remedy(work: Workload, hardware: Hardware) -> Remedy | None:
       hardware: the chip.
     """
     for changed in _changes(work):
-        need = memory(changed).total
+        need = memory(changed)
         if fits(need, hardware):
-            return Remedy(overrides=_overrides(work, changed), devices=changed.devices, bytes_per_device=need)
+            overrides = _overrides(work, changed)
+            return Remedy(overrides=overrides, devices=changed.devices, bytes_per_device=need.total)
     return None
 
 

@@ -218,7 +218,7 @@ class _Run:
                 continue
             self.count += 1
             need = memory(work)
-            if not fits(need.total, self.hardware):
+            if not fits(need, self.hardware):
                 example = f"{describe(work)}: {_of_memory(need, self.hardware)}"
                 self.smallest = min(self.smallest, (need.total, example))
                 self.rejections.add("does not fit", example, unit="layouts")
@@ -275,7 +275,7 @@ def _own(config: Config, hardware: Hardware, devices: int) -> tuple[Candidate | 
     except ConfigError as error:
         return None, str(error)
     own = Candidate(work=work, memory=memory(work), time=step_time(work, hardware))
-    if not fits(own.memory.total, hardware):
+    if not fits(own.memory, hardware):
         return own, f"does not fit: {_of_memory(own.memory, hardware)}"
     return own, work.why_modelled()
 
@@ -393,7 +393,7 @@ def _rows(candidate: Candidate, own: Candidate | None, hardware: Hardware, label
 
 def _of_memory(need: Memory, hardware: Hardware) -> str:
     text = f"{need.total / 1e9:.1f} GB of {hardware.memory_bytes / 1e9:.0f}"
-    is_tight = need.total <= hardware.memory_bytes and not fits(need.total, hardware)
+    is_tight = need.total <= hardware.memory_bytes and not fits(need, hardware)
     return text + (", within the formula's error" if is_tight else "")
 
 
