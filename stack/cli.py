@@ -164,6 +164,9 @@ def _parser() -> tuple[_Parser, list[str]]:
     show.add_argument(
         "--devices", type=int, metavar="N", help="devices to lay out over (default: those here)"
     )
+    listed = _verb(config_verbs, "fields", _fields, "explain the fields of a config")
+    listed.add_argument("pattern", metavar="PATTERN", nargs="?", default="", help="a part of their names")
+    listed.add_argument("--markdown", action="store_true", help="print all of them as a page")
     _verb(config_verbs, "schema", _schema, "print the JSON schema of config files")
 
     data = _verb(verbs, "data", None, "prepare data")
@@ -350,6 +353,21 @@ def _show(arguments: argparse.Namespace) -> None:
         print(sharding_table(config, len(environment.devices())))
     else:
         print(sharding_table(for_devices(config, arguments.devices)[0], arguments.devices))
+
+
+def _fields(arguments: argparse.Namespace) -> None:
+    from stack.config import fields
+
+    if arguments.markdown:
+        print(fields.page(), end="")
+        return
+    some = fields.fields(arguments.pattern)
+    if not some:
+        match = fields.suggest(arguments.pattern)
+        raise ConfigError(
+            f"no field has {arguments.pattern!r} in it" + (f"; did you mean {match}?" if match else "")
+        )
+    print("\n".join(fields.lines(some)))
 
 
 def _schema(_: argparse.Namespace) -> None:
