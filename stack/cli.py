@@ -18,6 +18,7 @@ examples:
   stack train configs/quickstart.yaml train.steps=50  change any field by its dotted name
   stack train runs/quickstart                         go on with a run
   stack sample runs/quickstart "def " --length 100    generate text
+  stack show runs/quickstart                          where a run stands, its losses and speed
   stack plan configs/llama3_8b.yaml --hardware h100 --devices 1024
                                                       memory and speed before anything is rented
   stack config show configs/llama3_8b.yaml --sharding --devices 64
@@ -154,6 +155,12 @@ def _parser() -> tuple[_Parser, list[str]]:
     ):
         sample.add_argument(f"--{option}", type=kind, help=f"{text} (default: the run's)")
     sample.add_argument("--seed", type=int, help="another seed gives another text (default: the run's)")
+
+    show_runs = _verb(verbs, "show", _show_runs, "look at runs: where they stand, and how they differ")
+    show_runs.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a run")
+    show_runs.add_argument("--base", metavar="FILE_OR_RUN", help="compare their configs with this one's")
+    show_runs.add_argument("--plot", metavar="FILE", help="draw their losses: .png, .svg, .pdf or .html")
+    show_runs.add_argument("--json", action="store_true", help="print JSON")
 
     configs = _verb(verbs, "config", None, "show a config, or what a config may hold")
     config_verbs = configs.add_subparsers(metavar="COMMAND", required=True)
@@ -336,6 +343,24 @@ def _prompt_file(name: str) -> str:
         raise StackError(f"{name}: byte {error.start} is not UTF-8; give UTF-8") from None
     except OSError as error:
         raise StackError(f"{name}: cannot be read: {error.strerror}; check --file") from None
+
+
+def _show_runs(arguments: argparse.Namespace) -> None:
+    from stack.config.reading import load
+    from stack.report import figure, show
+    from stack.report.runs import read_run
+
+    target = figure.check_plot(arguments.plot) if arguments.plot else None
+    runs = [read_run(folder) for folder in arguments.runs]
+    others = {arguments.base: load(arguments.base)} if arguments.base else {}
+    if arguments.json:
+        print(json.dumps([show.as_dict(run) for run in runs], indent=2))
+    else:
+        plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+        print("\n".join(show.lines(runs, others, plain=plain)))
+    if target:
+        figure.write_plot(runs, target, others)
+        print(f"drew {target}", file=sys.stderr if arguments.json else sys.stdout)
 
 
 def _show(arguments: argparse.Namespace) -> None:

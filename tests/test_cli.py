@@ -53,7 +53,7 @@ def test_config_schema_prints_the_schema_that_editors_read(capsys):
 def test_without_a_verb_the_verbs_are_shown(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
-    for verb in ("train", "eval", "sample", "config", "data", "doctor"):
+    for verb in ("train", "eval", "sample", "show", "config", "data", "doctor"):
         assert f"\n    {verb} " in shown
 
 
@@ -66,7 +66,10 @@ def test_the_version_names_jax(capsys):
     ("argv", "told"),
     [
         (["trian"], "'trian' is not a command; did you mean `stack train`?"),
-        (["zzz"], "'zzz' is not a command; it is one of train, plan, eval, sample, config, data, doctor"),
+        (
+            ["zzz"],
+            "'zzz' is not a command; it is one of train, plan, eval, sample, show, config, data, doctor",
+        ),
         (["eval"], "the following arguments are required: RUN; see `stack eval --help`"),
         (["config"], "the following arguments are required: COMMAND; see `stack config --help`"),
         (

@@ -20,6 +20,7 @@ FLOORS = (
     ("evaluation", "inference", "interop"),
     ("planner",),
     ("train", "doctor"),
+    ("report",),
     ("cli",),
     ("__init__", "__main__"),
 )

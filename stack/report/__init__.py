@@ -1,0 +1,1 @@
+"""A look at runs, without their devices: text, a figure, a page."""
