@@ -9,8 +9,8 @@
 # Without -d the GPUs of the machine are dealt out evenly, in order: -n 8 on eight GPUs gives each process
 # one; -n 1 gives one process all. Without GPUs each process has one CPU device.
 #
-# Process 0 has the screen; what the others write is shown if they fail. If one process fails, the others
-# are ended and its exit status is this script's. Ctrl-C ends all.
+# Process 0 has the screen; what the others write is shown if they fail, but for a config that all refuse. If
+# one process fails, the others are ended and its exit status is this script's. Ctrl-C ends all.
 set -euo pipefail
 
 usage() {
@@ -90,6 +90,11 @@ interrupted() {
 # Ends the run for the processes in `failed`; of their statuses the highest, a signal before an error.
 give_up() {
     end 2
+    # A config that cannot be is told by process 0, on the screen; the others only say it again.
+    if [[ ${statuses[0]-0} == 2 ]]; then
+        rm -rf "$logs"
+        exit 2
+    fi
     for process in "${failed[@]}"; do
         ((process == 0)) || tail -n 30 "$logs/$process" | sed "s/^/[process $process] /"
         echo "error: process $process of $processes failed with status ${statuses[process]}"

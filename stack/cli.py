@@ -82,18 +82,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; overrides and prompts may stand before, between and after options."""
     parser, verbs = _parser()
     argv, tail = _split_tail(argv)
+    told = f"see `stack {argv[0]} --help`" if argv and argv[0] in verbs else "see `stack --help`"
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
         raise ConfigError(_unknown_verb(argv[0], verbs))
     arguments, rest = parser.parse_known_args(argv)
     for word in rest:
         if word.startswith("-"):
             hint = f"; an override is written {word.lstrip('-')}" if "=" in word else ""
-            raise ConfigError(f"unknown option {word}{hint}; see `stack {argv[0]} --help`")
+            raise ConfigError(f"unknown option {word}{hint}; {told}")
         if not hasattr(arguments, "rest"):
-            raise ConfigError(f"{word!r} is one argument too many; see `stack {argv[0]} --help`")
+            raise ConfigError(f"{word!r} is one argument too many; {told}")
         arguments.rest = [*arguments.rest, word]
     if tail and not hasattr(arguments, "rest"):
-        raise ConfigError(f"{tail[0]!r} is one argument too many; see `stack {argv[0]} --help`")
+        raise ConfigError(f"{tail[0]!r} is one argument too many; {told}")
     if tail:
         arguments.rest = [*arguments.rest, *tail]
     return arguments

@@ -173,6 +173,14 @@ def test_local_sh_passes_on_an_error_and_its_status(tmp_path) -> None:
     assert "error: override 'train.step=1': train.step is not a field; did you mean train.steps?" in error
 
 
+def test_local_sh_tells_a_config_that_cannot_be_once(tmp_path) -> None:
+    process = launch(tmp_path, "run.yaml", "train.batch_size=5")
+    _, error = process.communicate()
+    assert process.returncode == 2
+    assert error.startswith("error: train.batch_size=5 in 1 micro-batch does not divide")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [[], ["-n", "0", "run.yaml"], ["-d", "x", "run.yaml"]])
 def test_local_sh_shows_how_it_is_called(tmp_path, arguments) -> None:
     process = launch(tmp_path, *arguments)

@@ -137,6 +137,8 @@ def _compose(text: str, place: PlaceOfLine) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         problem = " ".join((error.problem or error.context or "").split())
         raise ConfigError(f"{place(mark.line + 1 if mark else 1).text}: bad YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{place(1).text}: bad YAML: nested too deep to be read") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{place(line).text}: bad YAML: {error.reason}") from None

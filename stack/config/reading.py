@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from stack.config.arguments import check_type
 from stack.config.document import Dumper, read_file, read_text, read_value
 from stack.config.errors import ConfigError
 from stack.config.explain import annotation_at, explain
@@ -31,6 +32,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: in one line what is wrong, where, and the nearest valid name.
     """
+    check_type("load", "path", path, (str, Path), 'load("configs/quickstart.yaml")')
     path = expand(path)
     if not path.is_dir():
         return _build(read_file(path), overrides)
@@ -72,7 +74,9 @@ def schema() -> dict[str, Any]:
 def _build(located: Located, overrides: Sequence[str] = ()) -> Config:
     if isinstance(overrides, str):
         raise ConfigError(f"overrides must be a list, not the text {overrides!r}; write [{overrides!r}]")
+    check_type("overrides", "they", overrides, Sequence, '["train.steps=100"]')
     for override in overrides:
+        check_type("overrides", "one of them", override, str, '["train.steps=100"]')
         located = _override(located, override)
     try:
         return Config.model_validate(located.plain())

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import jax
 
 from stack import environment
+from stack.config.errors import ConfigError
 
 
 def join(*, initialization_timeout_seconds: int = 300, heartbeat_timeout_seconds: int = 60) -> None:
@@ -46,16 +47,16 @@ def together() -> Iterator[None]:
 
     They wait for this one in a collective that will never come, and JAX, when a process exits, waits
     for them: five minutes, after which it aborts and the exit status is lost. So a process of several
-    that fails exits with status 1 as soon as it has told its error, and whoever started it ends the
+    that fails exits, with its status, as soon as it has told its error, and whoever started it ends the
     others; failing that, the heartbeat does.
     """
     join()
     environment.devices()
     try:
         yield
-    except BaseException:
-        if jax.process_count() > 1:
-            atexit.register(_exit)  # Runs before JAX's own, which was registered earlier.
+    except BaseException as error:
+        if jax.process_count() > 1:  # Runs before JAX's own, which was registered earlier.
+            atexit.register(_exit, 2 if isinstance(error, ConfigError) else 1)
         raise
 
 
@@ -64,7 +65,7 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def _exit() -> None:
+def _exit(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stack.config import AXES, Config, ConfigError
+from stack.config.arguments import check_type
 from stack.hardware import chip as chips
 from stack.hardware.chip import Hardware
 from stack.models.flops import recomputed_flops_per_token, train_flops_per_token
@@ -155,6 +156,10 @@ def plan(
         names the nearest that do.
       StackError: compiling was asked for and cannot be.
     """
+    example = 'plan(load("configs/llama3_8b.yaml"), hardware="h100", devices=8)'
+    check_type("plan", "config", config, Config, example)
+    check_type("plan", "hardware", hardware, (str, Path, Hardware, type(None)), example)
+    check_type("plan", "devices", devices, (int, type(None)), example)
     chip = find_chip(config, hardware)
     if price_per_hour is not None:
         chip = dataclasses.replace(chip, price_per_hour=price_per_hour)

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from stack import environment
 from stack.config import Config, StackError, dump, load
+from stack.config.arguments import check_type
 from stack.config.paths import expand
 from stack.data.atomic import replace_text
 from stack.data.dataset import Data, check_fingerprint, open_data
@@ -64,6 +65,7 @@ class Trainer:
         Raises:
           ConfigError: the config does not fit the devices.
         """
+        check_type("Trainer", "config", config, Config, 'Trainer(load("configs/quickstart.yaml"))')
         devices = list(environment.devices() if devices is None else devices)
         config = config.settled()
         resolved = auto.is_auto(config)

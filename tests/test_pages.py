@@ -1,0 +1,152 @@
+"""Every command of the pages runs as it is written, in order, in one folder; long ones are only shortened."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+_FEW = "train.steps=40 eval.trigram=false data.sources.0.max_bytes=600000"
+_QUICKSTART = "stack train configs/quickstart.yaml"
+SHORTER = {
+    _QUICKSTART: _FEW,
+    f"{_QUICKSTART} name=deeper train.steps=300 model.num_layers=6": _FEW,
+    "stack train runs/quickstart train.steps=800": "train.steps=50",
+    "launch/local.sh -n 2 -d 2 configs/quickstart.yaml name=two": _FEW,
+}
+"""What is added to a command that takes long; it shortens, and changes nothing else."""
+
+ELSEWHERE = {
+    "uv run pytest -n 2": "this suite",
+    "uv run pytest -n 2 -m full": "this suite",
+    "sbatch launch/slurm.sbatch configs/llama3_8b.yaml": "needs a Slurm",
+    "stack plan --validate my_runs.csv": "tests/planner/test_validate.py, with a table of one's own",
+    "python3.12 -m venv .venv && .venv/bin/pip install -e .": "makes another environment",
+    "uv sync --no-dev": "makes another environment",
+    "uv sync --extra cuda13": "needs a GPU",
+}
+"""Commands that are not run here, and why or where else."""
+
+README, DATA, PLANNER = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "planner.md"
+_WORDS = ("stack ", "uv ", "launch/", "sbatch ", "source ", ".ci/", "python3.12 ")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of unlabelled blocks, and whole commands in sentences; comments cut off, no `...`."""
+    text = page.read_text()
+    fenced = [line for language, block in blocks(page) if not language for line in block.splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    whole = [re.split(r" +# ", line)[0].strip() for line in (*fenced, *filter(_is_whole, inline))]
+    once = {line.removeprefix("uv run "): line for line in reversed(whole)}
+    lines = [line for line in dict.fromkeys(whole) if line in once.values()]
+    return [line for line in lines if line.startswith(_WORDS) and "..." not in line]
+
+
+def _is_whole(command: str) -> bool:
+    """Not the mere name of a command, or the form of one."""
+    return not re.fullmatch(r"(uv run )?(stack|uv run)( [a-z]+)?( --[a-z]+)*( [A-Z]+)*", command)
+
+
+def run(command: str, folder: Path) -> str:
+    """Runs it in a shell, as in an activated environment."""
+    shown = command
+    for long, more in SHORTER.items():
+        if command.removeprefix("uv run ") == long:
+            shown = f"{command} {more}"
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES",)}
+    environment |= {"HOME": str(folder / "home"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-ec", shown.removeprefix("uv run ")],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, f"{shown}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert "Traceback" not in done.stderr, shown
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What a clone holds of what the pages name."""
+    folder = tmp_path_factory.mktemp("pages")
+    for name in ("configs", "launch"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "home").mkdir()
+    return folder
+
+
+def test_every_page_of_the_list_is_linked() -> None:
+    links = set(re.findall(r"\]\(([\w./-]+)\)", README.read_text()))
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= links
+    assert all((ROOT / link).exists() for link in links)
+
+
+def test_what_is_shortened_or_left_out_is_on_a_page() -> None:
+    written = {
+        command.removeprefix("uv run ") for page in (README, DATA, PLANNER) for command in commands(page)
+    }
+    for command in (*SHORTER, *ELSEWHERE):
+        assert command.removeprefix("uv run ") in written, command
+
+
+def test_the_plan_in_the_readme_is_what_is_printed(folder) -> None:
+    printed = run("uv run stack plan configs/llama3_8b.yaml --hardware h100 --devices 8", folder)
+    shown = next(block for _, block in blocks(README) if block.startswith("llama3_8b on 8 x"))
+    assert shown == printed
+
+
+@pytest.mark.full
+def test_the_commands_of_the_readme_run_in_order(folder) -> None:
+    outputs = {}
+    for command in commands(README):
+        if command not in ELSEWHERE and not command.startswith("source "):
+            outputs[command] = run(command, folder)
+    assert len(outputs) >= 15
+    assert "def " in outputs['stack sample runs/quickstart "def " "class " --length 300 --temperature 0.7']
+    for name in ("loss.png", "curve.png", "mine.yaml", "tokenizer.json"):
+        assert (folder / name).is_file()
+
+
+@pytest.mark.full
+def test_the_snippet_of_the_readme_runs(folder) -> None:
+    (snippet,) = (block for language, block in blocks(README) if language == "python")
+    (folder / "snippet.py").write_text(snippet)
+    printed = run("python snippet.py", folder)
+    assert "memory of a device, GB" in printed
+    assert "step 100/100" in printed
+    assert (folder / "snippet.png").is_file()
+
+
+@pytest.mark.full
+def test_the_page_on_data_runs_from_top_to_bottom(folder) -> None:
+    for language, block in blocks(DATA):
+        if language == "yaml":
+            name = re.match(r"# (\S+)\n", block)
+            assert name, "a config says its name"
+            (folder / name[1]).write_text(block)
+        else:
+            run(block, folder)
+    for name in ("mine", "folder", "records", "words"):
+        assert (folder / "runs" / name / "metrics.jsonl").is_file()
+
+
+@pytest.mark.full
+def test_the_commands_of_the_planner_page_run(folder) -> None:
+    some = [command for command in commands(PLANNER) if command not in ELSEWHERE]
+    for command in some:
+        run(command, folder)
+    assert len(some) >= 5
