@@ -151,6 +151,15 @@ def line(config: Config, num_devices: int, planned: Planned | NoPlan, *, chosen:
     return "; ".join([*parts, f"{planned.time.total:.4g} s a step, {memory_text}"])
 
 
+def memory_line(config: Config, devices: Sequence[jax.Device]) -> str | None:
+    """What a step holds of devices whose time is not planned, in one line; None where that is not known."""
+    planned = predict(config, devices, of_cpu=True)
+    if isinstance(planned, NoPlan):
+        return None
+    limit, _, _ = _limit(planned, devices)
+    return f"about {size_text(planned.memory.program)} of {size_text(limit)} on each device, by formula"
+
+
 def _layout(config: Config, num_devices: int) -> str:
     try:
         return describe(from_config(config, num_devices))

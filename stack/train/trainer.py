@@ -6,6 +6,7 @@ asks for checkpoints. Features are in the step, in the data or in a listener.
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -88,9 +89,8 @@ class Trainer:
         with Checkpoints(trainer.folder / "checkpoints") as checkpoints:
             step = checkpoints.latest()
             if step is None:
-                raise StackError(
-                    f"{trainer.folder} holds no checkpoint yet; train it first: stack train {folder}"
-                )
+                command = shlex.join(["stack", "train", os.fspath(folder), *overrides])
+                raise StackError(f"{trainer.folder} holds no checkpoint yet; train it first: {command}")
             whole = states.abstract(trainer.program)
             parts = {name: part for name, part in whole.items() if name != "opt_state"}
             trainer.state = checkpoints.restore(step, parts)
@@ -239,10 +239,16 @@ class Trainer:
 
     def _record_data(self) -> None:
         fingerprint = self.data.fingerprint
-        if jax.process_index() == 0:
+        if jax.process_index() != 0:
+            return
+        try:
             replace_text(self.folder / "config.yaml", dump(self.config))
             self.tokenizer.save(self.folder / TOKENIZER)
-            (self.folder / "data.json").write_text(json.dumps(fingerprint, indent=2) + "\n")
+            replace_text(self.folder / "data.json", json.dumps(fingerprint, indent=2) + "\n")
+        except OSError as error:
+            raise StackError(
+                f"{self.folder} cannot be written: {error.strerror}; set output_dir to a folder that can"
+            ) from error
 
     def _train(self, first: int, checkpoints: Checkpoints) -> None:
         config = self.config

@@ -16,6 +16,7 @@ def introduction(info: Mapping[str, Any]) -> Text:
         "data": f"{info['train_tokens']:,} tokens, {info['heldout_tokens']:,} held out",
         "devices": f"{info['devices']}; mesh {info['mesh']}; zero {info['zero']}",
         "planned": info.get("planned"),
+        "memory": info.get("memory"),
         "MFU peak": info.get("peak", "").replace("no peak", "none"),
         "folder": info["folder"],
     }

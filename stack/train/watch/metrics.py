@@ -126,6 +126,33 @@ class History:
         """Reads a run folder or its metrics.jsonl; see `read_history`."""
         return cls(records=read_history(path))
 
+    def __str__(self) -> str:
+        """Its last records as a table: step, loss, held-out loss, tokens per second."""
+        return "\n".join("  ".join(f"{cell:>12}" for cell in row) for row in self._rows())
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        rows = ("".join(f"<td>{cell}</td>" for cell in row) for row in self._rows())
+        return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+    def _rows(self, most: int = 10) -> list[tuple[str, ...]]:
+        """Headings, and up to so many steps, evenly spread, the last among them."""
+        train, heldout = (
+            {r["step"]: r for r in self.records if r["kind"] == kind} for kind in ("train", "heldout")
+        )
+        steps = sorted(train.keys() | heldout.keys())
+        chosen = steps[:: -max(1, -(-len(steps) // most))][::-1]
+        rows: list[tuple[str, ...]] = [("step", "loss", "held-out", "tokens/s")]
+        for step in sorted({*chosen, *heldout}):
+            cells = (
+                (train.get(step, {}).get("loss"), ".4f"),
+                (heldout.get(step, {}).get("loss"), ".4f"),
+                (train.get(step, {}).get("tokens_per_second"), ",.0f"),
+            )
+            shown = ("" if value is None else format(value, form) for value, form in cells)
+            rows.append((f"{step:,}", *shown))
+        return rows
+
     def curve(self, metric: str, kind: Kind = "train") -> tuple[list[int], list[float]]:
         """Steps and values of one metric."""
         points = [(r["step"], r[metric]) for r in self.records if r["kind"] == kind and metric in r]

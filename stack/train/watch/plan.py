@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from stack.planner.predict import Planned, line, predict
+from stack.planner.predict import Planned, line, memory_line, predict
 from stack.step.program import Program
 from stack.train.watch.listeners import Listener
 from stack.train.watch.planned import Comparison
@@ -26,12 +26,14 @@ class Plan(Listener):
         self._plan = predict(config, devices)
         planned = self._plan if isinstance(self._plan, Planned) else None
         self._line = line(config, len(devices), self._plan, chosen=resolved)
+        self._memory = None if planned else memory_line(config, devices)
         self._figures = planned.figures if planned else {}
         self._comparison = Comparison(planned, program.attention, config)
 
     def on_start(self, info: dict[str, Any]) -> dict[str, Any]:
-        """`planned`, in words, and the figures of the plan."""
-        return {"planned": self._line, **self._figures}
+        """`planned`, in words, `memory` where that says nothing of it, and the figures of the plan."""
+        told = {"planned": self._line, **self._figures}
+        return told if self._memory is None else told | {"memory": self._memory}
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """The figures of the plan; once there are enough steps, a warning where they differ."""
