@@ -16,6 +16,10 @@ type PlaceOfLine = Callable[[int], Place]
 type FileOfName = Callable[[str], Path | None]
 
 
+_DEEPEST = 50
+"""Lists and groups inside each other; a config has four."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without anchors, and with the scalars of YAML 1.2.
 
@@ -132,13 +136,17 @@ def _read_base(
 def _compose(text: str, place: PlaceOfLine) -> yaml.Node | None:
     """The nodes of a YAML text, with their lines; None if there are none."""
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=_Loader):  # Composing recurs, and would end in the interpreter.
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise ConfigError(f"{place(line).text}: bad YAML: nested too deep to be read")
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join((error.problem or error.context or "").split())
         raise ConfigError(f"{place(mark.line + 1 if mark else 1).text}: bad YAML: {problem}") from None
-    except RecursionError:
-        raise ConfigError(f"{place(1).text}: bad YAML: nested too deep to be read") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{place(line).text}: bad YAML: {error.reason}") from None

@@ -1,9 +1,10 @@
 """Paths as users write them."""
 
 import os
+import tempfile
 from pathlib import Path
 
-from stack.config.errors import ConfigError
+from stack.config.errors import ConfigError, StackError
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
@@ -19,3 +20,19 @@ def expand(path: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise ConfigError(f"{text}: there is no user {Path(text).parts[0][1:]}; write the path out") from None
+
+
+def check_writable(path: Path) -> None:
+    """Refuses, before the work for it is done, a file that could not be written after it; makes its folder.
+
+    Raises:
+        StackError: it is a folder, or nothing can be written beside it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise StackError(f"{path}: cannot be written: {error.strerror}; give another path") from error

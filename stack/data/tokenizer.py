@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from jaxtyping import Integer
 
 from stack.config import DataConfig
 from stack.config.errors import ConfigError, StackError
-from stack.config.paths import expand
+from stack.config.paths import check_writable, expand
 from stack.data.atomic import replace_text
 from stack.data.sources import read_documents
 from stack.data.split import is_heldout
@@ -221,7 +220,7 @@ def train_bpe(data: DataConfig, vocab_size: int, path: str | Path, *, seed: int 
     if vocab_size > MOST_WORDS:
         raise ConfigError(f"vocab_size={vocab_size} is more than {MOST_WORDS:,}; ask for fewer words")
     target = expand(path)
-    _check_writable(target)
+    check_writable(target)
     texts = [source for source in data.sources if source.kind != "tokens"]
     if not texts:
         raise ConfigError("data.sources holds token files only; a tokenizer is trained on text")
@@ -247,18 +246,6 @@ def train_bpe(data: DataConfig, vocab_size: int, path: str | Path, *, seed: int 
     model.train_from_iterator(documents(), trainer)
     _write(target, model.to_str(pretty=True))
     return load_tokenizer(str(path))
-
-
-def _check_writable(path: Path) -> None:
-    """Refuses, before the work, a file that cannot be written after it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise StackError(f"{path}: cannot be written: {error.strerror}; give another path") from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from stack.config import ConfigError
-from stack.config.paths import expand
+from stack.config.paths import check_writable, expand
 from stack.doctor.timing import Measurement, Product, Transfer, measure
 from stack.hardware.chip import Hardware, Precision, load, lookup
 
@@ -278,4 +278,5 @@ def _checked(path: Path) -> Path:
         raise ConfigError(f"{path}: the file exists; remove it or give another name")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent}; make it first")
+    check_writable(path)
     return path

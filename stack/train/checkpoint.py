@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from stack.config.errors import StackError
 from stack.config.train import CheckpointConfig
+from stack.train.quiet import quiet_readers
 
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax writes it last, before the rename.
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -143,7 +144,8 @@ class Checkpoints:
             )
         everything: Any = jax.tree.map(lambda _: ocp.PLACEHOLDER, on_disk) | abstract_state
         try:
-            state: Any = ocp.load(str(self._path(step)), everything)
+            with quiet_readers():
+                state: Any = ocp.load(str(self._path(step)), everything)
         except Exception as error:
             raise self._damaged(step, error) from error
         return {entry: state[entry] for entry in abstract_state}
@@ -279,7 +281,9 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The operating system's words for an error, or its first line."""
+    """The operating system's words for an error, or the first line of what began it."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error) or type(error).__name__

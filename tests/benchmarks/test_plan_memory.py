@@ -51,6 +51,7 @@ def test_the_fit_gives_back_the_constants_that_made_the_sizes(module, monkeypatc
     assert "AHEAD" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_the_formula_is_as_close_to_the_grid_as_it_is_said_to_be(module):
     sizes = module.read_results(module.RESULTS)
     errors = {

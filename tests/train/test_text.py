@@ -1,6 +1,7 @@
 """A run and its text: the tokenizer it keeps, what it writes, and what it says of its data."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +182,14 @@ def test_a_prompt_that_is_not_text_is_one_line(trained, prompt) -> None:
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.decode().count("\n") == 1
     assert b"UTF-8" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_line(trained, tmp_path) -> None:
+    run = shutil.copytree(trained.folder, tmp_path / "run")
+    largest = max((run / "checkpoints").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    done = sample(run, "the")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().count("\n") == 1
+    assert b"is damaged: " in done.stderr
+    assert b"; delete it to start again" in done.stderr
