@@ -324,9 +324,13 @@ def _prompt(word: str) -> str:
     from stack.config.section import is_text
 
     if word != "-":
-        if not is_text(word):
-            raise StackError(f"prompt {word!a} holds bytes that are not UTF-8; give it as UTF-8")
-        return word
+        if is_text(word):
+            return word
+        try:  # Python reads arguments in the terminal's encoding; what that lacks is kept as it came.
+            return os.fsencode(word).decode()
+        except UnicodeError:
+            told = "holds bytes that are not UTF-8; give it as UTF-8"
+            raise StackError(f"prompt {word!a} {told}") from None
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:

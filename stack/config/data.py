@@ -53,7 +53,8 @@ class DataConfig(Section):
     packed: bool = True
     """False: one document per row, the rest of the row is padding."""
     heldout_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
-    """Share of documents, chosen by the hash of their text, that are never trained on."""
+    """Share of documents, chosen by the hash of their text, that are never trained on; where so few are
+    there that none is chosen, as of one large file, that share of the text, at its end."""
     shuffle: bool = True
     """A new permutation of all rows each epoch, from the seed; false reads in order."""
     cache_dir: str = "~/.cache/stack/data"

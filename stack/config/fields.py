@@ -3,12 +3,12 @@
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from stack.config.explain import dotted, nearest, sections_of, shown
+from stack.config.explain import dotted, kind_of, nearest, sections_of, shown
 from stack.config.tree import Config
 
 
@@ -96,11 +96,13 @@ def _walk(root: type[BaseModel], path: tuple[str, ...]) -> Iterator[Field]:
         yield Field(name=dotted(here), type=words, default="", description=description)
         below.append(((*here, "0") if inside else here, sections))
     for here, sections in below:
+        kinds = ", ".join(kind_of(section) for section in sections)
         for section in sections:
             for field in _walk(section, here):
                 if field.name not in seen:
                     seen.add(field.name)
-                    yield field
+                    is_kind = len(sections) > 1 and field.name == dotted((*here, "kind"))
+                    yield replace(field, type=kinds) if is_kind else field
 
 
 def _inside(annotation: Any) -> tuple[bool, list[type[BaseModel]]]:

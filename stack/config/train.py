@@ -83,7 +83,8 @@ class SampleConfig(Section):
     prompt: str = ""
     """What the text printed at the end of a run starts with; empty: the start of a document."""
     length: PositiveInt = 200
-    """Tokens to generate at most; generation ends at the end of a document."""
+    """Tokens to generate at most; generation ends at the end of a document. Text that fills the context
+    goes on from its last half."""
     temperature: float = Field(default=0.8, ge=0.0)
     """Divides the logits; 0 takes the likeliest token."""
     top_k: PositiveInt | None = None

@@ -176,6 +176,13 @@ def test_what_a_terminal_cannot_show_is_spelled_out(trained) -> None:
     assert done.stdout.startswith(b"r\\xe9d")
 
 
+def test_a_prompt_is_utf8_whatever_the_terminal_is(trained) -> None:
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = sample(trained.folder, "r\u00e9d".encode(), environment=environment)
+    assert done.returncode == 0
+    assert done.stdout.startswith((b"r\\xe9d", "r\u00e9d".encode()))
+
+
 @pytest.mark.parametrize("prompt", [b"\xff\xfe", "-"])
 def test_a_prompt_that_is_not_text_is_one_line(trained, prompt) -> None:
     done = sample(trained.folder, prompt, input=b"abc\xff")
