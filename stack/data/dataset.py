@@ -209,8 +209,8 @@ def _notes(
             )
     if by_place:
         yield (
-            "data.heldout_fraction: no document falls to the held-out side, so the last"
-            f" {config.data.heldout_fraction:.3g} of the text is held out, wherever it begins"
+            "data.heldout_fraction: as no document falls to the held-out side, the last"
+            f" {config.data.heldout_fraction:.3g} of the text is held out"
         )
 
 

@@ -14,6 +14,7 @@ from stack.config import (
     DecoderConfig,
     ParallelDecoderConfig,
     SampleConfig,
+    SourceConfig,
     dump,
     load,
     parse,
@@ -370,7 +371,12 @@ def test_text_that_looks_like_something_else_reads_back_as_text(text):
 @example("\U0001f600")
 @example("\x85")
 def test_any_text_reads_back(text):
-    config = Config(sample=SampleConfig(prompt=text), data=DataConfig(tokenizer=text, cache_dir=text))
+    source = SourceConfig(kind="jsonl", path=text, field=text, encoding=text)
+    config = Config(
+        output_dir=text,
+        sample=SampleConfig(prompt=text, end_tokens=(text,)),
+        data=DataConfig(sources=(source,), tokenizer=text, cache_dir=text),
+    )
     write("config.yaml", dump(config))
     assert load("config.yaml") == config
     for ascii_only in (True, False) if text.isprintable() else ():  # Others YAML wants escaped.
