@@ -176,6 +176,8 @@ def _cut_at_place(
     place = min(max(int(total * (1 - fraction)), 2), total - 2)
     document = int(np.searchsorted(corpus.offsets, place, side="right")) - 1
     start, end = (int(offset) for offset in corpus.offsets[document : document + 2])
+    if place <= start + 1:  # Between two documents.
+        return {"train": Cut((0, start), 0), "heldout": Cut((start, total), 0)}
     # Not within a character: its last bytes alone are no text.
     while place < end - 1 and decode(corpus.tokens[place : place + 8]).startswith("\ufffd"):
         place += 1

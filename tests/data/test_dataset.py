@@ -123,6 +123,14 @@ def test_one_large_text_is_held_out_by_its_place(tmp_path: Path) -> None:
     )
 
 
+def test_a_place_between_two_documents_cuts_neither(tmp_path: Path) -> None:
+    texts = [text for i in range(1000, 1100) if not is_heldout((text := f"text {i}").encode(), 0.5)][:2]
+    data = open_with(tmp_path, text_source(tmp_path / "text", texts), batch_size=1, heldout_fraction=0.5)
+    assert [list(side.texts()) for side in (data.train, data.heldout)] == [[text.encode()] for text in texts]
+    assert (data.train.num_bytes, data.heldout.num_bytes) == (9, 9)
+    assert (data.train.num_tokens, data.heldout.num_tokens) == (10, 10)
+
+
 def test_several_sources_whose_documents_all_train_are_each_cut(tmp_path: Path) -> None:
     sources = [text_source(tmp_path / name, [name * 2000]) for name in ("one", "two")]
     data = open_with(tmp_path, *sources, heldout_fraction=0.05)
