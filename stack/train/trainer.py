@@ -34,6 +34,7 @@ from stack.step import state as states
 from stack.step.step import compiler_options, eval_step, train_step
 from stack.train.checkpoint import Checkpoints
 from stack.train.identity import check_model
+from stack.train.lock import only_writer
 from stack.train.watch.endings import ENDINGS, Ending
 from stack.train.watch.late import LateReader
 from stack.train.watch.listeners import Listener, Listeners
@@ -139,6 +140,7 @@ class Trainer:
         with (
             explain_errors(self.config, devices),
             meshes.use(self.mesh),
+            only_writer(self.folder),
             Checkpoints(self.folder / "checkpoints", self.config.checkpoint) as checkpoints,
             self._concluding() as summary,
         ):

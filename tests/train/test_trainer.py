@@ -183,7 +183,7 @@ def test_a_run_that_may_not_resume_is_refused_before_it_touches_the_folder(folde
 
 def test_a_run_folder_that_cannot_be_made_is_told(folder) -> None:
     (folder / "file").write_text("")
-    with pytest.raises(StackError, match=r"cannot write checkpoints to .*; set output_dir to a folder that"):
+    with pytest.raises(StackError, match=r"run cannot be written: .*; set output_dir to a folder that"):
         run(folder, "run", f"output_dir={folder}/file")
 
 
