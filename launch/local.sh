@@ -75,7 +75,7 @@ end() {
         sleep 0.1
     done
     kill -KILL "${pids[@]}" 2>/dev/null || true
-    wait
+    wait 2>/dev/null
     [[ ! -t 1 ]] || printf '\e[?25h' # The bar of process 0 hides the cursor.
 }
 
@@ -131,7 +131,7 @@ while ((running)); do
             continue
         fi
         statuses[process]=0
-        wait "${pids[process]}" || statuses[process]=$?
+        wait "${pids[process]}" 2>/dev/null || statuses[process]=$?
         if ((statuses[process])); then
             failed+=("$process")
             highest=$((statuses[process] > highest ? statuses[process] : highest))
