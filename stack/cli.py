@@ -1,6 +1,8 @@
 """The command line: one thin command per verb; the work is done by the library."""
 
 import argparse
+import contextlib
+import errno
 import io
 import itertools
 import json
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for a StackError, 2 for a ConfigError or a bad command line, 130 when
         interrupted.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (one that is closed)
+    sys.stdout = sys.stdout or io.StringIO()  # One that is closed.
     sys.stderr = sys.stderr or sys.stdout
     for screen in (sys.stdout, sys.stderr):
         if isinstance(screen, io.TextIOWrapper):  # What it cannot show is spelled out, not an error.
@@ -60,15 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever reads our output has enough; nothing more may be flushed to it at exit.
         _point_at_nothing(sys.stdout)
     except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            raise
         _point_at_nothing(sys.stdout)  # Or exit would fail once more to write what is left.
         place = error.filename or "standard output"
-        print(f"error: {place}: {error.strerror}; see whether its disk is full", file=sys.stderr)
+        print(f"error: {place}: {error.strerror}; check its disk and permissions", file=sys.stderr)
         return 1
     return 0
 
 
 def _point_at_nothing(screen: TextIO) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), screen.fileno())
+    with contextlib.suppress(io.UnsupportedOperation):  # It is no file.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), screen.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,7 +3,9 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -39,7 +41,7 @@ def import_jax() -> None:
         StackError: it does not understand a variable of the environment.
     """
     try:
-        import jax  # noqa: F401
+        import_module("jax")
     except (ValueError, TypeError) as error:
         raise StackError(f"JAX does not start: {_first_line(error)}; {_variables()}") from None
 
@@ -52,14 +54,22 @@ def devices() -> "Sequence[jax.Device]":
     """
     import jax
 
-    log = logging.getLogger("jax._src.xla_bridge")  # It tells of a plugin without its driver in 20 lines.
-    level = log.level
-    log.setLevel(logging.CRITICAL)
     try:
-        return jax.devices()
+        with quiet_discovery():
+            return jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that there is one.
         told = _first_line(error) if str(error) else "there is none of the kind that is asked for"
         raise StackError(f"JAX finds no device: {told}; {_variables()}") from None
+
+
+@contextmanager
+def quiet_discovery() -> Iterator[None]:
+    """JAX looks for devices, and does not log a page for a plugin without its driver, or for a second one."""
+    log = logging.getLogger("jax._src.xla_bridge")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
     finally:
         log.setLevel(level)
 

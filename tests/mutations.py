@@ -75,8 +75,8 @@ MUTATIONS = (
     Mutation(
         "held-out text trained on",
         "stack/data/packing.py",
-        '("train", ~heldout)',
-        '("train", heldout | ~heldout)',
+        '{"train": ~heldout,',
+        '{"train": heldout | ~heldout,',
         "tests/data",
     ),
     Mutation(

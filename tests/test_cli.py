@@ -166,3 +166,30 @@ def test_an_unknown_public_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'stack' has no attribute 'Trianer'"):
         stack.Trianer  # noqa: B018
     assert set(stack.__all__) <= set(dir(stack))
+
+
+@pytest.mark.parametrize(
+    ("screen", "status", "told"),
+    [
+        (
+            "> /dev/full",
+            1,
+            "error: standard output: No space left on device; check its disk and permissions\n",
+        ),
+        (">&-", 0, ""),
+    ],
+)
+def test_a_screen_that_takes_nothing_is_one_line_at_most(screen, status, told):
+    command = f"{sys.executable} -m stack config show {QUICKSTART} {screen}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.rstrip("\n")) == (status, told)
+
+
+def test_large_devices_of_a_layout_are_those_of_the_plan(capsys):
+    llama = str(QUICKSTART.with_name("llama3_8b.yaml"))
+    assert main(["config", "show", llama, "--sharding", "--devices", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "on data 8 x fsdp 8, zero 3" in lines[-1]
+    assert max(map(len, lines)) <= 122
+    assert main(["config", "show", llama, "--sharding", "--devices", "0"]) == 2
+    assert capsys.readouterr().err == "error: 0 devices are too few; give at least 1\n"

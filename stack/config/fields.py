@@ -1,5 +1,6 @@
 """Every field of a config, with its type, default and meaning, for people."""
 
+import json
 import textwrap
 import types
 from collections.abc import Iterator
@@ -36,6 +37,18 @@ def fields(pattern: str = "") -> list[Field]:
     every = list(_walk(Config, ()))
     by_name = [field for field in every if wanted in field.name.lower()]
     return by_name or [field for field in every if wanted in field.description.lower()]
+
+
+def flatten(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names of what is below a tree of plain values, and each value as it is written in YAML."""
+    if isinstance(tree, dict) and (tree or not name):
+        for key, value in tree.items():
+            yield from flatten(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        for number, item in enumerate(tree):
+            yield from flatten(item, f"{name}.{number}")
+    else:
+        yield name, tree if isinstance(tree, str) else json.dumps(tree)
 
 
 def suggest(pattern: str) -> str | None:

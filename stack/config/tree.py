@@ -59,12 +59,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (
-            self.name in ("", ".", "..")
-            or "/" in self.name
-            or not self.name.isprintable()
-            or len(self.name.encode()) > 200
-        ):
+        if not _is_file_name(self.name):
             raise ValueError(f"name={self.name!r} must be the name of one folder; set output_dir to place it")
         length, limit = self.data.sequence_length, self.model.max_length
         if length > limit:

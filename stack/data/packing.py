@@ -141,36 +141,39 @@ def pack_corpus(
         StackError: a cache that can not be written, or a damaged index.
     """
     parts = [VERSION, corpus.key, sequence_length, packed, heldout_fraction, *["by_place"] * by_place]
-    cuts: dict[str, Cut | None] = {"train": None, "heldout": None}
-    if by_place:
-        assert decode is not None
-        cuts = _cut_at_place(corpus, heldout_fraction, decode)
     key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     folder = root / f"rows-{key}"
 
     def write(target: Path) -> None:
         heldout = heldout_mask(corpus.hashes, heldout_fraction)
-        for side, chosen in (("train", ~heldout), ("heldout", heldout)):
-            low, high = cut.bounds if (cut := cuts[side]) else (0, int(corpus.offsets[-1]))
+        chosen = {"train": ~heldout, "heldout": heldout}
+        cuts = dict.fromkeys(chosen, Cut((0, int(corpus.offsets[-1])), 0))
+        if by_place:
+            assert decode is not None
+            cuts = _cut_at_place(corpus, heldout_fraction, decode)
+        for side, cut in cuts.items():
+            low, high = cut.bounds
             inside = (corpus.offsets[1:] > low + 1) & (corpus.offsets[:-1] + 1 < high)
-            documents = np.flatnonzero(inside if by_place else chosen)
+            documents = np.flatnonzero(inside if by_place else chosen[side])
             start = np.maximum(corpus.offsets[documents], low)
             end = np.minimum(corpus.offsets[documents + 1], high)
             start, length = _cut(start, end, sequence_length)
             order, row_offsets = _rows(length, sequence_length) if packed else _one_each(length)
+            if by_place:
+                np.save(target / f"{side}-cut.npy", [low, high, cut.bytes_beyond])
             np.save(target / f"{side}-documents.npy", documents)
             np.save(target / f"{side}-row_offsets.npy", row_offsets)
             np.save(target / f"{side}-piece_start.npy", start[order])
             np.save(target / f"{side}-piece_length.npy", length[order].astype(np.int32))
 
     publish_folder(folder, write)
-    train, heldout = (_load(folder, side, corpus, sequence_length, cut) for side, cut in cuts.items())
+    train, heldout = (
+        _load(folder, side, corpus, sequence_length, by_place=by_place) for side in ("train", "heldout")
+    )
     return train, heldout
 
 
-def _cut_at_place(
-    corpus: Corpus, fraction: float, decode: Callable[[np.ndarray], str]
-) -> dict[str, Cut | None]:
+def _cut_at_place(corpus: Corpus, fraction: float, decode: Callable[[np.ndarray], str]) -> dict[str, Cut]:
     """Both sides of the place before which all but a fraction of the tokens lie."""
     total = int(corpus.offsets[-1])
     place = min(max(int(total * (1 - fraction)), 2), total - 2)
@@ -265,10 +268,14 @@ def _count_up(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _load(folder: Path, side: str, corpus: Corpus, sequence_length: int, cut: Cut | None) -> PackedRows:
+def _load(folder: Path, side: str, corpus: Corpus, sequence_length: int, *, by_place: bool) -> PackedRows:
     names = ("documents", "row_offsets", "piece_start", "piece_length")
     try:
         arrays = {name: np.asarray(np.load(folder / f"{side}-{name}.npy", mmap_mode="r")) for name in names}
+        cut = None
+        if by_place:
+            low, high, beyond = np.load(folder / f"{side}-cut.npy").tolist()
+            cut = Cut((low, high), beyond)
     except (OSError, ValueError, EOFError) as error:
         raise StackError(
             f"{folder}: a damaged cache entry ({error}); remove the folder and run again"

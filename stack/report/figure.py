@@ -2,8 +2,6 @@
 
 import html
 import io
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +10,7 @@ from stack.config import Config, StackError
 from stack.config.paths import expand
 from stack.report.runs import Run
 from stack.report.show import lines
+from stack.train.watch.metrics import smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +69,7 @@ def _draw(runs: Sequence[Run], *, color: str | None = None) -> "Figure":
             name = run.config.name if names.count(run.config.name) == 1 else str(run.folder)
             steps, losses = run.history.curve("loss")
             tint = f"C{number}"
-            axes.plot(steps, _smooth(losses), color=tint, linewidth=1.4, label=name)
+            axes.plot(steps, smooth(losses), color=tint, linewidth=1.4, label=name)
             axes.plot(
                 *run.history.curve("loss", "heldout"), color=tint, marker="o", markersize=4, linestyle=":"
             )
@@ -118,13 +117,3 @@ def _page(runs: Sequence[Run], others: Mapping[str, Config] | None) -> str:
         "font:13px/1.5 ui-monospace,monospace}</style>\n"
         f"<h1>{title}</h1>\n{svg}\n<pre>{text}</pre>\n</html>\n"
     )
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """The mean of what is finite in a window of a twentieth of the points around each."""
-    reach = len(values) // 40
-    smoothed = []
-    for index in range(len(values)):
-        near = [value for value in values[max(0, index - reach) : index + reach + 1] if math.isfinite(value)]
-        smoothed.append(statistics.fmean(near) if near else math.nan)
-    return smoothed

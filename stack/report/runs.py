@@ -1,15 +1,14 @@
 """What a run folder says of a run: where it stands, its losses, its config."""
 
-import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stack.config import Config, StackError, load
+from stack.config.fields import flatten
 from stack.config.paths import expand
 from stack.train.watch.metrics import FILE, History
 
@@ -101,22 +100,10 @@ def config_differences(configs: Mapping[str, Config]) -> list[tuple[str, list[st
 
     Names and folders of the runs are left out.
     """
-    flat = [dict(_flatten(config.model_dump(mode="json"))) for config in configs.values()]
+    flat = [dict(flatten(config.model_dump(mode="json"))) for config in configs.values()]
     names = list(dict.fromkeys(name for one in flat for name in one))
     rows = [(name, [one.get(name, "-") for one in flat]) for name in names if name not in _OF_THE_FOLDER]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
 _OF_THE_FOLDER = {"name", "output_dir"}
-
-
-def _flatten(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names of what is below a tree, and values as they are written."""
-    if isinstance(tree, dict) and (tree or not name):
-        for key, value in tree.items():
-            yield from _flatten(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        for number, item in enumerate(tree):
-            yield from _flatten(item, f"{name}.{number}")
-    else:
-        yield name, tree if isinstance(tree, str) else json.dumps(tree)

@@ -36,18 +36,17 @@ def only_writer(folder: Path) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / FILE).open("a+") as file:
-            _take(file, folder)
-            file.truncate(0)
-            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "start": time.time()}, file)
-            file.flush()
-            yield
+        file = (folder / FILE).open("a+")
     except OSError as error:
-        if error.filename is None or Path(error.filename).name not in (FILE, folder.name):
-            raise
         raise StackError(
             f"{folder} cannot be written: {error.strerror}; set output_dir to a folder that can"
         ) from error
+    with file:
+        _take(file, folder)
+        file.truncate(0)
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "start": time.time()}, file)
+        file.flush()
+        yield
 
 
 def _take(file: IO[str], folder: Path) -> None:
@@ -77,12 +76,14 @@ def _describe(owner: dict[str, Any]) -> str:
 
 def _is_alive(owner: dict[str, Any]) -> bool:
     """Whether the owner that a file names runs on this machine."""
-    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
+    pid = owner.get("pid")
+    # Of a container that was started again this very process may have the number of the one before.
+    if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid == os.getpid():
         return False
     try:
-        os.kill(owner["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True

@@ -28,6 +28,7 @@ from stack.evaluation.evaluate import evaluate
 from stack.inference.text import generate_texts, stream_text
 from stack.parallel import mesh as meshes
 from stack.parallel.host_memory import keep_freed_memory
+from stack.planner.guard import guard_memory
 from stack.planner.search import auto
 from stack.step import program as programs
 from stack.step import state as states
@@ -39,7 +40,7 @@ from stack.train.watch.endings import ENDINGS, Ending
 from stack.train.watch.late import LateReader
 from stack.train.watch.listeners import Listener, Listeners
 from stack.train.watch.metrics import History
-from stack.train.watch.standard import check_start, explain_errors, show_progress, standard_listeners
+from stack.train.watch.standard import show_progress, standard_listeners
 from stack.train.watch.trace import Trace
 from stack.versions import RECORDED, installed_version
 
@@ -77,7 +78,8 @@ class Trainer:
         self.mesh = states.concrete(self.program)
         self.state: states.State | None = None
         standard = standard_listeners(self.program, devices, self.folder, resolved=resolved)
-        self._listeners = Listeners([*standard, *listeners])
+        self._given = [*standard, *listeners]
+        self._listeners = Listeners(self._given)
 
     @classmethod
     def from_run(cls, folder: str | os.PathLike[str], overrides: Sequence[str] = (), **options: Any) -> Self:
@@ -131,14 +133,11 @@ class Trainer:
             other data, or holds one although `checkpoint.resume` is false; or what is shown at the end
             cannot be.
         """
-        devices = list(self.mesh.devices.flat)
-        check_start(self.config, devices)
-        if progress:
-            self._listeners = show_progress(self._listeners)
+        self._listeners = show_progress(self._given) if progress else Listeners(self._given)
         if self.mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
         with (
-            explain_errors(self.config, devices),
+            guard_memory(self.config, list(self.mesh.devices.flat)),
             meshes.use(self.mesh),
             only_writer(self.folder),
             Checkpoints(self.folder / "checkpoints", self.config.checkpoint) as checkpoints,

@@ -95,6 +95,7 @@ def test_metrics_are_means_over_labels():
     }
     nothing = objective.metrics({name: jnp.float32(0) for name in sums})
     assert not any(map(float, nothing.values())), "a batch without labels is no division by zero"
+    assert "nats_per_byte" not in objective.evaluate(sums, num_bytes=None)
     assert objective.evaluate(sums, num_bytes=12.0) == {
         "loss": 1.5,
         "perplexity": math.exp(1.5),

@@ -113,6 +113,14 @@ def test_what_cannot_be_is_one_line_with_status_2(capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+def test_a_curve_is_drawn_as_text_too(capsys):
+    status, out, _ = plan(capsys, LLAMA, "--hardware", "h100", "--devices", "8..64")
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 120
+    assert out.count("########## 100.0%") >= 2
+    assert "--out curve.png" in out
+
+
 def test_what_does_not_fit_is_an_error_after_its_lines(capsys):
     for options in ([], ["--json"]):
         assert main(["plan", LLAMA, "--hardware", "t4", "--devices", "8", *options]) == 1
@@ -120,3 +128,10 @@ def test_what_does_not_fit_is_an_error_after_its_lines(capsys):
         assert shown.err.startswith("error: llama3_8b does not fit: memory: it needs")
         assert shown.err.count("\n") == 1
         assert '"fits": false' in shown.out if options else "DOES NOT FIT in 16" in shown.out
+
+
+@pytest.mark.parametrize("options", [["--search"], []])
+def test_tables_are_of_a_screens_width(capsys, options):
+    status, out, _ = plan(capsys, LLAMA, "--hardware", "b200", "--devices", "64", *options)
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 120

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import pytest
 
-from stack.config import Config, StackError
+from stack.config import Config
 from stack.hardware import chip as chips
 from stack.models.decoder import Decoder
 from stack.planner import predict as module
 from stack.planner.formula.time import step_time
 from stack.planner.formula.workload import from_config
-from stack.planner.predict import NoPlan, Planned, check_memory, explain_exhaustion, line, predict
+from stack.planner.predict import NoPlan, Planned, line, predict
 
 SMALL = Config.model_validate(
     {
@@ -75,20 +75,3 @@ def test_the_devices_of_the_tests_are_no_plan():
     plan = predict(SMALL, jax.devices())
     assert isinstance(plan, NoPlan)
     assert plan.reason.startswith("no two CPUs are alike")
-
-
-def test_what_cannot_fit_is_refused_before_it_starts_with_what_fits():
-    config = SMALL.replace("data.sequence_length=64", "train.batch_size=100000000")
-    with pytest.raises(StackError, match=r"run needs [\d,]+ GB a device, of .* by formula; set train\.accum"):
-        check_memory(config, jax.devices()[:1])
-    check_memory(SMALL, jax.devices()[:1])
-
-
-def test_a_device_without_memory_left_is_one_line_with_a_remedy():
-    with (
-        pytest.raises(StackError, match=r"run: a device has no memory left; planned .* of .*; set train\."),
-        explain_exhaustion(SMALL.replace("train.batch_size=64"), jax.devices()[:1]),
-    ):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
-    with pytest.raises(jax.errors.JaxRuntimeError), explain_exhaustion(SMALL, jax.devices()[:1]):
-        raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -59,7 +59,12 @@ def test_without_locks_a_process_that_lives_here_is_respected(tmp_path, monkeypa
     (tmp_path / FILE).write_text(json.dumps(owner))
     with pytest.raises(StackError, match=f"process {os.getppid()} on "), only_writer(tmp_path):
         pass
-    for other in (owner | {"pid": 2**22 + 1}, owner | {"host": "elsewhere"}, {}):
+    for other in (
+        owner | {"pid": 2**22 + 1},
+        owner | {"pid": os.getpid()},
+        owner | {"host": "elsewhere"},
+        {},
+    ):
         (tmp_path / FILE).write_text(json.dumps(other))
         with only_writer(tmp_path):
             assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()

@@ -10,7 +10,8 @@ import jax
 import pytest
 import tokenizers
 from tokenizers import decoders, normalizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.trainers import BpeTrainer
 
 from stack import Config, StackError, Trainer
@@ -189,6 +190,21 @@ def test_a_prompt_that_is_not_text_is_one_line(trained, prompt) -> None:
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.decode().count("\n") == 1
     assert b"UTF-8" in done.stderr
+
+
+def test_a_tokenizer_without_the_words_is_told_and_flatters_nobody(folder) -> None:
+    words = WordLevel({"[UNK]": 0, "[EOS]": 1, "the": 2, "red": 3}, unk_token="[UNK]")
+    model = tokenizers.Tokenizer(words)
+    model.add_special_tokens(["[UNK]", "[EOS]"])
+    model.pre_tokenizer = Whitespace()
+    model.save(str(folder / "words.json"))
+    heard = Warnings()
+    tree = config(folder, "name=words", f"data.tokenizer={folder}/words.json", "eval.trigram=true")
+    run = Trainer(tree, devices=jax.devices()[:1], listeners=[heard])
+    (last,) = (record for record in run.fit().records if record["kind"] == "heldout")
+    assert "loss" in last
+    assert "nats_per_byte" not in last
+    assert [text for text in heard.texts if "does not know 0." in text and "no nats per byte" in text]
 
 
 def test_a_damaged_checkpoint_is_one_line(trained, tmp_path) -> None:

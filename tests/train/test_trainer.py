@@ -355,3 +355,22 @@ def test_a_trace_may_begin_before_a_run_that_goes_on(folder) -> None:
     run(folder, "resumed", "train.steps=2")
     resumed = run(folder, "resumed", "train.steps=4", "train.profile_steps=[1, 4]")
     assert list((resumed.folder / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_that_cannot_fit_reads_and_writes_nothing(folder) -> None:
+    large = trainer(folder, "large", "train.batch_size=1000000000")
+    with pytest.raises(StackError, match=r"large needs [\d,]+ GB a device, of .*; set train\.accumulation="):
+        large.fit()
+    assert not large.folder.exists()
+
+
+def test_progress_is_shown_unless_it_is_not_wanted(folder, capsys) -> None:
+    made = trainer(folder, "shown", "train.steps=3")
+    made.fit()
+    assert "step 3/3" in capsys.readouterr().out
+    made.fit(progress=False)
+    assert capsys.readouterr().out == ""
+    table = str(made.history).splitlines()
+    assert table[0].split() == ["step", "loss", "held-out", "tokens/s"]
+    assert table[-1].split()[0] == "3"
+    assert made.history._repr_html_().count("<tr>") == len(table)

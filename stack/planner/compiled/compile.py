@@ -5,7 +5,6 @@ Needs the extra `plan`: JAX's CUDA plugin and NVIDIA's compilers, no CUDA librar
 
 import dataclasses
 import importlib.util
-import logging
 import math
 import os
 import re
@@ -20,6 +19,7 @@ import jax
 from jax.experimental import topologies
 
 from stack.config import Config, StackError
+from stack.environment import quiet_discovery
 from stack.kernels.attention.absent import traced_for
 from stack.parallel import mesh as meshes
 from stack.step import program as programs
@@ -114,7 +114,7 @@ def devices(target: str, num_devices: int, *, per_host: int = DEVICES_PER_HOST) 
     text = "\n".join(line for line in description.splitlines() if not line.startswith("#"))
     shape = f"1x{num_devices // per_host}x{per_host}"
     try:
-        with _quiet_discovery():
+        with quiet_discovery():
             return topologies.get_topology_desc(
                 "", platform="cuda", target_config=text, topology=shape
             ).devices
@@ -122,18 +122,6 @@ def devices(target: str, num_devices: int, *, per_host: int = DEVICES_PER_HOST) 
         raise StackError(
             "JAX looks for a GPU before it compiles for one that is not here; set JAX_PLATFORMS=cpu"
         ) from error
-
-
-@contextmanager
-def _quiet_discovery() -> Iterator[None]:
-    """Where plugins for two versions of CUDA are installed, the second one is an error that is logged."""
-    logger = logging.getLogger("jax._src.xla_bridge")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def compile_step(config: Config, target_devices: list[Any]) -> jax.stages.Compiled:

@@ -1,6 +1,6 @@
 """What the trainer tells whoever listens; it knows no listener by name."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,10 +48,6 @@ class Listeners(Listener):
         for listener in self._listeners:
             listener.warn = self.on_warning
         self.warn = self.on_warning
-
-    def __iter__(self) -> Iterator[Listener]:
-        """In their order."""
-        return iter(self._listeners)
 
     def on_start(self, info: dict[str, Any]) -> Mapping[str, Any]:
         """Tells all; returns what they make of it."""

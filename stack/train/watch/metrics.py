@@ -184,7 +184,7 @@ class History:
         pyplot.close(figure)  # Off pyplot's list, or a notebook would show it twice.
         steps, losses = self.curve("loss")
         if steps:
-            smoothed = _smooth(losses)
+            smoothed = smooth(losses)
             label = f"training, smoothed ({smoothed[-1]:.3f} at the end)"
             axes.plot(steps, losses, color="tab:blue", linewidth=0.8, alpha=0.35)
             axes.plot(steps, smoothed, color="tab:blue", label=label)
@@ -259,7 +259,7 @@ def _decode(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """Mean of what is finite in a window of a twentieth of the points around each, so without lag."""
     reach = len(values) // 40
     smoothed = []

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from stack.planner.predict import Planned, line, memory_line, predict
+from stack.planner.guard import memory_line
+from stack.planner.predict import Planned, line, predict
 from stack.step.program import Program
 from stack.train.watch.listeners import Listener
 from stack.train.watch.planned import Comparison

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 
 from stack.config import Config
-from stack.planner.predict import check_memory, explain_exhaustion
 from stack.step import state as states
 from stack.step.program import Program
 from stack.train.watch.listeners import Listener, Listeners
@@ -16,24 +15,10 @@ from stack.train.watch.progress import Progress
 from stack.train.watch.speed import Speedometer
 
 
-def check_start(config: Config, devices: Sequence[jax.Device]) -> None:
-    """Refuses, before anything is read or compiled, a run that its devices cannot hold.
-
-    Raises:
-      StackError: they cannot, with what they can.
-    """
-    check_memory(config, devices)
-
-
-explain_errors = explain_exhaustion
-"""Says in one line what of the runtime's errors a user can mend."""
-
-
-def show_progress(listeners: Listeners) -> Listeners:
+def show_progress(listeners: Sequence[Listener]) -> Listeners:
     """These and one that shows the run, unless one of them does."""
-    if any(isinstance(listener, Progress) for listener in listeners):
-        return listeners
-    return Listeners([*listeners, Progress()])
+    is_shown = any(isinstance(listener, Progress) for listener in listeners)
+    return Listeners(listeners if is_shown else [*listeners, Progress()])
 
 
 def standard_listeners(

@@ -95,3 +95,13 @@ def test_a_run_outlives_the_reader_of_its_output() -> None:
     os.close(reader)
     _, errors = process.communicate("")
     assert (process.returncode, errors) == (0, "survived\n")
+
+
+def test_a_line_has_rate_norm_and_the_speed_of_the_last_steps() -> None:
+    progress = Progress(Console(file=io.StringIO()))
+    progress.on_start({"step": 0, "steps": 100})
+    for step, speed in ((1, 30_000.0), (2, 1_000.0)):
+        more = {"loss": 2.0, "learning_rate": 3e-4, "grad_norm": 1.25, "tokens_per_second": speed}
+        progress.on_metrics(step, more)
+    # Two steps of as many tokens took 31 times as long as one at 30,000.
+    assert progress.line().startswith("step 2/100  loss 2.0000  lr 3.00e-04  grad norm 1.25  1.94k tokens/s")
