@@ -174,7 +174,7 @@ def test_an_unknown_public_name_is_an_attribute_error():
         (
             "> /dev/full",
             1,
-            "error: standard output: No space left on device; check its disk and permissions\n",
+            "error: standard output: No space left on device; check its disk and permissions",
         ),
         (">&-", 0, ""),
     ],

@@ -16,7 +16,7 @@ import pytest
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
-from stack.data.sources import TEXT_DOCUMENT_CHARACTERS, list_files, read_documents, source_files
+from stack.data.sources import TEXT_DOCUMENT_CHARACTERS, _folders, list_files, read_documents, source_files
 
 
 def read(kind: str, path: Path | None = None, **settings: object) -> list[str]:
@@ -108,6 +108,7 @@ def test_each_file_is_read_once_however_many_links_lead_to_it(tmp_path: Path) ->
     (tmp_path / "in" / "z.txt").hardlink_to(tmp_path / "in" / "a.txt")
     for path in ("in", "in/**", "in/**/*.txt", "**/*.txt"):
         assert sorted(read("text", tmp_path / path)) == ["a", "b", "c"], path
+    assert len(list(_folders([tmp_path]))) == 4, "each is entered once"
 
 
 def test_records_are_read_whatever_the_letters_of_the_name_and_compressed(tmp_path: Path) -> None:

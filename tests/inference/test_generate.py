@@ -238,6 +238,7 @@ SHARP = {
     "a tiny nucleus": {"top_p": 1e-6},
     "cold": {"temperature": 1e-4},
     "frozen": {"temperature": 1e-40},
+    "as cold as a float32 can be": {"temperature": 1.2e-38},
 }
 
 
