@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/gpu.py [speed] [rows] [parity] [--seconds 540] [--json gpu.json]
 
-Needs jax with CUDA, flax, optax, orbax and pydantic; no network and no data. Where pydantic is missing,
+Needs jax with CUDA, flax, optax and pydantic; no network and no data. Where pydantic is missing,
 carry its wheels: on a machine with a network
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 \
@@ -326,7 +326,7 @@ def timed(step: Any, state: Any, batch: Any, *, blocks: int) -> tuple[list[float
 def machine() -> Row:
     """What the figures are of, and the rate of a large matrix product, the practical ceiling."""
     device, versions = jax.devices()[0], {}
-    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nvidia-cudnn-cu13"):
+    for name in ("jax", "jaxlib", "flax", "optax", "tensorstore", "nvidia-cudnn-cu13"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     size = 256 if device.platform == "cpu" else 8192

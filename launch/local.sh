@@ -10,7 +10,9 @@
 # one; -n 1 gives one process all. Without GPUs each process has one CPU device.
 #
 # Process 0 has the screen; what the others write is shown if they fail, but for a config that all refuse. If
-# one process fails, the others are ended and its exit status is this script's. Ctrl-C ends all.
+# one process fails, the others are ended and its exit status is this script's. Ctrl-C, SIGTERM and SIGUSR1 are
+# passed on: all save at the same step and stop, with status 130 after Ctrl-C and 75 after the others; a second
+# Ctrl-C ends all at once. If this script is killed, its processes do the same as after SIGTERM.
 set -euo pipefail
 
 usage() {
@@ -47,28 +49,15 @@ fi
 share=$((${#gpus[@]} / processes))
 ((share * processes == ${#gpus[@]})) || stop "${#gpus[@]} GPUs cannot be dealt out to $processes processes"
 
-# Below 32768: above, the system itself hands ports to connections.
 JAX_COORDINATOR_ADDRESS=127.0.0.1:$(
-    python3 - <<'PYTHON'
-import random, socket
-
-while True:
-    with socket.socket() as candidate:
-        try:
-            candidate.bind(("", random.randrange(20_000, 32_768)))
-        except OSError:
-            continue
-        print(candidate.getsockname()[1])
-        break
-PYTHON
+    python3 -c 'from stack.parallel.ports import free_port; print(free_port())'
 )
-export JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES=$processes
+export JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES=$processes STACK_LAUNCHER=$$
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/stack-logs.XXXXXX")
 pids=()
 
-# Waits so many seconds for all to go by themselves, then ends them. SIGTERM would not: JAX takes it as a
-# notice that the machine will be taken away.
+# Waits so many seconds for all to go by themselves, then kills them.
 end() {
     for ((tenth = 0; tenth < 10 * $1; tenth++)); do
         kill -0 "${pids[@]}" 2>/dev/null || break
@@ -79,18 +68,35 @@ end() {
     [[ ! -t 1 ]] || printf '\e[?25h' # The bar of process 0 hides the cursor.
 }
 
-interrupted() {
-    trap '' INT TERM
-    kill -INT "${pids[@]}" 2>/dev/null || true
-    end 10
-    rm -rf "$logs"
-    exit 130
+# Passes a signal on; the loop below waits for what it leads to.
+pass() {
+    if [[ $1 == INT && $stopping ]]; then
+        trap '' INT TERM USR1
+        end 0
+        rm -rf "$logs"
+        exit 130
+    fi
+    stopping=$1
+    kill -"$1" "${pids[@]}" 2>/dev/null || true
 }
 
 # Ends the run for the processes in `failed`; of their statuses the highest, a signal before an error.
 give_up() {
+    # Asked to stop, all save and go by themselves.
+    if [[ $highest == 75 || ($stopping && $highest == 130) ]]; then
+        end 60
+        rm -rf "$logs"
+        [[ $stopping != INT ]] || exit 130
+        exit 75
+    fi
+    # A config that cannot be is refused by all, each in its time, and told by process 0 on the screen; the
+    # others only say it again.
+    for ((tenth = 0; highest == 2 && tenth < 200; tenth++)); do
+        look
+        [[ ! ${statuses[0]-} ]] || break
+        sleep 0.1
+    done
     end 2
-    # A config that cannot be is told by process 0, on the screen; the others only say it again.
     if [[ ${statuses[0]-0} == 2 ]]; then
         rm -rf "$logs"
         exit 2
@@ -106,7 +112,10 @@ give_up() {
 # Job control gives each process its own group: the terminal's Ctrl-C then comes here alone, and is not
 # ignored there.
 set -m
-trap interrupted INT TERM
+stopping=''
+trap 'pass INT' INT
+trap 'pass TERM' TERM
+trap 'pass USR1' USR1
 for ((process = 0; process < processes; process++)); do
     export JAX_PROCESS_ID=$process
     if ((share)); then
@@ -121,11 +130,11 @@ for ((process = 0; process < processes; process++)); do
     pids+=($!)
 done
 
-running=$processes failed=() statuses=() highest=0
-while ((running)); do
-    sleep 0.2
+# Notes the processes that have ended.
+look() {
     running=0
     for process in "${!pids[@]}"; do
+        [[ ! ${statuses[process]-} ]] || continue
         if kill -0 "${pids[process]}" 2>/dev/null; then
             running=$((running + 1))
             continue
@@ -137,6 +146,12 @@ while ((running)); do
             highest=$((statuses[process] > highest ? statuses[process] : highest))
         fi
     done
+}
+
+running=$processes failed=() statuses=() highest=0
+while ((running)); do
+    sleep 0.2 || true # A signal may end it.
+    look
     ((!highest)) || give_up
 done
 rm -rf "$logs"

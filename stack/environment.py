@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -13,6 +14,9 @@ from stack.config.errors import StackError
 
 if TYPE_CHECKING:
     import jax
+
+STARTED = time.monotonic()
+"""When this process began, nearly, by the clock that only runs forward."""
 
 # Linux has the first two, WSL the third.
 _DRIVERS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")

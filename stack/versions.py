@@ -1,14 +1,27 @@
 """Which versions of what a run is made of are installed."""
 
+import hashlib
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-RECORDED = ("stack", "jax", "flax", "optax", "orbax-checkpoint")
+RECORDED = ("stack", "jax", "flax", "optax", "grain", "tokenizers")
 """Packages whose versions a checkpoint tells."""
 
 
+@cache
 def installed_version(package: str) -> str | None:
     """The version of an installed package; None where it is not, as of Stack run from a plain folder."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def code_digest() -> str:
+    """Of every module of Stack: equal where the same code is installed, whatever its version says."""
+    digest = hashlib.blake2b(digest_size=6)
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

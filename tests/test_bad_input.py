@@ -3,7 +3,10 @@
 import io
 import json
 import os
+import random
+import re
 import string
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ VALUES = st.one_of(
     st.sampled_from(
         ["null", "~", "true", "[]", "{}", "[[[", "{a: {b: 1}}", "*a", "&a 1", "!!python/name:os"]
     ),
-    st.integers(1, 3000).map(lambda depth: "[" * depth + "]" * depth),
+    st.integers(1, 200).map(lambda depth: "[" * depth + "]" * depth),
     st.recursive(
         st.one_of(st.none(), st.booleans(), st.integers(), TEXT),
         lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
@@ -43,7 +46,148 @@ FIELDS = st.one_of(
     st.text(string.ascii_lowercase + "._0123456789=", max_size=20),
 )
 OVERRIDES = st.tuples(FIELDS, VALUES).map("=".join)
-many = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+some = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+every_day_and_full = pytest.mark.parametrize(
+    "number", [40, *(pytest.param(2_500, marks=pytest.mark.full, id=f"part {part} of 4") for part in "1234")]
+)
+
+SMALL = """\
+name: small
+model: {num_layers: 1, dtype: float32}
+data:
+  sources:
+    - {kind: synthetic, max_bytes: 40_000}
+optimizer:
+  learning_rate: 1e-2
+train: {steps: 8}
+sample:
+  prompt: "def "
+"""
+WORDS = (
+    *(
+        "null",
+        "~",
+        "true",
+        "",
+        "-1",
+        "0x10",
+        "9" * 400,
+        "1e400",
+        ".nan",
+        "2001-01-01",
+        "12:30",
+        "1_0",
+        "*a",
+        "&a",
+    ),
+    *(
+        "&a [*a]",
+        "!!python/name:os.system",
+        "!!python/object/apply:os.getcwd []",
+        "!x",
+        "!!binary YQ==",
+        "!!set {a}",
+    ),
+    *(
+        "!!int x",
+        "!!float []",
+        "<<: *a",
+        "? a",
+        "- 1",
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        "'",
+        "|",
+        ">-",
+        "%YAML 9.9",
+        "---",
+    ),
+    *(
+        "...",
+        "#",
+        ":",
+        "\t",
+        "\r",
+        "\0",
+        "\ufeff",
+        "\u2028",
+        "\\ud800",
+        '"\\ud800"',
+        "[" * 60,
+        "{a: " * 60,
+        "[" * 200,
+    ),
+    *("base: run.yaml", "base: .", "base: /dev/null", "base: no.yaml", "base: [1]", "base: ~nobody/x"),
+)
+"""What is set down where something else stood."""
+
+
+def _cut(data: bytes, where: random.Random) -> bytes:
+    return data[: where.randrange(len(data) + 1)]
+
+
+def _flip(data: bytes, where: random.Random) -> bytes:
+    place = where.randrange(len(data)) if data else 0
+    return (
+        data[:place]
+        + bytes(byte ^ 1 << where.randrange(8) for byte in data[place : place + 1])
+        + data[place + 1 :]
+    )
+
+
+def _bytes(data: bytes, where: random.Random) -> bytes:
+    place = where.randrange(len(data) + 1)
+    return data[:place] + where.randbytes(where.randrange(1, 5)) + data[place + where.randrange(5) :]
+
+
+def _in_words(data: bytes, where: random.Random) -> bytes:
+    """One name, number or word is another."""
+    words = list(re.finditer(rb"[\w.+-]+", data))
+    if not words:
+        return data
+    one = where.choice(words)
+    other = where.choice([where.choice(WORDS).encode(), where.choice(words)[0], where.choice(NAMES).encode()])
+    return data[: one.start()] + other + data[one.end() :]
+
+
+def _insert(data: bytes, where: random.Random) -> bytes:
+    place = where.randrange(len(data) + 1)
+    return data[:place] + where.choice(WORDS).encode() + data[place:]
+
+
+def _lines(data: bytes, where: random.Random) -> bytes:
+    """A line is given twice, is gone, stands elsewhere, or further to the right."""
+    lines = data.split(b"\n")
+    line = lines.pop(where.randrange(len(lines)))
+    for _ in range(where.randrange(3)):
+        lines.insert(where.randrange(len(lines) + 1), b" " * where.randrange(4) + line)
+    return b"\n".join(lines)
+
+
+def _joined(data: bytes, where: random.Random) -> bytes:
+    return data + where.choice([b"\n", b"---\n", b"  "]) + data
+
+
+MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "cut": _cut,
+    "flipped": _flip,
+    "other bytes": _bytes,
+    "other words": _in_words,
+    "inserted": _insert,
+    "lines": _lines,
+    "twice": _joined,
+    "UTF-16": lambda data, _: data.decode("utf-8", "replace").encode("utf-16"),
+    "long": lambda data, where: data + b"\nname: " + where.choice([b"x", b"9"]) * 20_000,
+}
+TRAINS = st.sampled_from([True, False, False, False])
+CONFIGS = st.lists(
+    st.tuples(st.sampled_from([*["other words"] * 4, *["inserted"] * 2, *MUTATIONS]), st.integers(0, 2**32)),
+    min_size=1,
+    max_size=3,
+)
 
 
 def call(*argv: str) -> tuple[int, str, str]:
@@ -69,6 +213,13 @@ def check(status: int, out: str, error: str) -> None:
     assert "Traceback" not in error
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("configs") / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
 @pytest.fixture(autouse=True)
 def _empty_folder(tmp_path, monkeypatch) -> Any:
     monkeypatch.chdir(tmp_path)
@@ -76,14 +227,44 @@ def _empty_folder(tmp_path, monkeypatch) -> Any:
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-@many
-@given(st.lists(OVERRIDES, min_size=1, max_size=3))
-def test_any_override(overrides) -> None:
-    words = [word for word in overrides if not word.startswith("-")]
-    check(*call("config", "show", str(RUN), "--", *words))
+def check_config(*argv: str, trains: bool) -> None:
+    """`config show` shows a config that can be, and refuses any other in one line, as `train` does."""
+    status, out, error = call("config", "show", *argv)
+    check(status, out, error)
+    if status and trains:
+        assert call("train", *argv) == (status, "", error)
 
 
-@many
+@every_day_and_full
+def test_any_override(small, number) -> None:
+    @settings(some, max_examples=number)
+    @given(st.lists(OVERRIDES, min_size=1, max_size=3), TRAINS)
+    def is_taken_or_refused(overrides, trains) -> None:
+        check_config(small, "--", *overrides, trains=trains)
+
+    is_taken_or_refused()
+
+
+@every_day_and_full
+def test_any_damage_of_a_file(number) -> None:
+    path = Path("run.yaml")
+
+    @settings(some, max_examples=number)
+    @given(CONFIGS, TRAINS)
+    def is_taken_or_refused(mutations, trains) -> None:
+        data = SMALL.encode()
+        for name, seed in mutations:
+            data = MUTATIONS[name](data, random.Random(seed))
+        path.write_bytes(data)
+        try:
+            check_config("run.yaml", trains=trains)
+        finally:
+            path.unlink()
+
+    is_taken_or_refused()
+
+
+@some
 @given(
     st.lists(
         st.one_of(
@@ -102,7 +283,7 @@ def test_any_command_line(words) -> None:
             check(status, out, error)
 
 
-@many
+@some
 @given(st.one_of(st.binary(max_size=200), TEXT.map(str.encode)))
 def test_any_file(content) -> None:
     path = Path("run.yaml")
@@ -113,7 +294,7 @@ def test_any_file(content) -> None:
         path.unlink()
 
 
-@many
+@some
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=3), st.randoms())
 def test_any_fields_in_a_file(fields, random) -> None:
     """Sections and values that are valid YAML but for their meaning."""

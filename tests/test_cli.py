@@ -62,13 +62,16 @@ def test_the_version_names_jax(capsys):
     assert capsys.readouterr().out.startswith("stack 0.")
 
 
+VERBS = "train, launch, plan, eval, sample, show, checkpoint, config, data, doctor"
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
         (["trian"], "'trian' is not a command; did you mean `stack train`?"),
         (
             ["zzz"],
-            "'zzz' is not a command; it is one of train, plan, eval, sample, show, config, data, doctor",
+            f"'zzz' is not a command; it is one of {VERBS}",
         ),
         (["eval"], "the following arguments are required: RUN; see `stack eval --help`"),
         (["config"], "the following arguments are required: COMMAND; see `stack config --help`"),
@@ -143,7 +146,10 @@ def test_a_reader_that_has_enough_is_no_error():
     assert done.stderr == "status 0\n"
 
 
-@pytest.mark.parametrize("statement", ["import stack", "import stack; stack.load", "import stack.cli"])
+@pytest.mark.parametrize(
+    "statement",
+    ["import stack", "import stack; stack.load", "import stack.cli", "import stack.launch.render"],
+)
 def test_nothing_heavy_is_loaded_before_it_is_used(statement):
     heavy = ["jax", "flax", "optax", "orbax", "grain", "tokenizers", "pyarrow", "numpy", "rich"]
     code = f"{statement}; import sys; print([name for name in {heavy} if name in sys.modules])"
@@ -193,3 +199,34 @@ def test_large_devices_of_a_layout_are_those_of_the_plan(capsys):
     assert max(map(len, lines)) <= 122
     assert main(["config", "show", llama, "--sharding", "--devices", "0"]) == 2
     assert capsys.readouterr().err == "error: 0 devices are too few; give at least 1\n"
+
+
+SWALLOWS = """
+import sys, time
+from stack.cli import main
+from stack import environment
+def swallow():
+    print("there", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+environment.prepare = swallow
+sys.exit(main(["--version"]))
+"""
+
+
+CHANGES = SWALLOWS.replace("pass", "raise ImportError('the extension')")
+
+
+@pytest.mark.parametrize("code", [SWALLOWS, CHANGES], ids=["swallows", "changes"])
+def test_an_interrupt_is_not_lost_in_code_that_swallows_or_changes_it(code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (130, "interrupted\n")

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    ("config", "versions"),
-    ("environment",),
+    ("config", "interrupt", "versions"),
+    ("environment", "storage"),
     ("hardware", "parallel"),
     ("kernels",),
     ("layers", "data"),
@@ -19,8 +20,8 @@ FLOORS = (
     ("step",),
     ("evaluation", "inference", "interop"),
     ("planner",),
-    ("train", "doctor"),
-    ("report",),
+    ("train",),
+    ("doctor", "launch", "report"),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -29,8 +30,13 @@ FLOORS = (
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def modules() -> Iterator[tuple[str, str, ast.AST]]:
+@cache
+def modules() -> list[tuple[str, str, ast.AST]]:
     """Room, file and tree of every module."""
+    return list(_modules())
+
+
+def _modules() -> Iterator[tuple[str, str, ast.AST]]:
     for path in sorted((ROOT / "stack").rglob("*.py")):
         parts = path.relative_to(ROOT / "stack").with_suffix("").parts
         yield parts[0], str(path.relative_to(ROOT)), ast.parse(path.read_text("utf-8"))

@@ -30,10 +30,12 @@ ELSEWHERE = {
     "python3.12 -m venv .venv && .venv/bin/pip install -e .": "makes another environment",
     "uv sync --no-dev": "makes another environment",
     "uv sync --extra cuda13": "needs a GPU",
+    "stack doctor --faults": "tests/doctor/test_faults.py",
 }
 """Commands that are not run here, and why or where else."""
 
 README, DATA, PLANNER = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "planner.md"
+LAUNCH = ROOT / "docs" / "launch.md"
 _WORDS = ("stack ", "uv ", "launch/", "sbatch ", "source ", ".ci/", "python3.12 ")
 
 
@@ -150,3 +152,11 @@ def test_the_commands_of_the_planner_page_run(folder) -> None:
     for command in some:
         run(command, folder)
     assert len(some) >= 5
+
+
+@pytest.mark.full
+def test_the_commands_of_the_page_on_launching_run(folder) -> None:
+    jobs = [command for command in commands(LAUNCH) if command.startswith("stack launch render ")]
+    submit = [run(command, folder).split()[-1] for command in jobs]
+    assert submit == ["job.yaml", "job.yml", "job.sbatch"]
+    assert all((folder / name).is_file() for name in submit)

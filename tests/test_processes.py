@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 import yaml
 
 from stack import Config, Trainer
+from stack.storage.store import Store
+from stack.train.checkpoint.manifest import saved_steps
 from stack.train.watch.metrics import read_history
 
 LOCAL = Path(__file__).parents[1] / "launch" / "local.sh"
@@ -214,12 +217,47 @@ def test_local_sh_ends_all_when_one_is_killed(tmp_path) -> None:
 
 
 @pytest.mark.full
-def test_local_sh_is_ended_by_an_interrupt(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
+def test_local_sh_passes_a_signal_on_and_all_save_at_the_same_step(tmp_path, number, status) -> None:
     process = launch(tmp_path, "run.yaml", "train.steps=100000", start_new_session=True)
     wait_for("step 1/", process)
     pids = children(process)
-    os.killpg(process.pid, signal.SIGINT)  # What Ctrl-C does.
-    process.communicate()
-    assert process.returncode == 130
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # What Ctrl-C does.
+    else:
+        process.send_signal(number)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == status, error
     assert not any(map(alive, pids))
     assert not list(tmp_path.glob("stack-logs*"))
+    told = re.search(
+        r"^stopped at step ([\d,]+) by SIG.*; it is saved; go on with: stack train", error, re.MULTILINE
+    )
+    assert told is not None, error
+    assert saved_steps(Store(tmp_path / "runs" / "run" / "checkpoints"))[-1] == int(told[1].replace(",", ""))
+
+
+@pytest.mark.full
+def test_a_signal_to_one_of_several_processes_stops_all_at_the_same_step(tmp_path) -> None:
+    process = launch(tmp_path, "run.yaml", "train.steps=100000")
+    wait_for("step 1/", process)
+    os.kill(children(process)[1], signal.SIGUSR1)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 75, error
+    assert "by SIGTERM, here or on another process; it is saved" in error
+
+
+@pytest.mark.full
+def test_the_processes_of_a_launcher_that_was_killed_save_and_go(tmp_path) -> None:
+    process = launch(tmp_path, "run.yaml", "train.steps=100000")
+    wait_for("step 1/", process)
+    pids = children(process)
+    process.kill()
+    _, error = process.communicate(timeout=100)
+    assert "it is saved; go on with" in error
+    deadline = time.monotonic() + 30
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, pids))

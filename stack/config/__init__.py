@@ -14,6 +14,7 @@ from stack.config.model import (
 from stack.config.objective import CausalConfig, ObjectiveConfig
 from stack.config.optimizer import OptimizerConfig, ScheduleConfig
 from stack.config.reading import dump, load, parse, replace, schema
+from stack.config.stability import StabilityConfig
 from stack.config.target import TargetConfig
 from stack.config.train import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
 from stack.config.tree import Config
@@ -38,6 +39,7 @@ __all__ = [
     "SampleConfig",
     "ScheduleConfig",
     "SourceConfig",
+    "StabilityConfig",
     "StackError",
     "TargetConfig",
     "TrainConfig",

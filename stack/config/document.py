@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from stack.config.errors import ConfigError
-from stack.config.explain import dotted, nearest
+from stack.config.explain import dotted, nearest, shown
 from stack.config.located import Keys, Located, Place, merge
 from stack.config.paths import expand
 
@@ -17,7 +17,9 @@ type FileOfName = Callable[[str], Path | None]
 
 
 _DEEPEST = 50
-"""Lists and groups inside each other; a config has four."""
+"""Values inside each other; a config has five. Composing them recurs, and would end in the interpreter."""
+_MOST_BYTES = 1 << 20
+"""Of a config file: some kilobytes are usual, and what is larger is something else."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,14 +29,20 @@ class _Loader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's way to declare them)
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(
                 problem="aliases are not read; share fields by `base:`", problem_mark=mark
             )
-        return super().compose_node(parent, index)
+        if self.depth == _DEEPEST:
+            raise yaml.MarkedYAMLError(problem="nested too deep to be read", problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 for _tag, _pattern in {
@@ -44,6 +52,15 @@ for _tag, _pattern in {
     "float": r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
 }.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+
+
+_HEAD = "# The whole config of a run, up to the line: "
+_END = "# end"
+
+
+def framed(text: str) -> str:
+    """A config's text with a first and a last line, by which a part of it is told from the whole."""
+    return f"{_HEAD}{_END}\n{text}{_END}\n"
 
 
 class Dumper(yaml.SafeDumper):
@@ -73,13 +90,22 @@ def read_file(path: Path, above: tuple[Path, ...] = (), named: FileOfName | None
         ConfigError: a file is missing, unreadable or no mapping, or the bases go round in a circle.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ConfigError(f"{path}: it is longer than {_MOST_BYTES:,} bytes; is this a YAML file?")
+        text = data.decode()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file{_beside(path)}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; is this a YAML file?") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+    if text.startswith(_HEAD) and text.rstrip().rpartition("\n")[2] != _END:
+        raise ConfigError(
+            f"{path}: its end is missing, it was cut: restore it, or train with the file it was made from; if"
+            f" it is whole, end it with the line: {_END}"
+        )
     return read_text(text, where=str(path), folder=path.parent, above=(*above, path), named=named)
 
 
@@ -136,12 +162,6 @@ def _read_base(
 def _compose(text: str, place: PlaceOfLine) -> yaml.Node | None:
     """The nodes of a YAML text, with their lines; None if there are none."""
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=_Loader):  # Composing recurs, and would end in the interpreter.
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
-                line = event.start_mark.line + 1 if event.start_mark else 1
-                raise ConfigError(f"{place(line).text}: bad YAML: nested too deep to be read")
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -165,8 +185,11 @@ def _locate(node: yaml.Node, path: Keys, place: PlaceOfLine) -> Located:
         if isinstance(value, str):  # An escape may give the two halves of a character.
             value = value.encode("utf-16", "surrogatepass").decode("utf-16")
         return Located(value=value, place=here)
-    except (yaml.YAMLError, ValueError):
-        raise ConfigError(f"{here.text}: {dotted(path)}: {node.value!r} cannot be a {node.tag}") from None
+    # A tag that does not fit the text has PyYAML fail in ways of its own.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{here.text}: {dotted(path)}: {shown(node.value)} cannot be a {node.tag}"
+        ) from None
 
 
 def _locate_fields(node: yaml.MappingNode, path: Keys, place: PlaceOfLine) -> dict[str, Located]:

@@ -19,6 +19,8 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Shape after the warmup: `cosine` (arXiv 1608.03983), `linear`, `constant`, or `wsd`, constant
     and then linear decay (arXiv 2404.06395)."""
+    start_step: NonNegativeInt = 0
+    """The step it begins at, warmup and all: the one a run stands at that goes on with a new schedule."""
     warmup_steps: NonNegativeInt | None = None
     """Steps of linear rise from 0; null: a tenth of the run's, at most 100."""
     decay_steps: PositiveInt | None = None

@@ -33,10 +33,21 @@ class TrainConfig(Section):
     grad_reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """What gradients are summed in over devices and micro-batches. A bfloat16 sum over 625 ranks
     can be off by 7%."""
+    stop_after_minutes: float | None = Field(default=None, gt=0.0)
+    """Minutes after the start of the process when it saves, stops and exits with status 75, as after SIGTERM
+    or SIGUSR1: to be started again. A little less than the job may take; null: no limit."""
+    silent_seconds: float = Field(default=30.0, gt=0.0)
+    """Of several processes: seconds without a word after which one is taken for dead, and named, and the
+    others end."""
+    stall_minutes: float = Field(default=30.0, gt=0.0)
+    """Of several processes: minutes without a step after which the one that the others wait for is named and
+    dumps the stacks of its threads, and all end. More than compiling, an evaluation and a save take."""
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
     """Write TensorBoard events too (extra `tracking`)."""
+    audit: bool = False
+    """Write the numbers of the rows that every step reads to examples-P.jsonl of each process P."""
     profile_steps: tuple[NonNegativeInt, NonNegativeInt] | None = Field(default=None, strict=False)
     """[a, b]: write a trace of steps a to b, b excluded, under the run folder."""
 
@@ -75,6 +86,13 @@ class CheckpointConfig(Section):
     """Checkpoints whose step is a multiple of this are kept for good."""
     resume: bool = True
     """Go on from the newest checkpoint in the run folder; false refuses a folder that holds one."""
+    folder: str | None = None
+    """Where they are kept, in a folder of the run's name: a folder that all processes share, or a place in an
+    object store, gs://... or s3://...; null: in the run folder."""
+    host_memory_gb: float = Field(default=32.0, gt=0.0)
+    """Gigabytes (10^9 bytes) of copies that a process holds in host memory while it saves or restores, beside
+    four files of 64 MiB on their way. A save of more than this waits until a part of it is written; an array
+    whose share on a device is larger is read by itself."""
 
 
 class SampleConfig(Section):

@@ -11,6 +11,7 @@ from stack.config.model import AnyModel, DecoderConfig
 from stack.config.objective import AnyObjective, CausalConfig
 from stack.config.optimizer import OptimizerConfig
 from stack.config.section import Section
+from stack.config.stability import StabilityConfig
 from stack.config.target import TargetConfig
 from stack.config.train import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
 
@@ -51,6 +52,7 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    stability: StabilityConfig = StabilityConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
@@ -74,10 +76,12 @@ class Config(Section):
         for name, size in sizes.items():
             if size >= 2**59:  # Bytes of it are still counted in 64 bits.
                 raise ValueError(f"{name} = {size:.3g} is more than any array may hold; lower one of them")
-        steps, warmup = self.train.steps, self.optimizer.schedule.warmup(self.train.steps)
-        if self.optimizer.schedule.kind != "constant" and warmup >= steps:
+        steps, shape = self.train.steps, self.optimizer.schedule
+        warmup = shape.warmup(steps)
+        if shape.kind != "constant" and shape.start_step + warmup >= steps:
+            after = f" from optimizer.schedule.start_step={shape.start_step} on" if shape.start_step else ""
             raise ValueError(
-                f"optimizer.schedule.warmup_steps={warmup} leaves nothing of train.steps={steps}"
+                f"optimizer.schedule.warmup_steps={warmup}{after} leaves nothing of train.steps={steps}"
             )
         if self.train.profile_steps and self.train.profile_steps[1] > steps:
             raise ValueError(

@@ -11,13 +11,14 @@ from typing import IO
 
 from stack.config.errors import StackError
 from stack.config.paths import expand
+from stack.storage import durable
 
 
 def cache_folder(cache_dir: str | Path) -> Path:
     """The folder `data.cache_dir` names, made if need be."""
     root = expand(cache_dir)
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(root)
     except OSError as error:
         raise unwritable(root, error) from error
     return root
@@ -37,7 +38,7 @@ def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
         return
     prefix = f".{folder.name}.{socket.gethostname()}."
     try:
-        with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        with folder.with_name(f".{folder.name}.lock").open("a") as lock:
             alone = _lock(lock)
             if folder.is_dir():
                 return
@@ -48,21 +49,13 @@ def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
             temporary.mkdir()
             try:
                 write(temporary)
+                durable.sync_tree(temporary)
                 _rename(temporary, folder)
+                durable.sync(folder.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise unwritable(folder.parent, error) from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file in one piece; readers see the old one or the new one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def unwritable(folder: Path, error: OSError) -> StackError:

@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Integer
 
 from stack.config import Config, SourceConfig
-from stack.config.errors import ConfigError, StackError
+from stack.config.errors import ConfigError
 from stack.data import mixture, packing
 from stack.data.atomic import cache_folder
 from stack.data.cache import Corpus, open_corpus
 from stack.data.fields import Field
 from stack.data.packing import FIELDS, PackedRows, pack_corpus
+from stack.data.parallel import Threads, Workers
 from stack.data.sources import describe_names, list_files
 from stack.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -115,7 +116,13 @@ class Data:
     """What a person should know of it, a line each."""
 
 
-def open_data(config: Config, *, tokenizer: Tokenizer | None = None, show_progress: bool = True) -> Data:
+def open_data(
+    config: Config,
+    *,
+    tokenizer: Tokenizer | None = None,
+    workers: Workers | None = None,
+    show_progress: bool = True,
+) -> Data:
     """Tokenize and pack what `config.data` names, unless the cache holds it, and open it.
 
     Safe to call in all processes of a run at once: those that share a cache wait for the first.
@@ -123,6 +130,7 @@ def open_data(config: Config, *, tokenizer: Tokenizer | None = None, show_progre
     Args:
         config: of the run.
         tokenizer: by default the one it names.
+        workers: tokenize; by default `data.workers` threads.
         show_progress: draw a bar on standard error.
 
     Raises:
@@ -135,9 +143,17 @@ def open_data(config: Config, *, tokenizer: Tokenizer | None = None, show_progre
     check_vocabulary(tokenizer, config.model.vocab_size)
     root = cache_folder(data.cache_dir)
     sources = [source for source in data.sources if source.weight > 0]
+    workers = workers or (Threads(data.workers) if data.workers else Threads())
+    damage: list[str] = []
     corpora = [
         open_corpus(
-            source, tokenizer, root, seed=config.seed, workers=data.workers, show_progress=show_progress
+            source,
+            tokenizer,
+            root,
+            seed=config.seed,
+            workers=workers,
+            show_progress=show_progress,
+            warn=damage.append,
         )
         for source in sources
     ]
@@ -157,6 +173,7 @@ def open_data(config: Config, *, tokenizer: Tokenizer | None = None, show_progre
                 heldout_fraction=data.heldout_fraction,
                 by_place=by_place,
                 decode=tokenizer.decode,
+                warn=damage.append,
             )
             for corpus in corpora
         ]
@@ -183,7 +200,7 @@ def open_data(config: Config, *, tokenizer: Tokenizer | None = None, show_progre
             "rows": str(packing.VERSION),
             "order": str(mixture.VERSION),
         },
-        notes=tuple(_notes(config, sources, corpora, by_place=by_place)),
+        notes=(*damage, *_notes(config, sources, corpora, by_place=by_place)),
     )
 
 
@@ -212,29 +229,6 @@ def _notes(
             "data.heldout_fraction: as no document falls to the held-out side, the last"
             f" {config.data.heldout_fraction:.3g} of the text is held out"
         )
-
-
-def check_fingerprint(recorded: Mapping[str, str], current: Mapping[str, str], place: str) -> None:
-    """Raise StackError, naming `place`, if a run recorded other data than it would now go on with."""
-    meaning = {
-        "tokenizer": "data.tokenizer",
-        "corpus": "the text of data.sources",
-        "packing": "data.sequence_length, packed, heldout_fraction, shuffle or the sources' weights",
-    }
-    changed = [meaning[name] for name in meaning if recorded.get(name) != current.get(name)]
-    if changed:
-        raise StackError(
-            f"{place}: the run began with other data: {' and '.join(changed)} changed;"
-            " restore it, or start a new run under another name"
-        )
-    versions = {"rows": "makes rows of documents", "order": "orders rows"}
-    for name, what in versions.items():
-        # What was recorded before there were versions is of the first.
-        if recorded.get(name, "1") != current.get(name, "1"):
-            raise StackError(
-                f"{place}: this version of Stack {what} in another way than the one the run began with; go on"
-                " with that one, or start a new run under another name"
-            )
 
 
 def _check_size(config: Config, train: Dataset) -> None:

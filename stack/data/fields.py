@@ -1,11 +1,12 @@
 """What a batch holds, as an objective names it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
+if TYPE_CHECKING:
+    import jax
 
-from stack.parallel.rules import Layout
+    from stack.parallel.rules import Layout
 
 
 class Field(NamedTuple):
@@ -20,8 +21,8 @@ class Field(NamedTuple):
 
 
 def abstract_batch(
-    fields: Sequence[Field], *, batch_size: int, length: int, layout: Layout
-) -> dict[str, jax.ShapeDtypeStruct]:
+    fields: Sequence[Field], *, batch_size: int, length: int, layout: "Layout"
+) -> "dict[str, jax.ShapeDtypeStruct]":
     """Shapes, dtypes and shardings of a batch.
 
     Args:
@@ -30,6 +31,8 @@ def abstract_batch(
       length: tokens per row.
       layout: how things lie on the mesh.
     """
+    import jax
+
     sizes = {"batch": batch_size, "length": length}
     return {
         field.name: jax.ShapeDtypeStruct(

@@ -1,15 +1,20 @@
 """Batches as global arrays: each process reads only the rows its own devices hold."""
 
+import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from stack.config.errors import StackError
 from stack.data.dataset import Dataset
 from stack.data.fields import Field, abstract_batch
 from stack.data.mixture import training_order
+from stack.data.position import BEGINNING, Position
 from stack.parallel.rules import Layout
 
 type Batch = dict[str, jax.Array]
@@ -25,11 +30,13 @@ def training_batches(
     seed: int,
     shuffle: bool,
     layout: Layout,
+    position: Position = BEGINNING,
+    audit: Callable[[int, np.ndarray], None] | None = None,
 ) -> Callable[[int], Batch]:
     """The function from a step to its batch.
 
-    The global batch depends on (seed, step) alone: not on the steps asked for before, nor on the
-    number of processes and devices.
+    The global batch depends on the seed and the rows used before it alone: not on the steps asked for
+    before, nor on the number of processes and devices.
 
     Args:
       dataset: the rows.
@@ -38,6 +45,8 @@ def training_batches(
       seed: of the order.
       shuffle: a new order every epoch; false reads in order.
       layout: how a batch lies on the mesh.
+      position: where the run stands.
+      audit: told of every step that is read: its number, counted from 1, and those of this process's rows.
 
     Raises:
       ValueError: the data has no such field.
@@ -46,7 +55,11 @@ def training_batches(
 
     def batch(step: int) -> Batch:
         def rows(places: np.ndarray) -> np.ndarray:
-            return np.array([order[step * batch_size + place] for place in places.tolist()], np.int64)
+            wanted = position.places(position.first(step, batch_size) + places)
+            numbers = np.array([order[place] for place in wanted.tolist()], np.int64)
+            if audit is not None:
+                audit(step + 1, numbers)
+            return numbers
 
         return _assemble(dataset, fields, rows, batch_size, layout)
 
@@ -75,6 +88,35 @@ def heldout_batches(
         return _assemble(dataset, fields, rows, batch_size, layout)
 
     return batch, -(-dataset.num_rows // batch_size)
+
+
+def timed[T](batches: Iterator[T]) -> Iterator[tuple[T, float]]:
+    """Each batch with the seconds it was waited for."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - start
+
+
+def save_batch(path: Path, batch: Batch) -> None:
+    """Writes what this process holds of a batch: an .npz with an array of each field.
+
+    Raises:
+      StackError: it cannot be written.
+    """
+    fields: dict[str, Any] = {}
+    for name, array in batch.items():
+        shards = {str(shard.index): shard for shard in array.addressable_shards}.values()
+        rows = {shard.index[0].start or 0: np.asarray(shard.data) for shard in shards}
+        fields[name] = np.concatenate([rows[start] for start in sorted(rows)])
+    target = path.with_name(f"{path.name}-process-{jax.process_index()}.npz")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(target, **fields)
+    except OSError as error:
+        raise StackError(f"{target}: cannot be written: {error.strerror}; make room on its disk") from error
 
 
 def prefetch(make: Callable[[int], Batch], numbers: Iterable[int], *, ahead: int = 3) -> Generator[Batch]:

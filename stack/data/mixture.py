@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 if TYPE_CHECKING:
+    import grain
+
     from stack.data.dataset import Dataset
 
 VERSION = 1
@@ -13,13 +14,15 @@ VERSION = 1
 then told so, and not gone on with."""
 
 
-def training_order(dataset: "Dataset", *, seed: int, shuffle: bool) -> grain.MapDataset:
+def training_order(dataset: "Dataset", *, seed: int, shuffle: bool) -> "grain.MapDataset":
     """Row numbers of `dataset` by place, without end: order[i] is the row trained on at place i.
 
     Grain's random-access datasets: each source is permuted as a whole, anew in every epoch of its own,
     and the sources are interleaved evenly by weight, which Grain rounds down to hundredths of the
     smallest. No state: any place can be asked for at once.
     """
+    import grain  # Which imports JAX; who prepares data needs neither.
+
     parts, weights, start = [], [], 0
     for number, (part, weight) in enumerate(zip(dataset.parts, dataset.weights, strict=True)):
         rows = grain.MapDataset.range(start, start + part.num_rows)

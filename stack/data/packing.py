@@ -16,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
-from stack.config.errors import StackError
-from stack.data.atomic import publish_folder
-from stack.data.cache import Corpus
+from stack.data.cache import Array, Corpus
+from stack.data.entry import EntryWriter, log, open_entry
 from stack.data.split import heldout_mask
 
 FIELDS = ("tokens", "labels", "segments", "positions")
@@ -44,13 +43,13 @@ class PackedRows:
 
     corpus: Corpus
     sequence_length: int
-    documents: np.ndarray
+    documents: Array
     """[documents] int64: numbers, within the corpus, of the documents on this side."""
-    row_offsets: np.ndarray
+    row_offsets: Array
     """[rows + 1] int64: row i is pieces row_offsets[i]:row_offsets[i + 1]."""
-    piece_start: np.ndarray
+    piece_start: Array
     """[pieces] int64: place of a piece's first token in the corpus."""
-    piece_length: np.ndarray
+    piece_length: Array
     """[pieces] int32: input tokens of a piece."""
     cut: Cut | None = None
     """Where a document lies on both sides, its part on this one."""
@@ -63,13 +62,13 @@ class PackedRows:
     @property
     def num_tokens(self) -> int:
         """Tokens that are predicted."""
-        return int(self.piece_length.sum(dtype=np.int64))
+        return int(self.piece_length[:].sum(dtype=np.int64))
 
     @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the documents' text."""
         beyond = self.cut.bytes_beyond if self.cut else 0
-        return int(self.corpus.num_bytes[self.documents].sum()) - beyond
+        return int(self.corpus.num_bytes[self.documents[:]].sum()) - beyond
 
     def read(
         self, rows: Integer[np.ndarray, " rows"], padding: Mapping[str, int]
@@ -110,8 +109,8 @@ class PackedRows:
     def token_documents(self) -> Iterator[np.ndarray]:
         """The stored tokens, bos and eos included, of each document on this side."""
         low, high = self.cut.bounds if self.cut else (0, len(self.corpus.tokens))
-        for number in self.documents:
-            start, end = self.corpus.offsets[number : number + 2]
+        for number in self.documents[:].tolist():
+            start, end = self.corpus.offsets[number : number + 2].tolist()
             yield self.corpus.tokens[max(start, low) : min(end, high)]
 
 
@@ -124,6 +123,7 @@ def pack_corpus(
     heldout_fraction: float,
     by_place: bool = False,
     decode: Callable[[np.ndarray], str] | None = None,
+    warn: Callable[[str], None] = log,
 ) -> tuple[PackedRows, PackedRows]:
     """The train and the held-out rows of a corpus; the index is made once and kept under `root`.
 
@@ -136,16 +136,26 @@ def pack_corpus(
         by_place: hold out the end of the text, wherever documents end, instead of documents by hash.
         decode: the tokenizer's, which counts the bytes of a document that lies on both sides; `by_place`
             needs it.
+        warn: told of a damaged index, which is made again.
 
     Raises:
-        StackError: a cache that can not be written, or a damaged index.
+        StackError: a cache that can not be written.
     """
-    parts = [VERSION, corpus.key, sequence_length, packed, heldout_fraction, *["by_place"] * by_place]
+    parts = [
+        VERSION,
+        "named blocks",
+        corpus.key,
+        sequence_length,
+        packed,
+        heldout_fraction,
+        *["by_place"] * by_place,
+    ]
     key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     folder = root / f"rows-{key}"
 
-    def write(target: Path) -> None:
-        heldout = heldout_mask(corpus.hashes, heldout_fraction)
+    def write(target: EntryWriter) -> None:
+        offsets = corpus.offsets[:]
+        heldout = heldout_mask(corpus.hashes[:], heldout_fraction)
         chosen = {"train": ~heldout, "heldout": heldout}
         cuts = dict.fromkeys(chosen, Cut((0, int(corpus.offsets[-1])), 0))
         if by_place:
@@ -153,31 +163,35 @@ def pack_corpus(
             cuts = _cut_at_place(corpus, heldout_fraction, decode)
         for side, cut in cuts.items():
             low, high = cut.bounds
-            inside = (corpus.offsets[1:] > low + 1) & (corpus.offsets[:-1] + 1 < high)
+            inside = (offsets[1:] > low + 1) & (offsets[:-1] + 1 < high)
             documents = np.flatnonzero(inside if by_place else chosen[side])
-            start = np.maximum(corpus.offsets[documents], low)
-            end = np.minimum(corpus.offsets[documents + 1], high)
+            start = np.maximum(offsets[documents], low)
+            end = np.minimum(offsets[documents + 1], high)
             start, length = _cut(start, end, sequence_length)
             order, row_offsets = _rows(length, sequence_length) if packed else _one_each(length)
-            if by_place:
-                np.save(target / f"{side}-cut.npy", [low, high, cut.bytes_beyond])
-            np.save(target / f"{side}-documents.npy", documents)
-            np.save(target / f"{side}-row_offsets.npy", row_offsets)
-            np.save(target / f"{side}-piece_start.npy", start[order])
-            np.save(target / f"{side}-piece_length.npy", length[order].astype(np.int32))
+            target.whole(f"{side}-cut", [low, high, cut.bytes_beyond])
+            target.whole(f"{side}-documents", documents)
+            target.whole(f"{side}-row_offsets", row_offsets)
+            target.whole(f"{side}-piece_start", start[order])
+            target.whole(f"{side}-piece_length", length[order].astype(np.int32))
+        target.finish()
 
-    publish_folder(folder, write)
-    train, heldout = (
-        _load(folder, side, corpus, sequence_length, by_place=by_place) for side in ("train", "heldout")
-    )
-    return train, heldout
+    _, arrays = open_entry(folder, write, warn=warn)
+
+    def side(name: str) -> PackedRows:
+        mine = {key.removeprefix(f"{name}-"): array for key, array in arrays.items() if key.startswith(name)}
+        low, high, beyond = mine.pop("cut").tolist()
+        cut = Cut((low, high), beyond) if by_place else None
+        return PackedRows(corpus=corpus, sequence_length=sequence_length, cut=cut, **mine)
+
+    return side("train"), side("heldout")
 
 
 def _cut_at_place(corpus: Corpus, fraction: float, decode: Callable[[np.ndarray], str]) -> dict[str, Cut]:
     """Both sides of the place before which all but a fraction of the tokens lie."""
     total = int(corpus.offsets[-1])
     place = min(max(int(total * (1 - fraction)), 2), total - 2)
-    document = int(np.searchsorted(corpus.offsets, place, side="right")) - 1
+    document = int(np.searchsorted(corpus.offsets[:], place, side="right")) - 1
     start, end = (int(offset) for offset in corpus.offsets[document : document + 2])
     if place <= start + 1:  # Between two documents.
         return {"train": Cut((0, start), 0), "heldout": Cut((start, total), 0)}
@@ -266,18 +280,3 @@ def _one_each(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _count_up(counts: np.ndarray) -> np.ndarray:
     """0 .. n - 1 for each count n, one after another."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def _load(folder: Path, side: str, corpus: Corpus, sequence_length: int, *, by_place: bool) -> PackedRows:
-    names = ("documents", "row_offsets", "piece_start", "piece_length")
-    try:
-        arrays = {name: np.asarray(np.load(folder / f"{side}-{name}.npy", mmap_mode="r")) for name in names}
-        cut = None
-        if by_place:
-            low, high, beyond = np.load(folder / f"{side}-cut.npy").tolist()
-            cut = Cut((low, high), beyond)
-    except (OSError, ValueError, EOFError) as error:
-        raise StackError(
-            f"{folder}: a damaged cache entry ({error}); remove the folder and run again"
-        ) from error
-    return PackedRows(corpus=corpus, sequence_length=sequence_length, cut=cut, **arrays)

@@ -12,6 +12,7 @@ import lzma
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -46,44 +47,58 @@ _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib"
 _SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
 
 
-def read_documents(
-    source: SourceConfig, *, seed: int = 0, leave_out: Callable[[], object] = lambda: None
-) -> Iterator[str]:
+def read_documents(source: SourceConfig, *, seed: int = 0) -> Iterator[str]:
     """The texts of a source in a fixed order, empty and null ones left out, until `max_bytes` of UTF-8.
 
     A document is never cut by `max_bytes`: the one that reaches it is the last. `seed` is read by
     `synthetic` alone. Not for `tokens`: see `stack.data.token_files`.
 
-    Args:
-        source: where they lie.
-        seed: of synthetic text.
-        leave_out: called once for each that is left out.
-
     Raises:
         StackError: a missing path, a folder or pattern without files, bytes that are not text in
             `encoding`, a broken record, a missing field; each with the file and the place in it.
     """
+    return (text for text in until(raw_documents(source, seed), source) if text)
+
+
+def raw_documents(source: SourceConfig, seed: int) -> Iterator[str | None]:
+    """All texts of a source, empty and null ones too; see `read_documents`."""
     match source.kind:
         case "python":
-            documents = _python_documents()
-        case "text":
-            documents = itertools.chain.from_iterable(
-                _read_text(path, source.encoding) for path in source_files(source)
-            )
-        case "jsonl":
-            documents = itertools.chain.from_iterable(
-                _read_jsonl(path, source.field, source.encoding) for path in source_files(source)
-            )
-        case "parquet":
-            documents = itertools.chain.from_iterable(
-                _read_parquet(path, source.field) for path in source_files(source)
-            )
+            return _python_documents()
         case "synthetic":
-            documents = synthetic_documents(seed)
+            return synthetic_documents(seed)
         case "tokens":
             raise ValueError("a tokens source holds token ids, not text")
+    return itertools.chain.from_iterable(read_file(source, path) for path in source_files(source))
+
+
+def read_file(source: SourceConfig, path: Path) -> Iterator[str | None]:
+    """The texts of one file of a source of kind text, jsonl or parquet."""
+    match source.kind:
+        case "text":
+            return _read_text(path, source.encoding)
+        case "jsonl":
+            return _read_jsonl(path, source.field, source.encoding)
+        case "parquet":
+            return read_row_groups(source, path)
+    raise ValueError(f"a source of kind {source.kind} has no files of text")
+
+
+def until(documents: Iterable[str | None], source: SourceConfig) -> Iterator[str | None]:
+    """Documents, with and without text, to the one that reaches `max_bytes` of UTF-8."""
     limit = source.max_bytes or (SYNTHETIC_BYTES if source.kind == "synthetic" else None)
-    return _until(_with_text(documents, leave_out), limit)
+    total = 0
+    for text in documents:
+        yield text
+        if limit is not None and text:
+            total += len(text.encode())
+            if total >= limit:
+                return
+
+
+def is_packed(path: Path) -> bool:
+    """Whether what a file of text holds is compressed."""
+    return path.suffix.lower() in _OPENERS
 
 
 def source_files(source: SourceConfig) -> tuple[Path, ...]:
@@ -196,24 +211,6 @@ def _once(files: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(unique.values())
 
 
-def _with_text(documents: Iterable[str | None], leave_out: Callable[[], object]) -> Iterator[str]:
-    for text in documents:
-        if text:
-            yield text
-        else:
-            leave_out()
-
-
-def _until(documents: Iterator[str], max_bytes: int | None) -> Iterator[str]:
-    total = 0
-    for text in documents:
-        yield text
-        if max_bytes is not None:
-            total += len(text.encode())
-            if total >= max_bytes:
-                return
-
-
 def _topics_file() -> tuple[Path, ...]:
     path = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
     return (path,) if path.is_file() else ()
@@ -269,44 +266,93 @@ def _read_jsonl(path: Path, field: str, encoding: str) -> Iterator[str | None]:
             for number, line in enumerate(file, start=1):
                 record = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
                 if record.strip():
-                    yield _json_text(record, field, f"{path}:{number}")
+                    yield _json_text(record, field, lambda number=number: f"{path}:{number}")
     except _UNREADABLE as error:
         raise _unreadable(path, encoding, error) from error
 
 
-def _json_text(line: str, field: str, place: str) -> str | None:
+def read_lines(source: SourceConfig, path: Path, start: int, stop: int) -> Iterator[str | None]:
+    """The texts of a jsonl file's lines that begin in some of its bytes, in an encoding of whole bytes."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, start - 1))
+            if start:  # The line that reaches into these bytes is another's, unless it ends before them.
+                file.readline()
+            while (place := file.tell()) < stop:
+                record = file.readline().decode(source.encoding)
+                record = record.removeprefix(_BYTE_ORDER_MARK) if place == 0 else record
+                if record.strip():
+                    yield _json_text(
+                        record, source.field, lambda place=place: f"{path}:{_line_number(path, place)}"
+                    )
+    except _UNREADABLE as error:
+        raise _unreadable(path, source.encoding, error) from error
+
+
+def _line_number(path: Path, place: int) -> int:
+    """Of the line that begins at a byte."""
+    number = 1
+    with path.open("rb") as file:
+        while place > 0:
+            block = file.read(min(place, 1 << 20))
+            number += block.count(b"\n")
+            place -= len(block)
+    return number
+
+
+def _json_text(line: str, field: str, where: Callable[[], str]) -> str | None:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise StackError(
-            f"{place}: not JSON at column {error.colno}: {error.msg}; mend or remove the line"
+            f"{where()}: not JSON at column {error.colno}: {error.msg}; mend or remove the line"
         ) from error
     except (ValueError, RecursionError) as error:
         what = "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
-        raise StackError(f"{place}: JSON that is {what} to be read; mend or remove the line") from None
+        raise StackError(f"{where()}: JSON that is {what} to be read; mend or remove the line") from None
     if not isinstance(record, dict):
-        raise StackError(f"{place}: a JSON {type(record).__name__}, not an object with a field {field!r}")
+        raise StackError(f"{where()}: a JSON {type(record).__name__}, not an object with a field {field!r}")
     if field not in record:
         present = ", ".join(record) or "none"
-        raise StackError(f"{place}: no field {field!r}; fields present: {present}; set field to one of them")
+        raise StackError(
+            f"{where()}: no field {field!r}; fields present: {present}; set field to one of them"
+        )
     text = record[field]
     if text is None:
         return None
     if not isinstance(text, str):
         raise StackError(
-            f"{place}: field {field!r} holds a {type(text).__name__}, not text; set field to a text"
+            f"{where()}: field {field!r} holds a {type(text).__name__}, not text; set field to a text"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise StackError(
-            f"{place}: field {field!r} holds half of a surrogate pair at character {error.start};"
+            f"{where()}: field {field!r} holds half of a surrogate pair at character {error.start};"
             " mend the line"
         ) from error
     return text
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
+def read_row_groups(
+    source: SourceConfig, path: Path, groups: Sequence[int] | None = None
+) -> Iterator[str | None]:
+    """The texts of a Parquet file, or of some of its groups of rows."""
+    with _open_parquet(source, path) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=[source.field], row_groups=groups):
+            yield from batch.column(0).to_pylist()
+
+
+def row_group_bytes(source: SourceConfig, path: Path) -> list[int]:
+    """The size of each group of rows of a Parquet file: of its texts, unpacked."""
+    with _open_parquet(source, path) as file:
+        column = file.schema_arrow.names.index(source.field)
+        groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
+        return [group.column(column).total_uncompressed_size for group in groups]
+
+
+@contextmanager
+def _open_parquet(source: SourceConfig, path: Path) -> Iterator["pyarrow.parquet.ParquetFile"]:
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -316,9 +362,8 @@ def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
         ) from error
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
-            _check_column(file, path, column)
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                yield from batch.column(0).to_pylist()
+            _check_column(file, path, source.field)
+            yield file
     except (arrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise StackError(f"{path}: not a whole Parquet file ({reason}); write or copy it again") from error

@@ -70,7 +70,7 @@ def _sidecar_dtype(path: Path) -> np.dtype:
         )
     try:
         name = json.loads(sidecar.read_text("utf-8"))["dtype"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StackError(f'{sidecar}: gives no dtype; write {{"dtype": "uint16"}} or uint32') from error
     if name not in ("uint16", "uint32"):
         raise StackError(f"{sidecar}: dtype {name!r} is not uint16 or uint32")

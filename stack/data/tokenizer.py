@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
@@ -13,9 +13,9 @@ from jaxtyping import Integer
 from stack.config import DataConfig
 from stack.config.errors import ConfigError, StackError
 from stack.config.paths import check_writable, expand
-from stack.data.atomic import replace_text
 from stack.data.sources import read_documents
 from stack.data.split import is_heldout
+from stack.storage import durable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -117,6 +117,11 @@ class HuggingFaceTokenizer:
     unknown: int
     fingerprint: str
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickles it; the library leaves out how special tokens in a text are taken."""
+        self.__dict__.update(state)
+        _take_all_as_text(self.model)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, uint32; releases the interpreter lock, so threads run side by side."""
         # One text a call: a longer batch is spread over every core, whatever data.workers says, and
@@ -128,9 +133,9 @@ class HuggingFaceTokenizer:
         """Writes a tokenizer.json, and the tokenizer_config.json that names its marks, into a folder."""
         words = {"bos_token": self.bos, "eos_token": self.eos}
         marks = {mark: self.model.id_to_token(number) for mark, number in words.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / "tokenizer_config.json", json.dumps(marks, indent=2) + "\n")
-        replace_text(folder / FILE, self.model.to_str(pretty=True))
+        durable.make_folder(folder)
+        durable.write_text(folder / "tokenizer_config.json", json.dumps(marks, indent=2) + "\n")
+        durable.write_text(folder / FILE, self.model.to_str(pretty=True))
 
     def token(self, text: str) -> int | None:
         """The id of one token as the vocabulary writes it, None if there is none."""
@@ -161,9 +166,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         model = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise StackError(f"data.tokenizer: {path} is not a Hugging Face tokenizer.json: {error}") from error
-    model.no_truncation()
-    model.no_padding()
-    model.encode_special_tokens = True  # "<|endoftext|>" written in a text is text
+    _take_all_as_text(model)
     bos, eos = _document_marks(model, path)
     content = f"{model.to_str()} {bos} {eos}".encode()
     return HuggingFaceTokenizer(
@@ -174,6 +177,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
         unknown=_unknown(model),
         fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest(),
     )
+
+
+def _take_all_as_text(model: "tokenizers.Tokenizer") -> None:
+    """What no tokenizer.json says: no text is cut or filled up, "<|endoftext|>" written in one is text."""
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = True
 
 
 def _unknown(model: "tokenizers.Tokenizer") -> int:
@@ -251,7 +261,7 @@ def train_bpe(data: DataConfig, vocab_size: int, path: str | Path, *, seed: int 
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, text)
+        durable.write_text(path, text)
     except OSError as error:
         raise StackError(f"{path}: cannot be written: {error.strerror}; give another path") from error
 
@@ -280,8 +290,10 @@ def _named_marks(path: Path) -> dict[str, str]:
         return {}
     try:
         settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise StackError(f"data.tokenizer: {path} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"a {type(settings).__name__} instead of an object")
+    except (ValueError, RecursionError) as error:
+        raise StackError(f"data.tokenizer: {path} is not JSON of a tokenizer: {error}") from error
     marks = {mark: settings.get(mark) for mark in ("bos_token", "eos_token")}
     contents = {mark: token["content"] if isinstance(token, dict) else token for mark, token in marks.items()}
     return {mark: content for mark, content in contents.items() if content}

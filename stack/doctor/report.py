@@ -9,7 +9,7 @@ import jax
 
 from stack.hardware.chip import lookup
 
-_PACKAGES = ("stack", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("stack", "jax", "jaxlib", "flax", "optax", "tensorstore", "grain", "numpy")
 _EXTRAS = {
     # What only that extra brings: `plan` has the CUDA plugin too, without CUDA's libraries.
     "cuda13": "nvidia-nccl-cu13",

@@ -55,7 +55,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if jax.process_count() > 1:  # Runs before JAX's own, which was registered earlier.
+        # Runs before JAX's own, which was registered earlier. An end that all come to needs none.
+        if jax.process_count() > 1 and not getattr(error, "is_of_all", False):
             atexit.register(_exit, 2 if isinstance(error, ConfigError) else 1)
         raise
 

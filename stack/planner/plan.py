@@ -8,10 +8,10 @@ from typing import Any
 
 from stack.config import AXES, Config, ConfigError
 from stack.config.arguments import check_type
+from stack.config.layout import resolve
 from stack.hardware import chip as chips
 from stack.hardware.chip import Hardware
 from stack.models.flops import recomputed_flops_per_token, train_flops_per_token
-from stack.parallel.mesh import resolve
 from stack.planner.formula.memory import memory as memory_of
 from stack.planner.formula.result import Memory, Time
 from stack.planner.formula.shapes import num_parameters

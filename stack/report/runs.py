@@ -10,6 +10,8 @@ from pathlib import Path
 from stack.config import Config, StackError, load
 from stack.config.fields import flatten
 from stack.config.paths import expand
+from stack.storage.store import Store
+from stack.train.checkpoint.manifest import DamagedError, place, read_manifest, saved_steps, unreadable
 from stack.train.watch.metrics import FILE, History
 
 _ALIVE_SECONDS = 120.0
@@ -24,9 +26,9 @@ class Run:
     config: Config
     history: History
     checkpoints: tuple[int, ...]
-    """Steps of the whole ones, ascending."""
+    """Steps of those that are committed, ascending."""
     checkpoint_bytes: int
-    """Of all of them on disk."""
+    """Of all of them that can be read."""
     idle_seconds: float | None
     """Since it last wrote its history; None: it never did."""
 
@@ -84,15 +86,25 @@ def read_run(path: str | Path) -> Run:
         raise StackError(f"{folder} is not the folder of a run; give one that `stack train` made")
     config = load(folder)
     history = folder / FILE
-    saved = sorted(int(one.name) for one in folder.glob("checkpoints/*") if one.name.isdecimal())
+    store = place(config, folder)
+    saved = saved_steps(store)
     return Run(
         folder=folder,
         config=config,
         history=History.read(folder) if history.is_file() else History(records=[]),
         checkpoints=tuple(saved),
-        checkpoint_bytes=sum(one.stat().st_size for one in folder.glob("checkpoints/**/*") if one.is_file()),
+        checkpoint_bytes=sum(_size(store, step) for step in saved),
         idle_seconds=max(0.0, time.time() - history.stat().st_mtime) if history.is_file() else None,
     )
+
+
+def _size(store: Store, step: int) -> int:
+    try:
+        return read_manifest(store, step).size
+    except DamagedError:
+        return 0
+    except OSError as error:
+        raise unreadable(store, error) from error
 
 
 def config_differences(configs: Mapping[str, Config]) -> list[tuple[str, list[str]]]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from stack.step import guard
 from stack.step import optimizer as optimizers
 from stack.step.program import Program
 
@@ -14,7 +15,9 @@ type Within = Callable[[tuple], bool]
 """Whether the leaf at a path, of parameters, gradients or moments, is in a stack of layers."""
 
 
-def apply_by_layer(program: Program, gradient: dict, opt_state: Any, params: dict) -> tuple[dict, Any]:
+def apply_by_layer(
+    program: Program, gradient: dict, opt_state: Any, params: dict, is_good: jax.Array
+) -> tuple[dict, Any]:
     """The next parameters and the next state, the same as those of the whole update.
 
     Clipping looks at the whole gradient; what comes after looks at each parameter of each layer by
@@ -29,8 +32,8 @@ def apply_by_layer(program: Program, gradient: dict, opt_state: Any, params: dic
         gradient, _ = transformation.update(gradient, nothing)
 
     def update(gradient: Any, params: Any, state: Any) -> tuple[Any, Any]:
-        updates, state = rule.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
+        updates, after = rule.update(gradient, state, params)
+        return guard.choose(is_good, (optax.apply_updates(params, updates), after), (params, state))
 
     def layer(number: jax.Array, whole: tuple[Any, Any], within: Within) -> tuple[Any, Any]:
         params, state = whole

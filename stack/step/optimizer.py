@@ -45,11 +45,12 @@ def schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     parts, boundaries = [rise, _after_warmup(shape, peak, steps)], [warmup]
     joined = optax.join_schedules(parts, boundaries)
     # The first update counts as one step of the rise: a step at rate 0 would be wasted.
-    return (lambda step: joined(step + 1)) if warmup else parts[1]
+    whole = (lambda step: joined(step + 1)) if warmup else parts[1]
+    return (lambda step: whole(step - shape.start_step)) if shape.start_step else whole
 
 
 def _after_warmup(shape: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
-    length = shape.decay_steps or max(1, steps - shape.warmup(steps))
+    length = shape.decay_steps or max(1, steps - shape.start_step - shape.warmup(steps))
     end = peak * shape.final_fraction
     match shape.kind:
         case "constant":

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from stack.config import Config, ConfigError
+from stack.config.layout import check_divides
 from stack.data.fields import abstract_batch
 from stack.kernels.attention import Choice
 from stack.layers.attention import choose_attention
@@ -178,7 +179,7 @@ def on_mesh(
     train, data = config.train, config.data
     _check_resolved(config)
     check_offload(config, _memory_kinds(mesh))
-    meshes.check_divides(config, dict(mesh.shape))
+    check_divides(config, dict(mesh.shape))
     program = Program(
         config=config,
         mesh=mesh,
@@ -193,6 +194,15 @@ def on_mesh(
     if config.optimizer.frozen:
         _ = program.frozen  # Refused now, not when the text is tokenized.
     return program
+
+
+def on_mesh_like(program: Program, mesh: Mesh) -> Program:
+    """The same program on another mesh of the same shape and kind of devices."""
+    config = program.config
+    layout = Layout.of(
+        mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=config.train.grad_reduce_dtype
+    )
+    return Program(config=config, mesh=mesh, layout=layout, attention=program.attention)
 
 
 def _check_resolved(config: Config) -> None:

@@ -14,10 +14,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stack.parallel import mesh as meshes
+from stack.step import guard
 from stack.step.program import Program
 
 State = dict[str, Any]
-"""{"params": ..., "opt_state": ..., "step": int32 scalar}; the optimizer's moments may be in host memory.
+"""{"params": ..., "opt_state": ..., "step": int32 scalar, "guard": see `guard.Guard`}; the optimizer's
+moments may be in host memory.
 Parameters that are not trained are under "frozen", where there are any."""
 
 
@@ -31,7 +33,13 @@ def init(program: Program) -> State:
             "params": params,
             "opt_state": jax.jit(program.optimizer.init, out_shardings=shardings)(params),
             "step": jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())),
+            "guard": init_guard(program),
         }
+
+
+def init_guard(program: Program) -> guard.Guard:
+    """The guard at step 0, or of a run that had another."""
+    return jax.device_put(guard.init(program.config.stability), NamedSharding(concrete(program), P()))
 
 
 def init_params(program: Program) -> dict:
@@ -72,6 +80,10 @@ def abstract(program: Program) -> State:
         "params": params,
         "opt_state": jax.tree.map(place, opt_state),
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P())),
+        "guard": {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P()))
+            for name, leaf in jax.eval_shape(lambda: guard.init(program.config.stability)).items()
+        },
     }
 
 

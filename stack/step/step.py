@@ -10,6 +10,7 @@ from flax import nnx
 from stack.layers.dropout import example_keys
 from stack.objectives.protocol import Sums
 from stack.parallel.zero import gather_module, gradients
+from stack.step import guard
 from stack.step.offload import apply_by_layer
 from stack.step.optimizer import schedule
 from stack.step.program import Program
@@ -26,25 +27,38 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
     micro-batches.
 
     Returns:
-      The next state, and float32 scalars: the objective's metrics, grad_norm (before clipping) and
-      learning_rate.
+      The next state, and float32 scalars: the objective's metrics, grad_norm (before clipping),
+      learning_rate, and skipped: 1 where the step's numbers are bad, and parameters and optimizer state are
+      those before it.
     """
-    config = program.config
-    gradient, sums = loss_gradient(program, state["params"], state["step"], batch, state.get("frozen"))
-    params, opt_state = apply(program, gradient, state["opt_state"], state["params"])
+    config, step = program.config, state["step"]
+    gradient, sums = loss_gradient(program, state["params"], step, batch, state.get("frozen"))
+    norm = optax.tree.norm(gradient)
+    is_good, after = guard.judge(
+        config.stability, state["guard"], step=step, loss=sums["loss"], grad_norm=norm
+    )
+    params, opt_state = apply(program, gradient, state["opt_state"], state["params"], is_good)
+    rate = schedule(config.optimizer, steps=config.train.steps)
     metrics = program.objective.metrics(sums) | {
-        "grad_norm": optax.tree.norm(gradient),
-        "learning_rate": jnp.asarray(schedule(config.optimizer, steps=config.train.steps)(state["step"])),
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(rate(step - state["guard"]["skipped"])),
+        "skipped": 1 - is_good.astype(jnp.float32),
     }
-    return state | {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+    changed = {"params": params, "opt_state": opt_state, "step": step + 1, "guard": after}
+    return state | changed, metrics
 
 
-def apply(program: Program, gradient: dict, opt_state: Any, params: dict) -> tuple[Any, Any]:
-    """The optimizer's update: the next parameters, and the next state of the optimizer."""
+def apply(
+    program: Program, gradient: dict, opt_state: Any, params: dict, is_good: jax.Array
+) -> tuple[Any, Any]:
+    """The optimizer's update: the next parameters, and the next state of the optimizer.
+
+    Where the step is not good, a bool scalar, both are as they were.
+    """
     if program.config.train.offload_optimizer:
-        return apply_by_layer(program, gradient, opt_state, params)
-    updates, opt_state = program.optimizer.update(gradient, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+        return apply_by_layer(program, gradient, opt_state, params, is_good)
+    updates, state = program.optimizer.update(gradient, opt_state, params)
+    return guard.choose(is_good, (optax.apply_updates(params, updates), state), (params, opt_state))
 
 
 def loss_gradient(

@@ -14,6 +14,7 @@ from typing import IO, Any
 import jax
 
 from stack.config.errors import StackError
+from stack.storage import durable
 
 FILE = "writer.lock"
 """In a run's folder; who holds it is written in it. It stays there, and means nothing by itself."""
@@ -35,21 +36,26 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / FILE).open("a+")
+        durable.make_folder(folder)
+        file = (folder / FILE).open("a+b", buffering=0)
     except OSError as error:
-        raise StackError(
-            f"{folder} cannot be written: {error.strerror}; set output_dir to a folder that can"
-        ) from error
+        raise _unwritable(folder, error) from error
     with file:
         _take(file, folder)
-        file.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "start": time.time()}, file)
-        file.flush()
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": time.time()}
+        try:
+            file.truncate(0)
+            file.write(json.dumps(owner).encode())
+        except OSError as error:
+            raise _unwritable(folder, error) from error
         yield
 
 
-def _take(file: IO[str], folder: Path) -> None:
+def _unwritable(folder: Path, error: OSError) -> StackError:
+    return StackError(f"{folder} cannot be written: {error.strerror}; set output_dir to a folder that can")
+
+
+def _take(file: IO[bytes], folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -58,12 +64,12 @@ def _take(file: IO[str], folder: Path) -> None:
             raise StackError(f"{told}; wait for it, or give this run another name") from None
 
 
-def _read(file: IO[str]) -> dict[str, Any]:
+def _read(file: IO[bytes]) -> dict[str, Any]:
     """Who holds the folder, as far as the file tells."""
     file.seek(0)
     try:
         return dict(json.loads(file.read()))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {}
 
 

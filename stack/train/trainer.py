@@ -4,48 +4,59 @@ It only turns the crank: asks for the batch, calls the step, hands metrics late 
 asks for checkpoints. Features are in the step, in the data or in a listener.
 """
 
-import json
+import logging
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from typing import Any, Self
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from stack import environment
-from stack.config import Config, StackError, dump, load
+from stack.config import Config, StackError, load
 from stack.config.arguments import check_type
 from stack.config.paths import expand
-from stack.data.atomic import replace_text
-from stack.data.dataset import Data, check_fingerprint, open_data
-from stack.data.loader import Batch, prefetch, training_batches
+from stack.data.dataset import Data, open_data
+from stack.data.entry import DamagedEntryError
+from stack.data.loader import Batch, prefetch, save_batch, timed, training_batches
 from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokenizer
 from stack.evaluation.evaluate import evaluate
 from stack.inference.text import generate_texts, stream_text
 from stack.parallel import mesh as meshes
 from stack.parallel.host_memory import keep_freed_memory
+from stack.parallel.messages import from_first
 from stack.planner.guard import guard_memory
 from stack.planner.search import auto
 from stack.step import program as programs
 from stack.step import state as states
+from stack.step.guard import all_finite
 from stack.step.step import compiler_options, eval_step, train_step
-from stack.train.checkpoint import Checkpoints
-from stack.train.identity import check_model
+from stack.train import record as records
+from stack.train.checkpoint.checkpoints import Checkpoints
+from stack.train.checkpoint.manifest import saved_steps
+from stack.train.heartbeat import Heartbeat
+from stack.train.ledger import TOKENIZER, Ledger
 from stack.train.lock import only_writer
+from stack.train.recompute import Recompute
+from stack.train.same import check_same
+from stack.train.stop import Stop
+from stack.train.stragglers import Stragglers
+from stack.train.watch.announce import introduce
+from stack.train.watch.audit import Audit
+from stack.train.watch.bad_steps import BadStepsError
 from stack.train.watch.endings import ENDINGS, Ending
 from stack.train.watch.late import LateReader
 from stack.train.watch.listeners import Listener, Listeners
 from stack.train.watch.metrics import History
 from stack.train.watch.standard import show_progress, standard_listeners
 from stack.train.watch.trace import Trace
-from stack.versions import RECORDED, installed_version
 
-TOKENIZER = "tokenizer"
-"""The folder, within a run's, of the tokenizer it was trained with."""
+_ROLLED_BACK = 10  # Times that a run may leave bad steps out before it is given up.
 
 
 class Trainer:
@@ -57,6 +68,7 @@ class Trainer:
         *,
         listeners: Sequence[Listener] = (),
         devices: Sequence[jax.Device] | None = None,
+        accept: Sequence[str] = (),
     ) -> None:
         """Fills in what the config leaves to the planner, and checks that it fits; allocates nothing yet.
 
@@ -64,6 +76,7 @@ class Trainer:
           config: what to run.
           listeners: told of metrics, evaluations and checkpoints, beside the run's own log.
           devices: by default all.
+          accept: fields in which the run may differ from what it began as; it is told and recorded.
 
         Raises:
           ConfigError: the config does not fit the devices.
@@ -77,8 +90,13 @@ class Trainer:
         self.program = programs.build(config, devices)
         self.mesh = states.concrete(self.program)
         self.state: states.State | None = None
+        self._recompute = Recompute(self.program)
+        self._heartbeat = Heartbeat(config.train)
+        self._stragglers = Stragglers(list(self.mesh.devices.flat))
+        self.ledger = Ledger(config, self.folder, accept)
         standard = standard_listeners(self.program, devices, self.folder, resolved=resolved)
-        self._given = [*standard, *listeners]
+        self._audit = Audit(self.folder) if config.train.audit else None
+        self._given = [*standard, *([self._audit] if self._audit else []), *listeners]
         self._listeners = Listeners(self._given)
 
     @classmethod
@@ -89,14 +107,14 @@ class Trainer:
           StackError: the folder holds no run, or no checkpoint.
         """
         trainer = cls(load(os.fspath(folder), overrides), **options)
-        with Checkpoints(trainer.folder / "checkpoints") as checkpoints:
-            step = checkpoints.latest()
-            if step is None:
-                command = shlex.join(["stack", "train", os.fspath(folder), *overrides])
-                raise StackError(f"{trainer.folder} holds no checkpoint yet; train it first: {command}")
-            whole = states.abstract(trainer.program)
-            parts = {name: part for name, part in whole.items() if name != "opt_state"}
-            trainer.state = checkpoints.restore(step, parts)
+        whole = states.abstract(trainer.program)
+        parts = {name: part for name, part in whole.items() if name != "opt_state"}
+        with Checkpoints(trainer.ledger.store) as checkpoints:
+            warn = logging.getLogger("stack").warning
+            trainer.state = trainer.ledger.restore(checkpoints, parts, data=None, warn=warn)
+        if trainer.state is None:
+            command = shlex.join(["stack", "train", os.fspath(folder), *overrides])
+            raise StackError(f"{trainer.folder} holds no checkpoint yet; train it first: {command}")
         return trainer
 
     @cached_property
@@ -112,7 +130,7 @@ class Trainer:
           StackError: there is none, or its vocabulary is larger than the model's.
         """
         own = self.folder / TOKENIZER
-        kept = (own / FILE).is_file() and Checkpoints(self.folder / "checkpoints").latest() is not None
+        kept = (own / FILE).is_file() and bool(saved_steps(self.ledger.store))
         tokenizer = load_tokenizer(str(own / FILE) if kept else self.config.data.tokenizer)
         check_vocabulary(tokenizer, self.config.model.vocab_size)
         return tokenizer
@@ -136,24 +154,66 @@ class Trainer:
         self._listeners = show_progress(self._given) if progress else Listeners(self._given)
         if self.mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
+        stop = Stop(self.config.train.stop_after_minutes)
         with (
             guard_memory(self.config, list(self.mesh.devices.flat)),
             meshes.use(self.mesh),
             only_writer(self.folder),
-            Checkpoints(self.folder / "checkpoints", self.config.checkpoint) as checkpoints,
+            stop.hearing(),
+            self._heartbeat.watching(),
+        ):
+            self.ledger.check_resume()
+            while self._rolls_back(stop):
+                pass
+            if jax.process_count() > 1:  # The first may still be writing the history that all read.
+                multihost_utils.sync_global_devices("the end of the run")
+        return self.history
+
+    def _rolls_back(self, stop: Stop) -> bool:
+        """Trains from where the run stands; whether it met bad steps and is to go back and leave them out."""
+        try:
+            self._fit(stop)
+        except BadStepsError as error:
+            if self.config.stability.then == "stop":
+                raise
+            if self.ledger.leave_out(error.first, error.last) > _ROLLED_BACK:
+                raise StackError(f"rolled back {_ROLLED_BACK} times, and once more: {error}") from error
+            self._listeners.on_warning(f"steps {error.first:,} to {error.last:,} are left out: going back")
+            return True
+        except DamagedEntryError as error:
+            if jax.process_count() > 1:  # The others cannot know; started again all find it made anew.
+                raise
+            self._listeners.on_warning(str(error))
+            self.__dict__.pop("data", None)
+            return True
+        return False
+
+    def _fit(self, stop: Stop) -> None:
+        """From the newest checkpoint to the end."""
+        with (
+            Checkpoints(self.ledger.store, self.config.checkpoint) as checkpoints,
             self._concluding() as summary,
         ):
             for ending in self._endings:
                 ending.check(self)
-            first = self._begin(checkpoints)
-            self._listeners.on_start(self._introduction(first))
-            for note in self.data.notes:
-                self._listeners.on_warning(note)
-            self._train(first, checkpoints)
-            summary.update(self._finish(first))
-        if jax.process_count() > 1:  # The first may still be writing the history that all read.
-            multihost_utils.sync_global_devices("the end of the run")
-        return self.history
+            notes = self._begin(checkpoints)
+            first = self.ledger.position.step
+            about = introduce(self.program, self.data, self.folder, self.ledger.position)
+            told = self._listeners.on_start(about | {"kept": self.ledger.kept})
+            self._warn((*notes, *self.data.notes))
+            # Its checkpoint may be newer than its evaluation: they are saved first.
+            evaluated = from_first(told.get("evaluated", -1))
+            if (
+                0 < first < self.config.train.steps
+                and evaluated != first
+                and _due(first, self.config.eval.every)
+            ):
+                self._listeners.on_eval(first, self.evaluate())
+            with stop.training(), self._heartbeat.training(first):
+                self._train(checkpoints, stop)
+            summary.update(self._finish(is_new=evaluated < self.config.train.steps))
+            if failure := self._hear(checkpoints, wait=True):
+                raise StackError(failure)
 
     def evaluate(self) -> dict[str, float]:
         """What the objective tells of the whole held-out set, each of its labels once.
@@ -162,6 +222,7 @@ class Trainer:
           StackError: nothing is held out.
         """
         params = states.join(self._trained())
+        self.ledger.check_data(self.data.fingerprint)
         with meshes.use(self.mesh):
             return evaluate(self.program, self._eval_step, params, self.data.heldout)
 
@@ -180,9 +241,12 @@ class Trainer:
         step = partial(train_step, self.program)
         return jax.jit(step, donate_argnums=0, compiler_options=self._compiler_options)
 
-    @cached_property
+    @property
     def batch(self) -> Callable[[int], Batch]:
         """The function from a step to its batch, laid out over the mesh."""
+        return self._batches()
+
+    def _batches(self, audit: Callable[[int, np.ndarray], None] | None = None) -> Callable[[int], Batch]:
         return training_batches(
             self.data.train,
             fields=self.program.objective.fields,
@@ -190,6 +254,8 @@ class Trainer:
             seed=self.config.seed,
             shuffle=self.config.data.shuffle,
             layout=self.program.layout,
+            position=self.ledger.position,
+            audit=audit,
         )
 
     @cached_property
@@ -204,29 +270,22 @@ class Trainer:
     def _endings(self) -> list[Ending]:
         return [ENDINGS[name] for name in self.program.objective.endings]
 
-    def _begin(self, checkpoints: Checkpoints) -> int:
-        """Brings the state to where the run stands; returns the number of steps taken."""
-        step = checkpoints.latest()
-        if step is None:
-            self._record_data()
-            self.state = states.init(self.program)
-            return 0
-        if not self.config.checkpoint.resume:
-            raise StackError(
-                f"{self.folder} holds a run at step {step} and checkpoint.resume is false; "
-                "give this run another name, or delete the folder"
-            )
-        check_model(self.config, checkpoints.extra(step)["config"], self.folder)
-        if step > self.config.train.steps:
-            raise StackError(
-                f"{self.folder} has taken {step:,} steps, more than train.steps={self.config.train.steps};"
-                f" set train.steps above {step:,} to go on, or give a new run another name: name=..."
-            )
+    def _begin(self, checkpoints: Checkpoints) -> list[str]:
+        """Brings the state to where the run stands; returns what a person should know of that."""
+        notes: list[str] = []
+        whole = states.abstract(self.program)
+        check_same(self.config, self.data.fingerprint)
         self._check_tokenizer()
-        check_fingerprint(checkpoints.extra(step)["data"], self.data.fingerprint, str(self.folder))
-        self.state = checkpoints.restore(step, states.abstract(self.program))
-        self._record_data()  # Last: what could not go on leaves the run's record as it was.
-        return step
+        self.state = self.ledger.restore(
+            checkpoints, whole, data=lambda: self.data.fingerprint, warn=notes.append
+        )
+        if self.state is None:
+            self.state = states.init(self.program)
+        elif "guard" not in self.state:
+            self.state |= {"guard": states.init_guard(self.program)}
+        if jax.process_index() == 0:  # Last: what could not go on leaves the folder as it was.
+            self.ledger.write(self.data.fingerprint, self.tokenizer)
+        return notes
 
     def _check_tokenizer(self) -> None:
         """Refuses a config that names another tokenizer than the run's own; its file may be gone."""
@@ -238,56 +297,70 @@ class Trainer:
                 " restore it, or start a new run under another name"
             )
 
-    def _record_data(self) -> None:
-        fingerprint = self.data.fingerprint
-        if jax.process_index() != 0:
-            return
-        try:
-            replace_text(self.folder / "config.yaml", dump(self.config))
-            self.tokenizer.save(self.folder / TOKENIZER)
-            replace_text(self.folder / "data.json", json.dumps(fingerprint, indent=2) + "\n")
-        except OSError as error:
-            raise StackError(
-                f"{self.folder} cannot be written: {error.strerror}; set output_dir to a folder that can"
-            ) from error
-
-    def _train(self, first: int, checkpoints: Checkpoints) -> None:
+    def _train(self, checkpoints: Checkpoints, stop: Stop) -> None:
         config = self.config
-        late = LateReader(self._listeners.on_metrics)
-        steps = range(first, config.train.steps)
+        late = LateReader(self._told)
+        steps = range(self.ledger.position.step, config.train.steps)
+        audit = self._audit.note if self._audit else None
         with (
             Trace(self.folder / "profile", config.train.profile_steps) as trace,
-            closing(prefetch(self.batch, steps)) as batches,
+            closing(prefetch(self._batches(audit), steps)) as batches,
         ):
-            for step, (batch, waited) in zip(steps, _timed(batches), strict=True):
+            saving = 0.0
+            for step, (batch, waited) in zip(steps, timed(batches), strict=True):
                 trace.before(step, self.state)
+                if _due(step + 1, config.stability.recompute_every):
+                    self._recompute.check(step + 1, self._trained(), batch)
                 self.state, metrics = self.train_step(self.state, batch)
-                late.push(step + 1, metrics | {"data_wait_seconds": waited})
+                self._heartbeat.beat(step + 1, waited)
+                late.push(step + 1, metrics | {"data_wait_seconds": waited, "checkpoint_seconds": saving})
+                saving = 0.0
                 last = step + 1 == config.train.steps
-                if last or _due(step + 1, config.checkpoint.every):
+                stops = stop.reached(step + 1) and not last
+                if last or stops or _due(step + 1, config.checkpoint.every):
                     late.flush()
+                    begin = time.perf_counter()
+                    self._warn(self._stragglers.look())
                     self._save(step + 1, checkpoints)
+                    saving = time.perf_counter() - begin
+                failure = self._hear(checkpoints, wait=stops)
+                if stops:
+                    raise StackError(failure) if failure else stop.error(step + 1, str(self.folder))
                 if not last and _due(step + 1, config.eval.every):
                     late.flush()
                     self._listeners.on_eval(step + 1, self.evaluate())
             late.flush()
             jax.block_until_ready(self.state)  # A trace may end here.
 
-    def _save(self, step: int, checkpoints: Checkpoints) -> None:
-        extra = {
-            "config": self.config.model_dump(mode="json"),
-            "data": self.data.fingerprint,
-            "versions": {name: installed_version(name) for name in RECORDED},
-        }
-        checkpoints.save(step, self.state, extra)
-        self._listeners.on_checkpoint(step)
+    def _told(self, step: int, metrics: dict[str, float]) -> None:
+        if metrics["skipped"] and self.config.stability.save_batches:
+            save_batch(self.folder / "skipped" / f"step-{step}", self.batch(step - 1))
+        self._listeners.on_metrics(step, metrics)
 
-    def _finish(self, first: int) -> dict[str, Any]:
+    def _save(self, step: int, checkpoints: Checkpoints) -> None:
+        record = self.ledger.record(step, self.data.fingerprint, self._listeners.on_save(step)).as_dict()
+        state, sync = self._trained(), self._listeners.sync
+        is_finite = all_finite(state["params"])
+        checkpoints.save(step, state, record, is_finite=is_finite, before_commit=sync)
+
+    def _hear(self, checkpoints: Checkpoints, *, wait: bool = False) -> str | None:
+        """Tells of the saves that have ended; why the last one failed, if it did, told before or not."""
+        if wait:
+            checkpoints.wait()
+        self._warn(self._heartbeat.notes())
+        for saved in checkpoints.poll():
+            if saved.error is None:
+                self._listeners.on_checkpoint(saved.step)
+            else:
+                self._listeners.on_warning(f"{saved.error}; it is tried again with the next one")
+        return checkpoints.failure
+
+    def _finish(self, *, is_new: bool) -> dict[str, Any]:
         """The last evaluation, and what the objective shows."""
-        summary: dict[str, Any] = {"folder": str(self.folder)}
+        summary: dict[str, Any] = {"folder": str(self.folder), "longer": records.extension(self.config)}
         if self.data.heldout.num_rows:
             metrics = self.evaluate()
-            if first < self.config.train.steps:  # Else it was told when the run got here.
+            if is_new:  # Else it was told when the run got here.
                 self._listeners.on_eval(self.config.train.steps, metrics)
             summary |= metrics
         rows = []
@@ -297,24 +370,9 @@ class Trainer:
             summary |= more
         return summary | {"rows": rows}
 
-    def _introduction(self, first: int) -> dict[str, Any]:
-        config, layout, data = self.config, self.program.layout, self.data
-        device = self.mesh.devices.flat[0]
-        sizes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
-        return {
-            "name": config.name,
-            "folder": str(self.folder),
-            "step": first,
-            "steps": config.train.steps,
-            "parameters": self.program.num_parameters,
-            "devices": f"{self.mesh.size} x {device.device_kind}",
-            "mesh": " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device",
-            "zero": layout.zero,
-            "attention": str(self.program.attention),
-            "train_tokens": data.train.num_tokens,
-            "heldout_tokens": data.heldout.num_tokens,
-            "batch_tokens": config.train.batch_size * config.data.sequence_length,
-        }
+    def _warn(self, notes: Iterable[str]) -> None:
+        for note in notes:
+            self._listeners.on_warning(note)
 
     def _trained(self) -> states.State:
         if self.state is None:
@@ -332,16 +390,6 @@ class Trainer:
             raise
         finally:
             self._listeners.on_end(summary)
-
-
-def _timed[T](batches: Iterator[T]) -> Iterator[tuple[T, float]]:
-    """Each batch with the seconds it was waited for."""
-    while True:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - start
 
 
 def _due(step: int, every: int) -> bool:

@@ -80,6 +80,7 @@ def test_the_boundary_is_measured_on_both_sides_whatever_the_formula_says(limit,
     assert len(numbers) == len(set(numbers)) <= 4
 
 
+@pytest.mark.full
 def test_a_chip_the_compiler_does_not_know_is_by_formula_and_says_so(by_formula):
     assert {row.source for row in by_formula.rows} == {"formula"}
     assert module.lines(by_formula)[1].startswith("by formula (the compiler knows no NVIDIA V100")
@@ -92,6 +93,7 @@ def test_a_chip_the_compiler_does_not_know_is_by_formula_and_says_so(by_formula)
     assert first.use.device == memory(from_config(config(number, PLAIN, 8, 256), 8, chip)).total
 
 
+@pytest.mark.full
 def test_ratios_are_to_the_first_method(by_formula):
     plain, offload = by_formula.rows
     assert by_formula.ratio(plain) == 1
@@ -100,6 +102,7 @@ def test_ratios_are_to_the_first_method(by_formula):
     assert offload.use.host == pytest.approx(offload.parameters * 8 / 8, rel=0.01), "Adam's two, over 8"
 
 
+@pytest.mark.full
 def test_the_answer_is_a_table_and_json(by_formula):
     text = module.lines(by_formula)
     assert "+ optimizer offload" in text[4]

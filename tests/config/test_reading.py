@@ -290,6 +290,7 @@ def test_a_dotted_name_in_a_file_is_told_how_to_nest():
             "seed: !!python/object:os.system 1\n",
             "run.yaml:1: seed: '1' cannot be a tag:yaml.org,2002:python/object:os.system",
         ),
+        ('seed: !!float ""\n', "run.yaml:1: seed: '' cannot be a tag:yaml.org,2002:float"),
         ("- a\n- b\n", "run.yaml:1: expected fields as `name: value`, not a list"),
         ("words\n", "run.yaml:1: expected fields as `name: value`, not a single value"),
         ("[a, b]: 1\n", "run.yaml:1: the name of a field must be plain text"),
@@ -300,6 +301,12 @@ def test_a_dotted_name_in_a_file_is_told_how_to_nest():
 )
 def test_what_is_no_config_file_is_told_with_its_line(text, told):
     assert error(text) == told
+
+
+def test_a_file_that_is_no_config_is_not_read_to_its_end():
+    FILE.write_bytes(b"#" * (1 << 20) + b"\xff")
+    with pytest.raises(ConfigError, match=r"^run.yaml: it is longer than 1,048,576 bytes; is this a YAML"):
+        load(FILE)
 
 
 def test_a_file_that_is_not_text_is_told():

@@ -18,6 +18,8 @@ from stack.config.errors import StackError
 from stack.data import cache
 from stack.data.atomic import publish_folder
 from stack.data.cache import Corpus, open_corpus
+from stack.data.entry import EntryWriter, _read
+from stack.data.parallel import Threads
 from stack.data.split import document_hash, heldout_mask, is_heldout
 from stack.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
@@ -63,7 +65,7 @@ def test_each_document_is_stored_between_bos_and_eos_with_its_size_and_hash(tmp_
 @pytest.mark.parametrize("workers", [1, 5])
 def test_documents_keep_their_order_whatever_the_workers(tmp_path: Path, workers: int) -> None:
     source = SourceConfig(kind="synthetic", max_bytes=5_000_000)
-    corpus = open_corpus(source, ByteTokenizer(), tmp_path, workers=workers, seed=3)
+    corpus = open_corpus(source, ByteTokenizer(), tmp_path, workers=Threads(workers), seed=3)
     from stack.data.sources import read_documents
 
     assert documents(corpus) == [text.encode() for text in read_documents(source, seed=3)]
@@ -192,19 +194,6 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*entry*/"))
 
 
-def test_a_damaged_entry_is_named(tmp_path: Path) -> None:
-    source = write_texts(tmp_path / "text", {"a": "one"})
-    corpus = open_corpus(source, ByteTokenizer(), tmp_path / "cache")
-    entry = tmp_path / "cache" / f"tokens-{corpus.key}"
-    for name in ("tokens", "offsets", "num_bytes", "hashes"):
-        whole = (entry / f"{name}.bin").read_bytes()
-        (entry / f"{name}.bin").write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(StackError, match=r"a damaged cache entry .*; remove the folder"):
-            open_corpus(source, ByteTokenizer(), tmp_path / "cache")
-        (entry / f"{name}.bin").write_bytes(whole)
-    assert documents(open_corpus(source, ByteTokenizer(), tmp_path / "cache")) == [b"one"]
-
-
 def chunks(number: int) -> Iterator[cache._Tokenized]:
     """So many chunks of a thousand documents of three tokens each."""
     for first in range(0, 1000 * number, 1000):
@@ -212,7 +201,7 @@ def chunks(number: int) -> Iterator[cache._Tokenized]:
         hashes = np.arange(first, first + 1000, dtype=np.uint64)
         tokens = np.tile(np.array([256, 7, 256], np.uint16), 1000)
         columns = {"tokens": tokens, "lengths": lengths, "num_bytes": lengths - 2, "hashes": hashes}
-        yield cache._Tokenized(**columns, unknown=0, is_changed=False)
+        yield cache._Tokenized(**columns, left_out=0, unknown=0, is_changed=False)
 
 
 def test_what_is_kept_per_document_goes_to_disk_as_it_comes(tmp_path: Path) -> None:
@@ -221,14 +210,14 @@ def test_what_is_kept_per_document_goes_to_disk_as_it_comes(tmp_path: Path) -> N
         folder = tmp_path / str(number)
         folder.mkdir()
         tracemalloc.start()
-        assert cache._write(chunks(number), ByteTokenizer(), folder, lambda: 0)
+        assert cache._write(chunks(number), ByteTokenizer(), EntryWriter(folder))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        corpus = cache._load(folder, "key")
-        np.testing.assert_array_equal(corpus.offsets, 3 * np.arange(1000 * number + 1))
-        np.testing.assert_array_equal(corpus.hashes, np.arange(1000 * number))
-        np.testing.assert_array_equal(corpus.num_bytes, np.ones(1000 * number))
-        assert len(corpus.tokens) == 3000 * number
+        _, arrays = _read(folder)
+        np.testing.assert_array_equal(arrays["offsets"], 3 * np.arange(1000 * number + 1))
+        np.testing.assert_array_equal(arrays["hashes"], np.arange(1000 * number))
+        np.testing.assert_array_equal(arrays["num_bytes"], np.ones(1000 * number))
+        assert len(arrays["tokens"]) == 3000 * number
     assert peaks[1] < 1.5 * peaks[0], "thirty times the documents"
 
 

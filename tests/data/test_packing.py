@@ -1,14 +1,14 @@
 """Rows hold every prediction once, and say truly where each token comes from."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from stack.config.errors import StackError
 from stack.data.cache import Corpus
 from stack.data.packing import PackedRows, best_fit, pack_corpus
 from stack.data.split import document_hash
@@ -37,9 +37,16 @@ def make_corpus(lengths: list[int]) -> Corpus:
 
 
 def pack(
-    corpus: Corpus, root: Path, length: int, *, packed: bool = True, heldout: float = 0.0
+    corpus: Corpus,
+    root: Path,
+    length: int,
+    *,
+    packed: bool = True,
+    heldout: float = 0.0,
+    warn: Callable[[str], None] = print,
 ) -> tuple[PackedRows, PackedRows]:
-    return pack_corpus(corpus, root, sequence_length=length, packed=packed, heldout_fraction=heldout)
+    options: dict[str, Any] = {"sequence_length": length, "packed": packed, "heldout_fraction": heldout}
+    return pack_corpus(corpus, root, **options, warn=warn)
 
 
 def predictions(rows: PackedRows) -> list[tuple[int, int]]:
@@ -132,12 +139,12 @@ def test_a_million_uneven_documents_fill_their_rows() -> None:
 def test_train_and_held_out_documents_are_disjoint_and_adding_one_moves_no_other(tmp_path: Path) -> None:
     lengths = [10] * 200
     train, heldout = pack(make_corpus(lengths), tmp_path, 8, heldout=0.2)
-    assert sorted([*train.documents, *heldout.documents]) == list(range(200))
+    assert sorted(train.documents.tolist() + heldout.documents.tolist()) == list(range(200))
     assert set(predictions(train)).isdisjoint(predictions(heldout))
     assert len(heldout.documents) > 20
     longer_train, longer_heldout = pack(make_corpus([*lengths, 10]), tmp_path, 8, heldout=0.2)
-    assert set(train.documents) <= set(longer_train.documents)
-    assert set(heldout.documents) <= set(longer_heldout.documents)
+    assert set(train.documents.tolist()) <= set(longer_train.documents.tolist())
+    assert set(heldout.documents.tolist()) <= set(longer_heldout.documents.tolist())
 
 
 def test_the_index_is_made_once(tmp_path: Path) -> None:
@@ -151,10 +158,14 @@ def test_the_index_is_made_once(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("rows-*"))) == 2
 
 
-def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+def test_a_damaged_index_is_named_and_made_again(tmp_path: Path) -> None:
     corpus = make_corpus([9, 30, 5])
-    pack(corpus, tmp_path, 10)
+    want = pack(corpus, tmp_path, 10)[0].piece_start.tolist()
     (entry,) = tmp_path.glob("rows-*")
-    (entry / "train-piece_start.npy").write_bytes(b"")
-    with pytest.raises(StackError, match=r"rows-\w+: a damaged cache entry .*; remove the folder"):
-        pack(corpus, tmp_path, 10)
+    (entry / "train-piece_start.bin").write_bytes(b"")
+    told: list[str] = []
+    again, _ = pack(corpus, tmp_path, 10, warn=told.append)
+    (line,) = told
+    assert line.startswith(f"{entry}: a damaged cache entry: train-piece_start.bin has 0 of ")
+    assert line.endswith(" bytes; it is removed, and made again from its source")
+    assert again.piece_start.tolist() == want

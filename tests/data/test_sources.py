@@ -1,12 +1,10 @@
 """Documents come out whole, in order, and what can not be read is said with its place."""
 
 import gzip
-import itertools
 import json
 import lzma
 import sysconfig
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +14,9 @@ import pytest
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
+from stack.data.parts import cut
 from stack.data.sources import TEXT_DOCUMENT_CHARACTERS, _folders, list_files, read_documents, source_files
+from stack.data.tokenizer import ByteTokenizer
 
 
 def read(kind: str, path: Path | None = None, **settings: object) -> list[str]:
@@ -83,10 +83,9 @@ def test_a_null_is_left_out_of_both_kinds_of_records(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "one"}\n{"text": ""}\n')
     pyarrow.parquet.write_table(pyarrow.table({"text": [None, "one", ""]}), tmp_path / "a.parquet")
     for kind in ("jsonl", "parquet"):
-        left_out = itertools.count()
         source = SourceConfig(kind=kind, path=str(tmp_path))
-        assert list(read_documents(source, leave_out=partial(next, left_out))) == ["one"]
-        assert next(left_out) == 2
+        assert list(read_documents(source)) == ["one"]
+        assert [part.read() for part in cut(source, ByteTokenizer(), 0)] == [(["one"], 2)]
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:

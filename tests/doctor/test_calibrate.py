@@ -160,7 +160,7 @@ TINY = Sizes(
 )
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.full), 8])
 def test_this_machine_is_measured_and_the_file_is_read_back(devices: int, tmp_path: Path) -> None:
     made = measure(jax.devices()[:devices], TINY)
     assert made.title == f"{devices} x cpu"

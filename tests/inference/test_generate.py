@@ -79,7 +79,7 @@ def one_device(family):
     return program, parameters(program)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[pytest.param("gpt", marks=pytest.mark.full), "llama"])
 def family(request):
     return request.param
 

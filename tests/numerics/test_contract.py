@@ -21,8 +21,8 @@ from stack.doctor.numerics import (
 )
 
 EVERYDAY: dict[Family, set[str]] = {
-    "gpt": {"fsdp zero 2", "tensor sequence parallel", "fsdp zero 3 + tensor"},
-    "llama": {"data + fsdp zero 3", "fsdp zero 1 + accumulation", "fsdp zero 3 + tensor"},
+    "gpt": {"fsdp zero 2"},
+    "llama": {"data + fsdp zero 3", "fsdp zero 1 + accumulation"},
     "palm": {"fsdp zero 3 + tensor sequence parallel"},
 }
 PAIRS = {

@@ -36,6 +36,7 @@ def whole_reference():
     jax.clear_caches()
 
 
+@pytest.mark.full
 def test_an_all_reduce_that_is_dropped_is_seen(monkeypatch):
     def only_the_first(rows, axis):
         return jax.lax.psum(jnp.where(jax.lax.axis_index(axis) == 0, rows, 0.0), axis)
@@ -60,6 +61,7 @@ def test_a_padded_vocabulary_that_is_not_masked_is_seen(monkeypatch):
     assert worst_error("tensor") > 100 * LIMIT
 
 
+@pytest.mark.full
 def test_micro_batches_that_are_averaged_are_seen(monkeypatch):
     def averaged(loss, model, batch, layout, *, accumulation):
         labels = (batch["labels"] >= 0).sum()
@@ -83,5 +85,6 @@ def test_dropout_that_depends_on_the_layout_is_seen(monkeypatch):
     assert worst_error("accumulation") > 100 * LIMIT
 
 
+@pytest.mark.full
 def test_unbroken_it_holds():
     assert worst_error("tensor") <= LIMIT

@@ -27,7 +27,7 @@ FULL = pytest.mark.full
 SIZES = [
     pytest.param("gpt", {"data": 2, "fsdp": 2, "tensor": 2}, marks=FULL),
     pytest.param("gpt", {"fsdp": 1, "tensor": 4}, marks=FULL),
-    ("llama", {"fsdp": 8}),
+    pytest.param("llama", {"fsdp": 8}, marks=FULL),
 ]
 
 

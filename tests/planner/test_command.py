@@ -40,6 +40,7 @@ def test_a_plan_takes_the_configs_target_and_overrides(capsys):
     assert ", cost " in out
 
 
+@pytest.mark.full
 def test_json_is_json(capsys):
     for arguments in ([LLAMA, "--hardware", "h200", "--devices", "8"], ["--validate"]):
         status, out, _ = plan(capsys, *arguments, "--json")
@@ -47,6 +48,7 @@ def test_json_is_json(capsys):
         assert json.loads(out)
 
 
+@pytest.mark.full
 def test_a_search_writes_a_config_that_loads(capsys, tmp_path):
     out = tmp_path / "best.yaml"
     status, text, _ = plan(
@@ -68,6 +70,7 @@ def test_a_search_writes_a_config_that_loads(capsys, tmp_path):
     assert load(out).mesh.auto is False
 
 
+@pytest.mark.full
 def test_a_range_of_devices_gives_the_curve(capsys, tmp_path):
     picture = tmp_path / "curve.png"
     arguments = [LLAMA, *SMALL, "--hardware", "h100", "--devices", "8..32", "--out", str(picture)]
@@ -113,6 +116,7 @@ def test_what_cannot_be_is_one_line_with_status_2(capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+@pytest.mark.full
 def test_a_curve_is_drawn_as_text_too(capsys):
     status, out, _ = plan(capsys, LLAMA, "--hardware", "h100", "--devices", "8..64")
     assert status == 0
@@ -130,7 +134,7 @@ def test_what_does_not_fit_is_an_error_after_its_lines(capsys):
         assert '"fits": false' in shown.out if options else "DOES NOT FIT in 16" in shown.out
 
 
-@pytest.mark.parametrize("options", [["--search"], []])
+@pytest.mark.parametrize("options", [pytest.param(["--search"], marks=pytest.mark.full), []])
 def test_tables_are_of_a_screens_width(capsys, options):
     status, out, _ = plan(capsys, LLAMA, "--hardware", "b200", "--devices", "64", *options)
     assert status == 0

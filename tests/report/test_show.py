@@ -13,6 +13,7 @@ import pytest
 from stack.cli import main
 from stack.config import Config, dump
 from stack.report.show import WIDTH, sparkline
+from stack.train.checkpoint.manifest import NAME, File, Manifest, Piece, digest_blocks
 
 
 def write_run(
@@ -32,9 +33,68 @@ def write_run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     os.utime(folder / "metrics.jsonl", (time.time() - age,) * 2)
     for step in checkpoints:
-        (folder / "checkpoints" / str(step)).mkdir(parents=True)
-        (folder / "checkpoints" / str(step) / "data").write_bytes(bytes(500_000))
+        write_checkpoint(folder / "checkpoints" / str(step), step)
     return folder
+
+
+def write_checkpoint(folder: Path, step: int) -> None:
+    """One of 500,000 bytes, in the format that is read back."""
+    data = bytes(500_000)
+    piece = Piece(leaf="params.w", start=(0,), shape=(125_000,), offset=0)
+    record = {"rows": 8 * step, "skipped": [[3, 5]], "versions": {"jax": "0.11.2"}}
+    accepted = [{"field": "train.batch_size", "old": "4", "new": "8", "step": 2}]
+    manifest = Manifest(
+        step=step,
+        time=0.0,
+        leaves={"params.w": ("float32", (125_000,))},
+        files={"0/0": File(size=len(data), digests=digest_blocks(data), pieces=(piece,))},
+        extra=record | {"accepted": accepted},
+    )
+    (folder / "0").mkdir(parents=True)
+    (folder / "0" / "0").write_bytes(data)
+    (folder / NAME).write_bytes(manifest.encode())
+
+
+def test_checkpoints_are_listed_verified_and_shown(capsys, tmp_path) -> None:
+    run = write_run(tmp_path / "run", checkpoints=(5, 10))
+
+    def told(*arguments: str) -> tuple[int, list[str], str]:
+        status = main(["checkpoint", arguments[0], str(run), *arguments[1:]])
+        out, error = capsys.readouterr()
+        return status, out.splitlines(), error
+
+    status, lines, _ = told("list")
+    assert status == 0
+    assert [line.split(", saved ")[0] for line in lines] == [
+        f"step {step:<10,}    500 kB in 1 files" for step in (5, 10)
+    ]
+    assert told("verify")[:2] == (0, ["step 5: sound", "step 10: sound"])
+    assert told("show", "--step", "5")[1] == [
+        "step      5",
+        "rows      40 of the training sequence used",
+        "skipped   3 to 5",
+        "accepted  train.batch_size 4 -> 8 at step 2",
+        "versions  jax 0.11.2",
+        "size      500 kB in 1 files",
+        "params.w  float32[125000], 125,000",
+    ]
+    assert told("show", "--step", "7")[::2] == (
+        1,
+        f"error: no checkpoint of step 7 in {run}/checkpoints; there are 5, 10\n",
+    )
+    damaged = run / "checkpoints" / "10" / "0" / "0"
+    damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
+    status, lines, error = told("verify")
+    assert (status, lines) == (
+        1,
+        [
+            "step 5: sound",
+            f"step 10: {damaged} is damaged: its bytes from 0 on are not what was written",
+        ],
+    )
+    assert error == f"error: 1 of the files of {run}/checkpoints are not as they were written\n"
+    damaged.write_bytes(b"")
+    assert told("list")[1][1] == f"step 10         damaged: {damaged} is damaged: it has 0 of 500,000 bytes"
 
 
 def shown(capsys, *arguments: object) -> list[str]:

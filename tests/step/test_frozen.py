@@ -79,7 +79,7 @@ def test_the_gradient_of_the_rest_is_what_it_was(layout, devices):
         np.testing.assert_allclose(leaf, all_of_it[path], atol=limit, err_msg=".".join(path))
 
 
-@pytest.mark.parametrize("offload", ["false", "true"])
+@pytest.mark.parametrize("offload", [pytest.param("false", marks=pytest.mark.full), "true"])
 def test_steps_move_the_rest_alone(offload):
     partly = program(PATTERNS, f"train.offload_optimizer={offload}")
     assert frozen_names(partly) == {
@@ -101,6 +101,7 @@ def test_steps_move_the_rest_alone(offload):
     assert same == partly.frozen
 
 
+@pytest.mark.full
 def test_a_run_with_frozen_parameters_goes_on_and_is_opened(tmp_path):
     overrides = (
         f"output_dir={tmp_path}",

@@ -76,7 +76,9 @@ def sources(name: str, order: dict[str, Instruction]) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "zero", [pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full)]
+)
 def test_whole_gradients_are_scattered_one_after_another(zero):
     order = schedule(zero)
     scatters = [
@@ -94,6 +96,7 @@ def test_whole_gradients_are_scattered_one_after_another(zero):
         assert done in sources(after, order), f"{after} may start before {before} has ended"
 
 
+@pytest.mark.full
 def test_word_sums_begin_after_the_backward_pass():
     """Their zeros, of the table's size in float32, come from its result."""
     order = schedule(1)

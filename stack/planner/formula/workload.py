@@ -5,11 +5,11 @@ import math
 from typing import Literal, get_args
 
 from stack.config import Config, ConfigError, ModelConfig
+from stack.config.layout import check_divides, resolve
 from stack.hardware.chip import Hardware, Precision
 from stack.layers.attention import choose_attention
 from stack.models.stack import Remat as StackRemat
 from stack.objectives.cross_entropy import chunk_columns, chunk_tokens
-from stack.parallel.mesh import check_divides, resolve
 
 Remat = Literal[
     "none", "full", "dots", "save_qkv_proj", "attention_core", "alternate_layers", "alternate_products"

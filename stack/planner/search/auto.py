@@ -9,10 +9,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stack.config import Config, ConfigError, load
+from stack.config.layout import check_divides
+from stack.config.layout import resolve as resolve_mesh
 from stack.config.reading import RUN_CONFIG
 from stack.hardware import chip as chips
 from stack.hardware.chip import Hardware
-from stack.parallel import mesh as meshes
 from stack.planner.formula.workload import Remat, from_config
 from stack.planner.search.layouts import REMATS
 from stack.planner.search.search import RUNNABLE, apply_layout, fastest_first, rank, release_layout
@@ -77,7 +78,7 @@ def _choose(config: Config, chip: Hardware, devices: int) -> Config:
         choice = apply_layout(config, candidate.work)
         choice = config.model_copy(update={"mesh": choice.mesh, "train": choice.train, "model": choice.model})
         try:
-            meshes.check_divides(choice, dict(meshes.resolve(choice.mesh, devices)))
+            check_divides(choice, dict(resolve_mesh(choice.mesh, devices)))
         except ConfigError as error:  # Only the evaluation's batch may not divide.
             refusal = refusal or error
             continue
@@ -113,7 +114,7 @@ def _earlier(config: Config, devices: int) -> Config | None:
     if config.train.remat == "auto":
         candidate = _with_remat(candidate, earlier.train.remat)
     try:
-        meshes.check_divides(candidate, meshes.resolve(candidate.mesh, devices))
+        check_divides(candidate, resolve_mesh(candidate.mesh, devices))
     except ConfigError:
         return None
     return candidate

@@ -17,10 +17,10 @@ import yaml
 
 from stack.config import AXES, Config, ConfigError, MeshConfig, StackError, TargetConfig, dump, load
 from stack.config.document import Dumper
+from stack.config.layout import check_divides
 from stack.config.paths import expand
 from stack.hardware import chip as chips
 from stack.hardware.chip import Hardware
-from stack.parallel.mesh import check_divides
 from stack.planner.formula.memory import memory
 from stack.planner.formula.result import Memory, Time
 from stack.planner.formula.time import step_time

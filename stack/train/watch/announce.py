@@ -2,9 +2,36 @@
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
+
+from stack.data.dataset import Data
+from stack.data.position import Position
+from stack.step import state as states
+from stack.step.program import Program
+
+
+def introduce(program: Program, data: Data, folder: Path, position: Position) -> dict[str, Any]:
+    """What is known of a run when it starts, for all who listen."""
+    config, layout, mesh = program.config, program.layout, states.concrete(program)
+    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    return {
+        "name": config.name,
+        "folder": str(folder),
+        "step": position.step,
+        "rows": position.rows,
+        "steps": config.train.steps,
+        "parameters": program.num_parameters,
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device",
+        "zero": layout.zero,
+        "attention": str(program.attention),
+        "train_tokens": data.train.num_tokens,
+        "heldout_tokens": data.heldout.num_tokens,
+        "batch_tokens": config.train.batch_size * config.data.sequence_length,
+    }
 
 
 def introduction(info: Mapping[str, Any]) -> Text:
@@ -23,10 +50,10 @@ def introduction(info: Mapping[str, Any]) -> Text:
     return _lines(*((label, text) for label, text in rows.items() if text))
 
 
-def conclusion(summary: Mapping[str, Any], *, steps: int) -> Text:
+def conclusion(summary: Mapping[str, Any]) -> Text:
     """What the objective shows, where the run lies and how to go on."""
     folder = shlex.quote(summary["folder"])
-    going_on = [f"stack train {folder} train.steps={2 * steps}"]
+    going_on = [f"stack train {folder} {shlex.join(summary['longer'])}"]
     if "prompt" in summary:
         going_on.insert(0, f"stack sample {folder} {shlex.quote(summary['prompt'])}")
     return _lines(*summary["rows"], ("folder", summary["folder"]), ("go on", "\n".join(going_on)))

@@ -32,8 +32,17 @@ class Listener:
     def on_warning(self, text: str) -> None:
         """Something of the run that a person should know, in one line."""
 
+    def on_save(self, step: int) -> Mapping[str, Any] | None:
+        """The checkpoint of `step` begins to be saved.
+
+        What is returned is kept with it: a run that goes on from there has it as `kept` of its `info`.
+        """
+
+    def sync(self) -> None:
+        """Makes durable what was written; called from another thread before a checkpoint counts."""
+
     def on_checkpoint(self, step: int) -> None:
-        """The checkpoint of `step` is being saved."""
+        """The checkpoint of `step` is saved, and durable."""
 
     def on_end(self, summary: dict[str, Any]) -> Mapping[str, Any] | None:
         """The run ended; last call. After an error it is called too, with `error` in the summary."""
@@ -65,6 +74,18 @@ class Listeners(Listener):
         """Tells all."""
         for listener in self._listeners:
             listener.on_warning(text)
+
+    def on_save(self, step: int) -> Mapping[str, Any]:
+        """Tells all; returns what they want kept."""
+        kept: dict[str, Any] = {}
+        for listener in self._listeners:
+            kept |= listener.on_save(step) or {}
+        return kept
+
+    def sync(self) -> None:
+        """Asks all."""
+        for listener in self._listeners:
+            listener.sync()
 
     def on_checkpoint(self, step: int) -> None:
         """Tells all."""

@@ -10,12 +10,16 @@ import math
 import os
 import statistics
 import time
+from collections import deque
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import xxhash
+
 from stack.config.errors import StackError
 from stack.config.paths import expand
+from stack.storage import durable
 from stack.train.watch.listeners import Listener
 
 if TYPE_CHECKING:
@@ -23,14 +27,21 @@ if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 FILE = "metrics.jsonl"
+_KEPT = 10_000  # Records that a checkpoint keeps at most.
 Kind = Literal["train", "heldout"]
+TIMING = frozenset(
+    ("time", "step_seconds", "tokens_per_second", "model_flops_per_second", "data_wait_seconds")
+) | {"checkpoint_seconds", "goodput", "memory_bytes"}
+"""What the records of two runs of the same steps may differ in."""
 
 
 class MetricsLog(Listener):
     """Writes metrics.jsonl, and TensorBoard events on request, in the run folder; only process 0 does.
 
-    A record is in the file before the next step. A run that goes on from step n drops
-    the records of later steps first: the history is one line of steps.
+    A record is in the file before the next step, and on the disk before the next checkpoint, which keeps
+    those since the last one and a digest of all. Where the disk takes no more they wait in memory for it to
+    be freed, and the run goes on. A run that goes on from step n has exactly the records up to n: later ones
+    are dropped, lost ones come from the checkpoint, and others than were written are told.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, every: int = 1, tensorboard: bool = False) -> None:
@@ -48,49 +59,71 @@ class MetricsLog(Listener):
         self._every = every
         self._steps = 0
         self._tensorboard = tensorboard
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_KEPT)
+        self._digest = xxhash.xxh3_64()  # Of the records before the next checkpoint.
         self._file: FileIO | None = None
+        self._unwritten = b""
+        self._is_full = False
         self._events: SummaryWriter | None = None
         if tensorboard:
             _summary_writer()
 
-    def on_start(self, info: dict[str, Any]) -> None:
-        """Opens the history to go on after `step` of `info`.
+    def on_start(self, info: dict[str, Any]) -> dict[str, Any] | None:
+        """Opens the history to go on after `step` of `info`; tells the last one that is `evaluated`.
 
         Raises:
             StackError: the history cannot be read or written.
         """
         import jax
 
-        if jax.process_index() != 0:
-            return
         step, self._steps = int(info["step"]), int(info["steps"])
+        if jax.process_index() != 0:
+            return None
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_after(self.path, step)
+            durable.make_folder(self.path.parent)
+            kept = info.get("kept", {})
+            recent = [{name: _decode(v) for name, v in one.items()} for one in kept.get("history", [])]
+            records = self._mend(step, recent)
+            self._digest = xxhash.xxh3_64()
+            for record in records:
+                if record["step"] < step or record["kind"] == "train":  # An evaluation comes after its save.
+                    self._digest.update(_encode(record).encode())
+            if kept.get("history_digest", self._digest.hexdigest()) != self._digest.hexdigest():
+                self.warn(f"{self.path}: records up to step {step:,} are not those that were written")
+            for record in records:
+                if record["step"] == step and record["kind"] != "train":
+                    self._digest.update(_encode(record).encode())
             self._file = self.path.open("ab", buffering=0)
+            durable.sync(self.path.parent)  # Its name, too.
             if self._tensorboard:
                 # TensorBoard hides what earlier files hold from this step on.
                 folder = str(self.path.parent / "tensorboard")
                 self._events = _summary_writer()(folder, purge_step=step + 1)
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        return {"evaluated": max((r["step"] for r in records if r["kind"] == "heldout"), default=-1)}
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes a record of kind `train`, if one is due.
-
-        Raises:
-            StackError: it cannot be written.
-        """
-        if step % self._every == 0 or step in (1, self._steps):
+        """Writes a record of kind `train`, if one is due or the step was not applied."""
+        if step % self._every == 0 or step in (1, self._steps) or metrics.get("skipped"):
             self._write("train", step, metrics)
 
     def on_eval(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes a record of kind `heldout`.
-
-        Raises:
-            StackError: it cannot be written.
-        """
+        """Writes a record of kind `heldout`."""
         self._write("heldout", step, metrics)
+
+    def on_save(self, step: int) -> dict[str, Any]:
+        """Has the records since the last checkpoint kept with this one."""
+        return {"history": list(self._recent), "history_digest": self._digest.hexdigest()}
+
+    def sync(self) -> None:
+        """Waits until the records are on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def on_checkpoint(self, step: int) -> None:
+        """Those up to it are kept."""
+        self._recent = deque((one for one in self._recent if one["step"] > step), maxlen=_KEPT)
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Closes the files."""
@@ -99,16 +132,49 @@ class MetricsLog(Listener):
                 file.close()
         self._file = self._events = None
 
+    def _mend(self, step: int, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rewrites the history as one of steps up to this one, each record once, at once or not at all."""
+        if not self.path.exists() and not kept:
+            return []
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        read: dict[tuple[str, int], dict[str, Any]] = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = _record(line)
+            except ValueError:
+                if number < len(lines) or line.endswith(b"\n"):  # Else a process was killed as it wrote.
+                    self.warn(f"{self.path}, line {number} was damaged, and is left out")
+                continue
+            if record["step"] <= step:
+                read.setdefault((record["kind"], record["step"]), record)
+        for record in kept:
+            if (record["kind"], record["step"]) not in read:
+                self.warn(
+                    f"{self.path}: the record of step {record['step']:,} was lost; the checkpoint had it"
+                )
+                read[record["kind"], record["step"]] = record
+        records = sorted(read.values(), key=lambda record: (record["step"], record["kind"] != "train"))
+        durable.write_text(self.path, "".join(map(_encode, records)))
+        return records
+
     def _write(self, kind: Kind, step: int, metrics: dict[str, float]) -> None:
         if self._file is None:
             return
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **metrics}
+        self._recent.append(_finite(record))
+        line = _encode(record).encode()
+        self._digest.update(line)
+        self._unwritten += line
         try:
-            line = memoryview(_encode(record).encode())
-            while line:  # A disk that fills up takes a part, and refuses the rest.
-                line = line[self._file.write(line) :]
+            while self._unwritten:  # A disk that fills up takes a part, and refuses the rest.
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._is_full = False
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            if not self._is_full:
+                self.warn(
+                    f"{_unwritable(self.path, error)}; they are kept, and written when that is possible"
+                )
+            self._is_full = True
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
@@ -218,41 +284,42 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if path.is_dir():
         path /= FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise StackError(f"cannot read the metrics of a run in {path}: {error.strerror}") from error
-    if lines and not lines[-1].endswith("\n"):
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()  # A process that was killed, or is writing, left part of a record.
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            int(record["step"]), str(record["kind"])
-        except (ValueError, KeyError, TypeError) as error:
+            records.append(_record(line))
+        except ValueError as error:
             raise StackError(f"{path}, line {number}: not a record of metrics; delete the line") from error
-        records.append({name: _decode(value) for name, value in record.items()})
     return records
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Rewrites a history without the records after a step, at once or not at all."""
-    if not path.exists():
-        return
-    earlier = [record for record in read_history(path) if record["step"] <= step]
-    new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.writelines(map(_encode, earlier))
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+def _record(line: bytes) -> dict[str, Any]:
+    """A line's; ValueError where it is none."""
+    try:
+        record = json.loads(line)
+        is_one = type(record["step"]) is int and record["kind"] in ("train", "heldout")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError from error
+    if not is_one or not line.endswith(b"\n"):
+        raise ValueError
+    return {name: _decode(value) for name, value in record.items()}
 
 
 def _encode(record: dict[str, Any]) -> str:
-    finite = {
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """With words for numbers that are not finite."""
+    return {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
-    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _decode(value: Any) -> Any:

@@ -85,7 +85,7 @@ class Progress(Listener):
                 self._live.stop()
         self._live = self._notebook = None
         if "rows" in summary:
-            self._safely(lambda: self._console.print(conclusion(summary, steps=self._steps), soft_wrap=True))
+            self._safely(lambda: self._console.print(conclusion(summary), soft_wrap=True))
 
     def line(self) -> str:
         """Step, loss, learning rate, gradient norm, speed of late and the time left, as far as known."""

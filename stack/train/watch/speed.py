@@ -60,7 +60,7 @@ class Speedometer(Listener):
         """Forgets the last arrival: what came between was no step."""
         self._last = None
 
-    def on_checkpoint(self, step: int) -> None:
+    def on_save(self, step: int) -> None:
         """Forgets the last arrival: what came between was more than a step."""
         self._last = None
 

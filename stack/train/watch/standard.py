@@ -1,13 +1,17 @@
 """The listeners that every run has, before those of whoever started it."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
+from stack import environment
 from stack.config import Config
 from stack.step import state as states
 from stack.step.program import Program
+from stack.train.watch.bad_steps import BadSteps
+from stack.train.watch.goodput import Goodput
 from stack.train.watch.listeners import Listener, Listeners
 from stack.train.watch.metrics import MetricsLog
 from stack.train.watch.plan import Plan
@@ -24,7 +28,7 @@ def show_progress(listeners: Sequence[Listener]) -> Listeners:
 def standard_listeners(
     program: Program, devices: Sequence[jax.Device], folder: Path, *, resolved: bool
 ) -> tuple[Listener, ...]:
-    """Speed, the planner's comparison, and the log, in this order: each adds to what the next hears.
+    """Speed, the plan's figures, bad steps, where time goes, and the log: each adds to what the next hears.
 
     Args:
       program: of the run.
@@ -36,5 +40,7 @@ def standard_listeners(
     return (
         Speedometer(config, states.concrete(program)),
         Plan(program, devices, resolved=resolved),
+        BadSteps(config),
+        Goodput(folder, time.time() - (time.monotonic() - environment.STARTED)),
         MetricsLog(folder, every=config.train.log_every, tensorboard=config.train.tensorboard),
     )

@@ -132,6 +132,7 @@ def test_without_the_plugin_the_extra_is_named(monkeypatch):
         compile_plan(CONFIG, hardware="h200", devices=4)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU to find")
 def test_where_jax_looks_for_a_gpu_first_the_remedy_is_named():
     program = "from stack.planner.compiled.compile import devices; devices('h200', 8)"

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from stack.config import Config, ConfigError, dump, schema
+from stack.config.document import framed
 from stack.hardware import chip as chips
 from stack.planner.formula.memory import memory
 from stack.planner.formula.time import step_time
@@ -122,7 +123,7 @@ def test_a_run_saves_what_was_chosen_and_goes_on_with_it(tmp_path):
     assert not auto.is_auto(trainer.config)
     trainer.fit()
     folder = trainer.folder
-    assert (folder / "config.yaml").read_text() == dump(trainer.config)
+    assert (folder / "config.yaml").read_text() == framed(dump(trainer.config))
     assert Trainer.from_run(folder, devices=jax.devices()[:2]).config == trainer.config
     # A folder that holds another choice: it stays, whatever would be chosen now.
     other = trainer.config.replace("mesh={data: 2, fsdp: 2, tensor: 2, zero: 1}", "train.remat=dots")

@@ -42,6 +42,7 @@ def test_what_is_no_range_is_refused(text):
         scaling.counts(text)
 
 
+@pytest.mark.full
 def test_strong_keeps_the_batch_and_weak_that_of_each_device(curves):
     assert [point.devices for point in curves.strong] == [4, 8, 16, 32, 64, 80]
     assert {point.batch for point in curves.strong} == {16}
@@ -52,6 +53,7 @@ def test_strong_keeps_the_batch_and_weak_that_of_each_device(curves):
             assert point.candidate.work.batch == point.batch
 
 
+@pytest.mark.full
 def test_strong_scaling_ends_where_the_batch_is_split_up(curves):
     obstacles = {point.devices: point.obstacle for point in curves.strong}
     assert obstacles[64] is None
@@ -62,6 +64,7 @@ def test_strong_scaling_ends_where_the_batch_is_split_up(curves):
     assert all(point.obstacle is None for point in curves.weak)
 
 
+@pytest.mark.full
 def test_efficiency_is_against_the_fewest_devices_and_falls_under_strong_scaling(curves):
     result = [value for value in scaling.efficiencies(curves.strong) if value is not None]
     assert result[0] == 1.0
@@ -71,6 +74,7 @@ def test_efficiency_is_against_the_fewest_devices_and_falls_under_strong_scaling
     assert result == pytest.approx([speed / speeds[0] for speed in speeds])
 
 
+@pytest.mark.full
 def test_a_point_is_what_a_plan_of_its_layout_says(curves):
     point = curves.strong[3]
     assert point.candidate is not None
@@ -90,6 +94,7 @@ def test_the_target_says_what_each_device_has():
     assert result.weak[1].candidate is not None
 
 
+@pytest.mark.full
 def test_the_table_and_the_json_hold_every_point(curves):
     lines = scaling.lines(curves)
     assert sum(line.lstrip().startswith("80 ") for line in lines) == 2
@@ -100,12 +105,14 @@ def test_the_table_and_the_json_hold_every_point(curves):
     assert "obstacle" in answer["strong"][-1]
 
 
+@pytest.mark.full
 def test_a_chip_that_cannot_train_it_is_marked_so(curves):
     result = scaling.scaling(gpt2(), hardware=chips.load("v100-32gb"), devices=[8])
     assert "modelled only: float16 is not built" in scaling.lines(result)[1]
     assert not any("modelled only" in line for line in scaling.lines(curves))
 
 
+@pytest.mark.full
 def test_a_picture_is_drawn(curves, tmp_path):
     pytest.importorskip("matplotlib")
     path = scaling.plot(curves, tmp_path / "curve.png")
@@ -115,6 +122,7 @@ def test_a_picture_is_drawn(curves, tmp_path):
         scaling.plot(curves, tmp_path / "curve.xyz")
 
 
+@pytest.mark.full
 def test_without_matplotlib_a_page_is_written(curves, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     path = scaling.plot(curves, tmp_path / "curve.png")

@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from stack.config import AXES, Config, ConfigError, StackError, load
+from stack.config.layout import check_divides
 from stack.hardware import chip as chips
-from stack.parallel.mesh import check_divides
 from stack.planner.formula.memory import memory
 from stack.planner.formula.time import step_time
 from stack.planner.formula.workload import from_config
@@ -84,6 +84,7 @@ def test_every_runnable_layout_is_one_that_the_trainer_takes():
         assert from_config(config, 8, CPU) == work
 
 
+@pytest.mark.full
 def test_the_best_is_the_best_of_all_that_the_trainer_takes():
     result = search.search(SMALL, hardware=CPU, devices=8)
     seconds = []
@@ -107,6 +108,7 @@ def test_the_best_is_the_best_of_all_that_the_trainer_takes():
     assert all(one.time.total < min(seconds) for one in result.modelled), "slower ones are not shown"
 
 
+@pytest.mark.full
 def test_what_is_returned_runs_fits_and_is_ranked(llama):
     assert len(llama.best) == 8
     assert [one.time.total for one in llama.best] == sorted(one.time.total for one in llama.best)
@@ -196,7 +198,9 @@ def test_a_chip_that_cannot_train_it_still_gets_a_plan():
     assert all(one.work.precision == "float16" and one.work.why_modelled() for one in result.modelled)
 
 
-@pytest.mark.parametrize("on_base", [True, False], ids=["on its base", "whole"])
+@pytest.mark.parametrize(
+    "on_base", [True, pytest.param(False, marks=pytest.mark.full)], ids=["on its base", "whole"]
+)
 def test_the_written_config_loads_and_its_step_runs(tmp_path, on_base):
     (tmp_path / "own").mkdir()
     base = tmp_path / "own" / "small.yaml"

@@ -95,20 +95,25 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         MetricsLog(tmp_path / "file" / "run").on_start({"step": 0, "steps": 10})
 
 
-def test_a_full_disk_is_an_error_and_leaves_earlier_records_intact(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path)
+def test_a_full_disk_is_told_and_the_records_wait_until_it_takes_them(tmp_path: Path) -> None:
+    log, told = MetricsLog(tmp_path), list[str]()
+    log.warn = told.append
     log.on_start({"step": 0, "steps": 10})
     log.on_metrics(1, {"loss": 1.0})
     size = (tmp_path / "metrics.jsonl").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
     try:
-        with pytest.raises(StackError, match=r"cannot write the metrics to .*: File too large"):
-            log.on_metrics(2, {"loss": 1.0})
-        log.on_end({})
+        for step in (2, 3):
+            log.on_metrics(step, {"loss": 1.0})
+        assert [record["step"] for record in read_history(tmp_path)] == [1]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [record["step"] for record in read_history(tmp_path)] == [1]
+    log.on_metrics(4, {"loss": 1.0})
+    log.on_end({})
+    assert [record["step"] for record in read_history(tmp_path)] == [1, 2, 3, 4]
+    (line,) = told
+    assert line.startswith(f"cannot write the metrics to {tmp_path / 'metrics.jsonl'}: File too large; ")
 
 
 def read_events(folder: Path) -> list[tuple[str, int, float]]:

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from stack.config import Config
+from stack.data.loader import timed
 from stack.hardware import chip as chips
 from stack.kernels.attention import Choice
 from stack.planner.formula.memory import memory
@@ -20,7 +21,7 @@ from stack.planner.formula.time import step_time
 from stack.planner.formula.workload import from_config
 from stack.planner.predict import NoPlan, Planned, line, predict
 from stack.planner.search import auto
-from stack.train.trainer import Trainer, _timed
+from stack.train.trainer import Trainer
 from stack.train.watch.announce import introduction
 from stack.train.watch.listeners import Listener
 from stack.train.watch.planned import FIRST_STEPS, STEPS, Comparison
@@ -212,9 +213,9 @@ def test_waiting_for_data_is_measured():
             time.sleep(0.01)
             yield number
 
-    timed = list(_timed(batches()))
-    assert [batch for batch, _ in timed] == [0, 1, 2]
-    assert all(waited >= 0.01 for _, waited in timed)
+    waits = list(timed(batches()))
+    assert [batch for batch, _ in waits] == [0, 1, 2]
+    assert all(waited >= 0.01 for _, waited in waits)
 
 
 def test_a_choice_of_the_planner_is_announced(tmp_path):

@@ -59,9 +59,9 @@ def test_utilisation_is_of_all_places_of_each_device(speedometer, clock):
     assert values["model_flops_per_second"] == values["mfu_causal"] * H100.peak_flops["bfloat16"]
 
 
-@pytest.mark.parametrize("pause", ["on_eval", "on_checkpoint", "on_start"])
+@pytest.mark.parametrize("pause", ["on_eval", "on_save", "on_start"])
 def test_what_comes_between_steps_is_no_part_of_one(speedometer, clock, pause):
-    arguments = {"on_eval": (1, {}), "on_checkpoint": (1,), "on_start": ({"step": 1, "steps": 9},)}
+    arguments = {"on_eval": (1, {}), "on_save": (1,), "on_start": ({"step": 1, "steps": 9},)}
     hear(speedometer, 1)
     clock.seconds += 50
     getattr(speedometer, pause)(*arguments[pause])

@@ -1,0 +1,275 @@
+"""What each verb of the command line does: a few lines each; the work is done by the library."""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+
+from stack import environment
+from stack.config.errors import ConfigError, StackError
+from stack.interrupt import die_with_launcher, stopping_at_once
+
+
+def version() -> None:
+    """Prints the versions of Stack, JAX and Python."""
+    from importlib.metadata import version
+
+    print(f"stack {version('stack')} (jax {version('jax')}, Python {sys.version.split()[0]})")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Trains, or does one step of a run once more."""
+    with stopping_at_once():
+        _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from stack.config.reading import load
+
+    config = load(arguments.config, arguments.rest)  # what is wrong is told before anything heavy is loaded
+    if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"start     {config.name}: loading JAX, then its data", flush=True)
+
+    die_with_launcher()
+    environment.import_jax()
+    from stack.parallel.processes import first, together
+    from stack.train.trainer import Trainer
+
+    with together():
+        trainer = Trainer(config, accept=arguments.accept)
+        if arguments.replay is None:
+            trainer.fit()
+            return
+        from stack.train.replay import replay
+
+        for line in replay(trainer, arguments.replay):
+            if first():
+                print(line, flush=True)
+
+
+def launch_ray(arguments: argparse.Namespace) -> None:
+    """Trains on a Ray cluster."""
+    from stack.launch.ray_cluster import launch
+
+    launch(
+        arguments.config,
+        arguments.rest,
+        workers=arguments.workers,
+        gpus_per_worker=arguments.gpus_per_worker,
+        address=arguments.address,
+        max_restarts=arguments.max_restarts,
+    )
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Prints what a run will take."""
+    environment.import_jax()
+    from stack.planner.command import run
+
+    options = {
+        name: value for name, value in vars(arguments).items() if name not in ("run", "version", "rest")
+    }
+    for line in run(**options, overrides=arguments.rest):
+        print(line, flush=True)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Prints what a run's held-out text gives."""
+    environment.import_jax()
+    from stack.parallel.processes import first, together
+    from stack.train.trainer import Trainer
+
+    with together():
+        trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
+        metrics = trainer.evaluate()
+        if first():
+            print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Prints texts as they are generated."""
+    environment.import_jax()
+    from stack.parallel.processes import first, together
+    from stack.train.trainer import Trainer
+
+    fields = {
+        "sample.length": arguments.length,
+        "sample.temperature": arguments.temperature,
+        "sample.top_k": arguments.top_k,
+        "sample.top_p": arguments.top_p,
+    }
+    overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
+    with together():
+        prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
+        trainer = Trainer.from_run(arguments.config, overrides)
+        prompts = prompts or [trainer.config.sample.prompt]
+        if len(prompts) == 1:
+            pieces = itertools.chain(prompts, trainer.stream(prompts[0], seed=arguments.seed), ["\n"])
+        else:
+            texts = trainer.generate(prompts, seed=arguments.seed)
+            pieces = (f"{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
+        for piece in pieces:
+            if first():
+                print(piece, end="", flush=True)
+
+
+def _prompt(word: str) -> str:
+    """A prompt as it was typed; `-`: what stands on standard input."""
+    from stack.config.section import is_text
+
+    if word != "-":
+        if is_text(word):
+            return word
+        try:  # Python reads arguments in the terminal's encoding; what that lacks is kept as it came.
+            return os.fsencode(word).decode()
+        except UnicodeError:
+            told = "holds bytes that are not UTF-8; give it as UTF-8"
+            raise StackError(f"prompt {word!a} {told}") from None
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise StackError(
+            f"standard input: byte {error.start} is not UTF-8; give the prompt as UTF-8"
+        ) from None
+
+
+def _prompt_file(name: str) -> str:
+    from stack.config.paths import expand
+
+    try:
+        return expand(name).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise StackError(f"{name}: byte {error.start} is not UTF-8; give UTF-8") from None
+    except OSError as error:
+        raise StackError(f"{name}: cannot be read: {error.strerror}; check --file") from None
+
+
+def show_runs(arguments: argparse.Namespace) -> None:
+    """Prints where runs stand, or draws them."""
+    from stack.config.reading import load
+    from stack.report import figure, show
+    from stack.report.runs import read_run
+
+    target = figure.check_plot(arguments.plot) if arguments.plot else None
+    runs = [read_run(folder) for folder in arguments.runs]
+    others = {arguments.base: load(arguments.base)} if arguments.base else {}
+    if arguments.json:
+        print(json.dumps([show.as_dict(run) for run in runs], indent=2))
+    else:
+        plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+        print("\n".join(show.lines(runs, others, plain=plain)))
+    if target:
+        figure.write_plot(runs, target, others)
+        print(f"drew {target}", file=sys.stderr if arguments.json else sys.stdout)
+
+
+def show_checkpoints(arguments: argparse.Namespace) -> None:
+    """Prints the checkpoints of a run, and whether they are sound."""
+    from stack.report import checkpoints
+
+    for line in checkpoints.lines(arguments.verb, arguments.run_folder, arguments.step):
+        print(line, flush=True)
+
+
+def render_job(arguments: argparse.Namespace) -> None:
+    """Prints or writes what a platform starts a run by."""
+    from stack.config.reading import load
+    from stack.launch.render import render, write
+
+    options = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("run", "version", "rest", "config", "target", "out")
+    }
+    text = render(arguments.target, load(arguments.config, arguments.rest), **options)
+    if arguments.out is None:
+        print(text, end="")
+    else:
+        print(f"submit    {write(text, arguments.target, arguments.out)}")
+
+
+def show_config(arguments: argparse.Namespace) -> None:
+    """Prints a config with every field, or how its parameters are laid out."""
+    from stack.config.reading import dump, load
+
+    config = load(arguments.config, arguments.rest)
+    if not arguments.sharding:
+        print(dump(config), end="")
+        return
+    environment.import_jax()
+    from stack.planner.plan import for_devices
+    from stack.step.describe import sharding_table
+
+    if arguments.devices is None:
+        print(sharding_table(config, len(environment.devices())))
+    else:
+        print(sharding_table(for_devices(config, arguments.devices)[0], arguments.devices))
+
+
+def show_fields(arguments: argparse.Namespace) -> None:
+    """Explains the fields of a config."""
+    from stack.config import fields
+
+    if arguments.markdown:
+        print(fields.page(), end="")
+        return
+    some = fields.fields(arguments.pattern)
+    if not some:
+        match = fields.suggest(arguments.pattern)
+        raise ConfigError(
+            f"no field has {arguments.pattern!r} in it" + (f"; did you mean {match}?" if match else "")
+        )
+    print("\n".join(fields.lines(some)))
+
+
+def show_schema(_: argparse.Namespace) -> None:
+    """Prints the JSON schema of config files."""
+    from stack.config.reading import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+def train_tokenizer(arguments: argparse.Namespace) -> None:
+    """Trains a tokenizer on the sources of a config."""
+    from stack.config.reading import load
+    from stack.data.tokenizer import train_bpe
+
+    config = load(arguments.config, arguments.rest)
+    tokenizer = train_bpe(config.data, arguments.vocab_size, arguments.out, seed=config.seed)
+    print(f"{arguments.out}: {tokenizer.vocab_size} words")
+
+
+def prepare_data(arguments: argparse.Namespace) -> None:
+    """Fills the cache of tokenized and packed text, and prints where it is."""
+    from stack.config.reading import load
+    from stack.data.prepare import prepare
+
+    for line in prepare(load(arguments.config, arguments.rest), arguments.ray):
+        print(line, flush=True)
+
+
+def examine(arguments: argparse.Namespace) -> None:
+    """Prints what this machine has, or measures it."""
+    if arguments.seed is not None and arguments.faults is None:
+        raise ConfigError("--seed is of --faults; give both, or neither")
+    if arguments.faults is not None:
+        from stack.doctor.faults import harness
+
+        for line in harness.run(arguments.faults, seed=arguments.seed or 0):
+            print(line, flush=True)
+        return
+    environment.import_jax()
+    environment.devices()
+    from stack import doctor
+
+    if arguments.calibrate is not None:
+        from stack.doctor.calibrate import run
+
+        for line in run(arguments.calibrate or None):
+            print(line, flush=True)
+    elif arguments.measure:
+        for line in doctor.measure():
+            print(line, flush=True)
+    else:
+        print(doctor.numerics() if arguments.numerics else doctor.report())

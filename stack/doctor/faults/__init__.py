@@ -1,0 +1,1 @@
+"""Runs that are broken on purpose, and compared with one that was not."""

@@ -1,0 +1,1 @@
+"""Bytes that stay: what is called written has reached the disk, here or in an object store."""

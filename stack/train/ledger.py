@@ -1,0 +1,190 @@
+"""Where a run stands: in its steps, in its data, and in what it was when its checkpoints were made."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stack.config import Config, StackError, dump
+from stack.config.document import framed
+from stack.config.reading import RUN_CONFIG
+from stack.data.position import Position
+from stack.data.tokenizer import Tokenizer
+from stack.step.state import State
+from stack.storage import durable
+from stack.train import record as records
+from stack.train.checkpoint.checkpoints import Checkpoints
+from stack.train.checkpoint.manifest import DamagedError, place
+from stack.train.record import Record
+
+TOKENIZER = "tokenizer"
+"""The folder, within a run's, of the tokenizer it was trained with."""
+
+
+class Ledger:
+    """Reads it from the newest sound checkpoint, and writes it into the next."""
+
+    def __init__(self, config: Config, folder: Path, accept: Sequence[str] = ()) -> None:
+        """At the beginning of a run.
+
+        Args:
+          config: of now.
+          folder: of the run.
+          accept: fields in which it may differ from what the run was.
+        """
+        self.store = place(config, folder)
+        self.position = Position()
+        self._config = config
+        self._folder = folder
+        self._accept = tuple(accept)
+        self._record: Record | None = None
+        self._left_out: list[tuple[int, int]] = []
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """What listeners had kept."""
+        return {} if self._record is None else self._record.listeners
+
+    def check_resume(self) -> None:
+        """Refuses a folder that holds a run, if that is not to be gone on with.
+
+        Raises:
+          StackError: it does.
+        """
+        if not self._config.checkpoint.resume and (step := Checkpoints(self.store).latest()) is not None:
+            raise StackError(
+                f"{self._folder} holds a run at step {step} and checkpoint.resume is false; "
+                "give this run another name, or delete the folder"
+            )
+
+    def restore(
+        self,
+        checkpoints: Checkpoints,
+        abstract: State,
+        *,
+        data: Callable[[], Mapping[str, str]] | None,
+        warn: Callable[[str], None],
+        below: int | None = None,
+    ) -> State | None:
+        """The state of the newest sound checkpoint, if it is of this run; None if there is no checkpoint.
+
+        Args:
+          checkpoints: of the run.
+          abstract: the parts of the state that are wanted.
+          data: what it would go on with; None: it is read, not gone on with.
+          warn: told what a person should know.
+          below: only checkpoints of steps before this one; None: of all.
+
+        Raises:
+          StackError: it is of another run, or none is sound.
+        """
+        damaged: list[str] = []
+        for note in checkpoints.notes:
+            warn(note)
+        for step in checkpoints.newest_first():
+            if below is not None and step >= below:
+                continue
+            try:
+                record = Record(**checkpoints.extra(step))
+                accepted = self._compare(record, data() if data else None, reading=data is None)
+                if data is not None:
+                    self._check_length(step)
+                state = checkpoints.restore(step, self._parts(checkpoints, step, abstract))
+            except DamagedError as error:
+                damaged.append(str(error))
+                continue
+            for text in damaged:
+                warn(f"{text}; step {step:,} is the newest one that is sound, and is taken")
+            notes = [records.version_note(record)]
+            if data is not None:
+                notes += [*records.lines(accepted), records.schedule_note(record, self._config, step)]
+            for note in filter(None, notes):
+                warn(note)
+            entries = [one | {"step": step} for one in accepted]
+            self._record = replace(record, accepted=[*record.accepted, *entries])
+            self.position = self._without(record.position(step))
+            return state
+        if damaged:
+            raise StackError(
+                f"{'; '.join(damaged)}; none is left that is sound: restore the files, or delete "
+                f"{self.store.name} to begin anew"
+            )
+        self.position = self._without(Position())
+        return None
+
+    def check_data(self, data: Mapping[str, str]) -> None:
+        """Refuses to evaluate a run on other data than it was made for.
+
+        Raises:
+          StackError: it is.
+        """
+        if self._record is not None:
+            self._compare(self._record, data, reading=True)
+
+    def write(self, data: Mapping[str, str], tokenizer: Tokenizer) -> None:
+        """Writes what the folder says of the run beside its checkpoints.
+
+        Raises:
+          StackError: it cannot be written.
+        """
+        try:
+            durable.make_folder(self._folder)
+            durable.write_text(self._folder / RUN_CONFIG, framed(dump(self._config)))
+            tokenizer.save(self._folder / TOKENIZER)
+            durable.write_text(self._folder / "data.json", json.dumps(dict(data), indent=2) + "\n")
+        except OSError as error:
+            raise StackError(
+                f"{self._folder} cannot be written: {error.strerror}; set output_dir to a folder that can"
+            ) from error
+
+    def record(self, step: int, data: Mapping[str, str], kept: Mapping[str, Any]) -> Record:
+        """What goes into the checkpoint of a step."""
+        position = self.position.at(step, self._config.train.batch_size)
+        return Record(
+            config=self._config.model_dump(mode="json"),
+            data=data,
+            rows=position.rows,
+            skipped=position.skipped,
+            accepted=() if self._record is None else self._record.accepted,
+            listeners=kept,
+        )
+
+    def leave_out(self, first: int, last: int) -> int:
+        """Has the run go on, from where it is restored, without the rows of steps `first` to `last`.
+
+        Returns:
+          How often that was done.
+        """
+        batch = self._config.train.batch_size
+        rows = np.array([self.position.first(first - 1, batch), self.position.first(last, batch) - 1])
+        low, high = (int(place) for place in self.position.places(rows))
+        self._left_out.append((low, high + 1))
+        return len(self._left_out)
+
+    def _without(self, position: Position) -> Position:
+        for first, last in self._left_out:
+            position = position.leave_out(first, last)
+        return position
+
+    def _parts(self, checkpoints: Checkpoints, step: int, abstract: State) -> State:
+        """Those that are wanted and can be had: a guard against spikes may be of another size, or new."""
+        guard = {name: part for name, part in abstract.items() if name == "guard"}
+        if checkpoints.holds(step, guard):
+            return abstract
+        return {name: part for name, part in abstract.items() if name != "guard"}
+
+    def _compare(
+        self, record: Record, data: Mapping[str, str] | None, *, reading: bool
+    ) -> list[dict[str, Any]]:
+        place = str(self._folder)
+        return records.compare(record, self._config, data, place=place, accept=self._accept, reading=reading)
+
+    def _check_length(self, step: int) -> None:
+        if step > self._config.train.steps:
+            raise StackError(
+                f"{self._folder} has taken {step:,} steps, more than train.steps={self._config.train.steps};"
+                f" set train.steps above {step:,} to go on, or give a new run another name: name=..."
+            )
