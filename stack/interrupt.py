@@ -23,8 +23,9 @@ def interruptible() -> Iterator[None]:
     """Has an interrupt end the process even where the code it meets swallows it, as imports do at times.
 
     It raises KeyboardInterrupt, as ever, also where that code makes another error of it. While a library is
-    imported it exits with 130 at once, as some abort the process on any exception; so it does if the process
-    is still there some seconds later, or at a second interrupt. Only the main thread can have it so.
+    imported it exits with 130 at once, as some abort the process on any exception; so it does where Python
+    itself would drop the exception, as in a callback of the garbage collector, if the process is still there
+    some seconds later, or at a second interrupt. Only the main thread can have it so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -41,6 +42,12 @@ def interruptible() -> Iterator[None]:
         timer.start()
         raise_interrupt()
 
+    def tell(lost: Any) -> None:
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            _leave()
+        tell_before(lost)
+
+    tell_before, sys.unraisablehook = sys.unraisablehook, tell
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
@@ -51,6 +58,7 @@ def interruptible() -> Iterator[None]:
     finally:
         timer.cancel()
         signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = tell_before
 
 
 def raise_interrupt() -> NoReturn:

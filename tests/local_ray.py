@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from processes import free_port
+from stack.parallel.ports import free_port
 
 STACK = [sys.executable, "-m", "stack"]
 

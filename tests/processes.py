@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from stack.parallel.ports import free_port
 
 
 def run(
@@ -60,18 +61,6 @@ def run(
                 process.kill()
                 process.wait()
         return [pickle.loads((folder / f"result{process}").read_bytes()) for process in range(processes)]
-
-
-def free_port() -> int:
-    """A port nobody listens on, below the range from which the system takes those of connections."""
-    for port in range(20_000 + os.getpid() % 10_000, 32_768):
-        with socket.socket() as candidate:
-            try:
-                candidate.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no free port below 32768")
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]], folder: Path, deadline: float) -> None:

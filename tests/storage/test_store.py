@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import free_port
 from tiny_runs import config, records, run, saved_state
 
 from stack import StackError, Trainer
 from stack.config.errors import ConfigError
 from stack.config.train import CheckpointConfig
+from stack.parallel.ports import free_port
 from stack.storage.store import Store
 from stack.train.checkpoint.checkpoints import Checkpoints
 from stack.train.checkpoint.manifest import DamagedError, verify

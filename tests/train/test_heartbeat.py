@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import free_port
 from tiny_runs import config
 
+from stack.parallel.ports import free_port
 from stack.train.supervisor import STALLED, Judge
 
 
