@@ -194,9 +194,9 @@ def open_data(
         train=train,
         heldout=heldout,
         fingerprint={
-            "tokenizer": _digest(tokenizer.fingerprint),
-            "corpus": _digest([corpus.fingerprint for corpus in corpora]),
-            "packing": _digest(choices),
+            "tokenizer": digest(tokenizer.fingerprint),
+            "corpus": digest([corpus.fingerprint for corpus in corpora]),
+            "packing": digest(choices),
             "rows": str(packing.VERSION),
             "order": str(mixture.VERSION),
         },
@@ -248,5 +248,6 @@ def _check_size(config: Config, train: Dataset) -> None:
             )
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """The hash of a plain value, as in `Data.fingerprint`."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()

@@ -11,6 +11,7 @@ import numpy as np
 from stack.config import Config, StackError, dump
 from stack.config.document import framed
 from stack.config.reading import RUN_CONFIG
+from stack.data.dataset import digest
 from stack.data.position import Position
 from stack.data.tokenizer import Tokenizer
 from stack.step.state import State
@@ -123,6 +124,14 @@ class Ledger:
         """
         if self._record is not None:
             self._compare(self._record, data, reading=True)
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """The same of a tokenizer alone, before a run is sampled.
+
+        Raises:
+          StackError: it is not the one that the run began with.
+        """
+        self.check_data({"tokenizer": digest(tokenizer.fingerprint)})
 
     def write(self, data: Mapping[str, str], tokenizer: Tokenizer) -> None:
         """Writes what the folder says of the run beside its checkpoints.

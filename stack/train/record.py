@@ -87,7 +87,7 @@ def compare(
     Args:
       record: kept with its checkpoint.
       config: of now.
-      data: `Data.fingerprint` of now; None: it is not read.
+      data: `Data.fingerprint` of now, or the parts of it that are read; None: it is not read.
       place: names the run.
       accept: fields that may differ, or sections.
       reading: only what an evaluation or a sample depends on.
@@ -106,7 +106,7 @@ def compare(
         for name, old, new in differences(record.config, config.model_dump(mode="json"))
         if _is_below(name, wanted) and (not _is_below(name, _FREE) or name.endswith(".weight"))
     ]
-    content = _CONTENT if data is not None else {}
+    content = {part: name for part, name in _CONTENT.items() if data is not None and part in data}
     for part, name in content.items():
         old, new = (values.get(part, "1") for values in (record.data, data or {}))
         if old != new:

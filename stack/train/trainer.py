@@ -229,11 +229,11 @@ class Trainer:
     def generate(self, prompts: str | Sequence[str], *, seed: int | None = None) -> list[str]:
         """Continues each prompt, or the one, as `config.sample` says; see `generate_texts`."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return generate_texts(self.program, states.join(self._trained()), self.tokenizer, texts, seed=seed)
+        return generate_texts(self.program, states.join(self._trained()), self._words(), texts, seed=seed)
 
     def stream(self, prompt: str, *, seed: int | None = None) -> Iterator[str]:
         """The same text of one prompt in pieces, as they come."""
-        return stream_text(self.program, states.join(self._trained()), self.tokenizer, prompt, seed=seed)
+        return stream_text(self.program, states.join(self._trained()), self._words(), prompt, seed=seed)
 
     @cached_property
     def train_step(self) -> Any:
@@ -378,6 +378,10 @@ class Trainer:
         if self.state is None:
             raise StackError("this trainer has no parameters yet; call fit(), or open a run with from_run()")
         return self.state
+
+    def _words(self) -> Tokenizer:
+        self.ledger.check_tokenizer(self.tokenizer)
+        return self.tokenizer
 
     @contextmanager
     def _concluding(self) -> Iterator[dict[str, Any]]:

@@ -180,3 +180,18 @@ def test_an_interrupt_at_any_moment_ends_the_process_in_time(tmp_path) -> None:
     folder = tmp_path / "runs" / "interrupted"
     for step in saved_steps(Store(folder / "checkpoints")):
         assert list(verify(Store(folder / "checkpoints"), step)) == []
+
+
+def test_an_interrupt_while_a_checkpoint_is_read_is_no_damage(folder, monkeypatch) -> None:
+    run(folder, "read")
+    kept = sorted((folder / "runs" / "read").rglob("*"))
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "read_into", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, "read", "train.steps=9")
+    assert sorted((folder / "runs" / "read").rglob("*")) == kept
+    assert run(folder, "read", "train.steps=9").state is not None

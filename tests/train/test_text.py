@@ -30,14 +30,14 @@ FIELDS = {
 }  # fmt: skip
 
 
-def write_tokenizer(path: Path) -> str:
+def write_tokenizer(path: Path, text: str = TEXT) -> str:
     """As Llama 2's: a space is put before a text, and taken away from what is decoded."""
     model = tokenizers.Tokenizer(BPE(unk_token="<unk>"))
     model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     model.decoder = decoders.Sequence(steps)
     trainer = BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"])
-    model.train_from_iterator([TEXT], trainer)
+    model.train_from_iterator([text], trainer)
     model.save(str(path))
     return str(path)
 
@@ -127,6 +127,25 @@ def test_a_run_goes_on_with_its_own_tokenizer_and_refuses_another(trained) -> No
     )
     with pytest.raises(StackError, match=r"began with another tokenizer than data\.tokenizer=bytes is now"):
         again.fit()
+
+
+def test_a_tokenizer_trained_anew_in_place_changes_no_evaluation_and_no_sample(folder, trained) -> None:
+    """That of the config is not asked; another in the run's own place is refused."""
+    told, loss = trained.generate("the red"), trained.evaluate()["loss"]
+    for path in (folder / "tokenizer.json", trained.folder / "tokenizer" / "tokenizer.json"):
+        before = path.read_bytes()
+        try:
+            write_tokenizer(path, TEXT.translate(str.maketrans("aeio", "oiea")))
+            again = Trainer.from_run(trained.folder, devices=jax.devices()[:1])
+            if path.parent == folder:
+                assert again.evaluate()["loss"] == loss
+                assert again.generate("the red") == told
+            else:
+                for use in (again.evaluate, lambda again=again: again.generate("the red")):
+                    with pytest.raises(StackError, match=r"began otherwise: data\.tokenizer content "):
+                        use()
+        finally:
+            path.write_bytes(before)
 
 
 def test_a_text_ends_at_any_of_the_named_tokens(trained) -> None:
