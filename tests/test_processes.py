@@ -39,7 +39,7 @@ FIELDS = {
     "optimizer": {"learning_rate": 3e-3, "schedule": {"kind": "constant", "warmup_steps": 2}},
     "train": {"steps": 8, "batch_size": 8, "log_every": 1},
     "eval": {"every": 4},
-    "sample": {"prompt": "a", "length": 8, "temperature": 0},
+    "sample": {"at_end": False, "prompt": "a", "length": 8, "temperature": 0},
 }
 
 
@@ -194,9 +194,10 @@ def test_local_sh_shows_how_it_is_called(tmp_path, arguments) -> None:
 
 @pytest.mark.full
 def test_local_sh_trains_with_one_process_on_the_screen(tmp_path) -> None:
-    process = launch(tmp_path, "run.yaml")
+    process = launch(tmp_path, "run.yaml", "sample.at_end=true")
     told, error = process.communicate()
     assert process.returncode == 0, error
+    assert told.count("\nsample    a") == 1
     assert told.count("\nstep 8/8  loss ") == 1
     assert "devices   4 x cpu; mesh data 2 x fsdp 2; zero 3" in told
     assert len(read_history(tmp_path / "runs" / "run")) == 8 + 2, "steps and evaluations, written once"

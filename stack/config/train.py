@@ -98,6 +98,8 @@ class CheckpointConfig(Section):
 class SampleConfig(Section):
     """How text is generated, at the end of a run and by `stack sample`."""
 
+    at_end: bool = True
+    """Whether a text is generated, and printed, at the end of a run."""
     prompt: str = ""
     """What the text printed at the end of a run starts with; empty: the start of a document."""
     length: PositiveInt = 200

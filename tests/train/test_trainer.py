@@ -49,6 +49,9 @@ def assert_same_state(one: Trainer, other: Trainer) -> None:
         np.testing.assert_array_equal(first, second)
 
 
+SAMPLE = ("sample.at_end=true", "sample.prompt=a")
+
+
 class Notes(Listener):
     """Writes down what it hears."""
 
@@ -124,7 +127,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(folder, finished) -> None:
 @pytest.mark.full
 def test_a_finished_run_goes_on_with_more_steps(folder) -> None:
     """From the command line, which says what it does and how it ended."""
-    short = run(folder, "longer", "train.steps=3")
+    short = run(folder, "longer", "train.steps=3", *SAMPLE)
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, "-m", "stack", "train", short.folder, "train.steps=5"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -211,7 +214,7 @@ def test_listeners_hear_the_run_in_order(folder) -> None:
     run(
         folder,
         "heard",
-        *("train.steps=4", "eval.every=2", "checkpoint.every=2"),
+        *("train.steps=4", "eval.every=2", "checkpoint.every=2", *SAMPLE),
         listeners=[notes, others],
     )
     assert notes.heard == [
@@ -254,12 +257,13 @@ def test_what_a_listener_returns_is_heard_by_those_after_it(folder) -> None:
     hear = Hear()
     run(folder, "added", "train.steps=3", "optimizer.schedule.warmup_steps=0", listeners=[Add(), hear])
     assert hear.heard[:5] == ["added begins", "blue", True, True, True]
+    assert "sample" not in hear.summary, "as sample.at_end is false"
 
 
 def test_a_prompt_that_could_not_be_continued_is_refused_at_the_start(folder) -> None:
     prompt = "a" * 40
     with pytest.raises(StackError, match=r"^sample\.prompt has 41 tokens, but the context is model\.max_len"):
-        run(folder, "wordy", f"sample.prompt={prompt}")
+        run(folder, "wordy", "sample.at_end=true", f"sample.prompt={prompt}")
     assert not (folder / "runs" / "wordy" / "metrics.jsonl").exists()
 
 

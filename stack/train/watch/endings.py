@@ -43,7 +43,9 @@ def show_trigram(trainer: "Trainer", summary: Mapping[str, Any]) -> dict[str, An
 
 
 def show_sample(trainer: "Trainer", _: Mapping[str, Any]) -> dict[str, Any]:
-    """A continuation of the config's prompt."""
+    """A continuation of the config's prompt, if it is to be."""
+    if not trainer.config.sample.at_end:
+        return {}
     prompt = trainer.config.sample.prompt
     sample = trainer.generate(prompt)[0]
     shown = Text(printable(prompt), "bold").append(printable(sample), "not bold")
@@ -56,6 +58,8 @@ def check_sample(trainer: "Trainer") -> None:
     Raises:
       StackError: it does not, or they are not.
     """
+    if not trainer.config.sample.at_end:
+        return
     end_tokens(trainer.tokenizer, trainer.config)
     (tokens,) = encode_prompts(trainer.tokenizer, [trainer.config.sample.prompt])
     check_prompt(tokens, trainer.config.model, name="sample.prompt")

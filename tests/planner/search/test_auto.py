@@ -27,7 +27,7 @@ FIELDS: dict[str, Any] = {
     },
     "train": {"steps": 2, "batch_size": 16, "log_every": 1},
     "optimizer": {"schedule": {"kind": "constant"}},
-    "sample": {"length": 2},
+    "sample": {"at_end": False},
 }
 
 

@@ -36,7 +36,7 @@ FIELDS: dict[str, Any] = {
     },
     "train": {"steps": FIRST_STEPS + STEPS + 3, "batch_size": 8, "log_every": 1},
     "optimizer": {"schedule": {"kind": "constant"}},
-    "sample": {"length": 2},
+    "sample": {"at_end": False},
 }
 H100 = chips.load("h100")
 CUDNN = Choice(kernel="cudnn", reason="honours the whole config")
