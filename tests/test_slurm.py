@@ -61,7 +61,7 @@ def submit_script(slurm: Callable[..., str], folder: Path, name: str, script: Pa
 
 
 def run_of(folder: Path, name: str) -> Config:
-    return config(folder, name, "mesh.data=2", "train.steps=600", "eval.every=200", "checkpoint.every=0")
+    return config(folder, name, "mesh.data=2", "train.steps=300", "eval.every=100", "checkpoint.every=0")
 
 
 def wait(until: Callable[[], bool], log: Path, seconds: float = 500) -> None:

@@ -18,12 +18,17 @@ def test_a_run_that_is_killed_and_then_damaged_comes_to_the_same_end() -> None:
     ], lines
 
 
+ALONE = [kind.name for kind in kinds.KINDS if kind.processes == 1]
+TOGETHER = [kind.name for kind in kinds.KINDS if kind.processes > 1]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("kind", [*(kind.name for kind in kinds.KINDS), harness.CUT])
-def test_a_fault_of_each_kind(kind) -> None:
-    lines = list(harness.run(1, seed=random.randrange(10_000), kinds=(kind,)))
-    (row,) = [line for line in lines if line.startswith("|")][2:]
-    assert row.endswith(" | 0 |"), lines
+@pytest.mark.parametrize("names", [[*ALONE, harness.CUT], TOGETHER], ids=["one process", "two"])
+def test_a_fault_of_each_kind(names) -> None:
+    lines = list(harness.run(1, seed=random.randrange(10_000), kinds=names))
+    rows = [line for line in lines if line.startswith("|")][2:]
+    assert len(rows) == len(names)
+    assert all(row.endswith(" | 0 |") for row in rows), lines
 
 
 def test_another_end_is_seen(tmp_path) -> None:

@@ -95,5 +95,5 @@ def test_after_a_cut_the_run_is_the_unbroken_one(traced, tmp_path, seed) -> None
 @pytest.mark.full
 @pytest.mark.parametrize("part", range(4))
 def test_after_any_cut_the_run_is_the_unbroken_one(traced, tmp_path, part) -> None:
-    for seed in range(100 + 25 * part, 125 + 25 * part):
-        check(traced, seed, 100, tmp_path)
+    for seed in range(100 + 10 * part, 110 + 10 * part):
+        check(traced, seed, 40, tmp_path)

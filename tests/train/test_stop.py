@@ -163,11 +163,11 @@ def test_an_interrupt_at_any_moment_ends_the_process_in_time(tmp_path) -> None:
     out, error = process.communicate()
     assert (process.returncode, error) == (0, ""), out
     whole = time.monotonic() - begun
-    for number in range(12):
+    for number in range(8):
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # Or it is inherited as ignored.
         process = start(tmp_path, "interrupted", *LONG)
         signal.signal(signal.SIGINT, handler)
-        time.sleep(whole * (number + chance.random()) / 12)
+        time.sleep(whole * (number + chance.random()) / 8)
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=60)
         if not out and process.returncode == -signal.SIGINT:
