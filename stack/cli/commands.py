@@ -145,6 +145,35 @@ def _prompt_file(name: str) -> str:
         raise StackError(f"{name}: cannot be read: {error.strerror}; check --file") from None
 
 
+def import_weights(arguments: argparse.Namespace) -> None:
+    """Makes a run of a model that comes from elsewhere."""
+    environment.import_jax()
+    from stack.interop.importing import load_weights
+    from stack.parallel.processes import first, together
+
+    with together():
+        for line in load_weights(arguments.folder, arguments.to, arguments.rest):
+            if first():
+                print(line, flush=True)
+
+
+def export_run(arguments: argparse.Namespace) -> None:
+    """Writes a run as others read it."""
+    form, folder = arguments.to
+    if form != "hf":
+        raise ConfigError(f"--to {form}: there is only hf, as in --to hf FOLDER")
+    environment.import_jax()
+    from stack.interop.exporting import export
+    from stack.parallel.processes import first, together
+    from stack.train.trainer import Trainer
+
+    with together():
+        trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
+        for line in export(trainer, folder, dtype=arguments.dtype):
+            if first():
+                print(line, flush=True)
+
+
 def show_runs(arguments: argparse.Namespace) -> None:
     """Prints where runs stand, or draws them."""
     from stack.config.reading import load

@@ -132,6 +132,24 @@ def _parser() -> tuple[_Parser, list[str]]:
     show_runs.add_argument("--plot", metavar="FILE", help="draw their losses: .png, .svg, .pdf or .html")
     show_runs.add_argument("--json", action="store_true", help="print JSON")
 
+    incoming = _verb(verbs, "import", commands.import_weights, "make a run of a Hugging Face model")
+    text = "with config.json, safetensors files and tokenizer.json"
+    incoming.add_argument("folder", metavar="FOLDER", help=text)
+    _add_overrides(incoming)
+    incoming.add_argument("--to", required=True, metavar="RUN", help="the folder of the run, a new one")
+
+    outgoing = _verb(
+        verbs, "export", commands.export_run, "write a run as Hugging Face's transformers reads it"
+    )
+    outgoing.add_argument("config", metavar="RUN", help="the folder of a run")
+    _add_overrides(outgoing)
+    _add_accept(outgoing)
+    outgoing.add_argument(
+        "--to", required=True, nargs=2, metavar=("FORMAT", "FOLDER"), help="hf, and a new folder"
+    )
+    text = "of the weights: float32 (default), bfloat16 or float16"
+    outgoing.add_argument("--dtype", default="float32", help=text)
+
     checkpoint = _verb(verbs, "checkpoint", None, "look at the checkpoints of a run")
     checkpoint_verbs = checkpoint.add_subparsers(metavar="COMMAND", required=True)
     for name, text in (

@@ -7,7 +7,7 @@ array is asked for by name and dropped after it is copied). Only numpy is needed
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from stack.config import DecoderConfig
 from stack.config.errors import StackError
 from stack.interop.hugging_face_config import config_from_hf
 
-__all__ = ["config_from_hf", "params_from_hf", "params_to_hf"]
+__all__ = ["Tensor", "Weights", "config_from_hf", "family_of", "params_from_hf", "params_to_hf", "tensors"]
 
 # What float32 holds the meaning of; 8-bit floats and integers mean something only with a scale.
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -32,28 +32,106 @@ def params_from_hf(state: Mapping[str, Any], config: DecoderConfig) -> dict[str,
     linear, so it takes gradients too.
 
     Raises:
-        StackError: a name that is missing, unknown or there twice, a shape that does not fit, a tensor that
-            is not of 16 to 64-bit floats or not finite in float32, or a config that transformers has no
-            model for.
+        StackError: as `Weights`.
     """
-    leaves = _leaves(config)
-    sources = _sources(state, config)
-    expected = {name for leaf in leaves for name in leaf.names(config)}
-    _check_names("the checkpoint", names=set(sources), expected=expected)
+    weights = Weights(state, config)
     params: dict[str, Any] = {}
-    for leaf in leaves:
-        whole = np.zeros(leaf.shape(config), np.float32)
-        for target, name in zip(leaf.slices(whole), leaf.names(config), strict=True):
-            tensor = _tensor(state, sources[name])
-            with np.errstate(over="ignore"):
-                target[...] = leaf.read(tensor, name)
-            _check_finite(name, target)
-        *parents, last = leaf.path.split("/")
+    for path in weights.paths:
+        layers = weights.layers(path)
+        whole = np.stack([weights.read(path, layer) for layer in layers]) if layers else weights.read(path)
+        *parents, last = path.split("/")
         node = params
         for key in parents:
             node = node.setdefault(key, {})
         node[last] = whole
     return params
+
+
+class Weights:
+    """A state dict of transformers, read as Stack's parameters: one layer of one of them at a time."""
+
+    def __init__(self, state: Mapping[str, Any], config: DecoderConfig) -> None:
+        """Compares the names; what it reads it compares further.
+
+        Raises:
+            StackError: a name that is missing, unknown or there twice, or a config that transformers has no
+                model for.
+        """
+        self._state = state
+        self._config = config
+        self._leaves = {leaf.path: leaf for leaf in _leaves(config)}
+        self._sources = _sources(state, config)
+        expected = {name for leaf in self._leaves.values() for name in leaf.names(config)}
+        _check_names("the checkpoint", names=set(self._sources), expected=expected)
+
+    @property
+    def paths(self) -> list[str]:
+        """The parameters, as `layers/mlp/up/kernel`."""
+        return list(self._leaves)
+
+    def layers(self, path: str) -> range:
+        """The layers of a parameter; none if it is of no layer."""
+        return range(self._config.num_layers if self._leaves[path].stacked else 0)
+
+    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A parameter, or what one layer has of it, float32; tables with their padding.
+
+        Raises:
+            StackError: a shape that does not fit, or a tensor that is not of 16 to 64-bit floats or not
+                finite in float32.
+        """
+        leaf = self._leaves[path]
+        name = leaf.names(self._config)[layer or 0]
+        shape = leaf.shape(self._config)
+        whole = np.zeros(shape[1:] if leaf.stacked else shape, np.float32)
+        with np.errstate(over="ignore"):
+            whole[: leaf.slice_shape[0]] = leaf.read(_tensor(self._state, self._sources[name]), name)
+        _check_finite(name, whole)
+        return whole
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One tensor of transformers, and the parameters that fill it."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple["_Leaf", int | None], ...]
+    """Each with the layer it is of; None: of none."""
+
+    def make(self, read: Callable[[str, int | None], np.ndarray]) -> np.ndarray:
+        """The tensor, float32.
+
+        Args:
+            read: gives a parameter by its path, or what one layer has of it.
+
+        Raises:
+            StackError: it is not finite in float32.
+        """
+        whole = np.empty(self.shape, np.float32)
+        for leaf, layer in self.parts:
+            source = read(leaf.path, layer)[: leaf.slice_shape[0]]
+            with np.errstate(over="ignore"):
+                leaf.part_of(whole)[...] = source.reshape(leaf.matrix)
+            _check_finite(leaf.path, leaf.part_of(whole))
+        return whole
+
+
+def tensors(config: DecoderConfig) -> list[Tensor]:
+    """What transformers saves for a model: tables and the last norm, then layer after layer.
+
+    Raises:
+        StackError: transformers has no model for the config.
+    """
+    parts: dict[str, list[tuple[_Leaf, int | None]]] = {}
+    leaves = sorted(_leaves(config), key=lambda leaf: leaf.stacked)
+    for layer in (None, *range(config.num_layers)):
+        for leaf in leaves:
+            if leaf.stacked == (layer is not None):
+                parts.setdefault(leaf.name.format(layer), []).append((leaf, layer))
+    return [
+        Tensor(name=name, shape=some[0][0].tensor_shape, parts=tuple(some)) for name, some in parts.items()
+    ]
 
 
 def params_to_hf(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, np.ndarray]:
@@ -68,17 +146,14 @@ def params_to_hf(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, 
     leaves = _leaves(config)
     flat = dict(_flatten(params))
     _check_names("the parameter tree", names=set(flat), expected={leaf.path for leaf in leaves})
-    state: dict[str, np.ndarray] = {}
     for leaf in leaves:
-        with np.errstate(over="ignore"):
-            whole = _tensor(flat, leaf.path).astype(np.float32, copy=False)
-        _check_shape(leaf.path, shape=whole.shape, expected=leaf.shape(config))
-        _check_finite(leaf.path, whole)
-        for source, name in zip(leaf.slices(whole), leaf.names(config), strict=True):
-            if name not in state:
-                state[name] = np.empty(leaf.tensor_shape, np.float32)
-            leaf.part_of(state[name])[...] = source.reshape(leaf.matrix)
-    return state
+        _check_shape(leaf.path, shape=_tensor(flat, leaf.path).shape, expected=leaf.shape(config))
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        whole = np.asarray(flat[path])
+        return whole if layer is None else whole[layer]
+
+    return {tensor.name: tensor.make(read) for tensor in tensors(config)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,10 +196,6 @@ class _Leaf:
         shape = (*self.matrix[:-1], self.matrix[-1] * self.parts)
         return shape[::-1] if self.transposed else shape
 
-    def slices(self, whole: np.ndarray) -> Iterable[np.ndarray]:
-        """Views of the whole leaf, one per tensor."""
-        return whole if self.stacked else [whole[: self.slice_shape[0]]]
-
     def part_of(self, tensor: np.ndarray) -> np.ndarray:
         """The view of a tensor that holds this leaf, in the shape of `matrix`."""
         tensor = tensor.T if self.transposed else tensor
@@ -139,7 +210,7 @@ class _Leaf:
 
 def _leaves(config: DecoderConfig) -> list[_Leaf]:
     """Every leaf of the model."""
-    _check_family(config)
+    family_of(config)
     embedding = _embedding_name(config)
     leaves = [_table("embed", embedding, config.vocab_size, config)]
     if not config.tied_embeddings:
@@ -225,8 +296,12 @@ def _linear(
     return [kernel, _vector(f"{path}/bias", f"{name}.bias", outputs, **layout)] if bias else [kernel]
 
 
-def _check_family(config: DecoderConfig) -> None:
-    """Refuses a model that no class of transformers computes."""
+def family_of(config: DecoderConfig) -> str:
+    """The `model_type` of transformers' class that computes a model.
+
+    Raises:
+        StackError: none does.
+    """
     required: dict[str, Any] = {"kind": "decoder", "attention_softcap": None, "logit_softcap": None}
     if config.position == "learned":
         family = "GPT-2"
@@ -256,6 +331,7 @@ def _check_family(config: DecoderConfig) -> None:
                 f"model.{field}={getattr(config, field)}: transformers' {family} has {field}={value}; "
                 "this model has no counterpart there"
             )
+    return family.lower().replace("-", "").replace(" ", "")
 
 
 def _sources(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, str]:

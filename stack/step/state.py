@@ -23,11 +23,16 @@ moments may be in host memory.
 Parameters that are not trained are under "frozen", where there are any."""
 
 
-def init(program: Program) -> State:
-    """The state at step 0, every shard made on its own device; the same bits on every layout."""
+def init(program: Program, params: dict[str, Any] | None = None) -> State:
+    """The state at step 0, every shard made on its own device; the same bits on every layout.
+
+    Args:
+      program: of the run.
+      params: to begin with, as they lie; None: those of the seed.
+    """
     mesh = concrete(program)
     with meshes.use(mesh):
-        params, frozen = program.split(init_params(program))
+        params, frozen = program.split(init_params(program) if params is None else params)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(program)["opt_state"])
         return _with_frozen(frozen) | {
             "params": params,
@@ -48,19 +53,18 @@ def init_params(program: Program) -> dict:
     The one place under automatic sharding: with explicit axes each random array would be typed whole
     before it is split, here the compiler makes only the shard that is asked for.
     """
-    mesh = concrete(program)
-    auto = Mesh(mesh.devices, mesh.axis_names)
+    auto = automatic(concrete(program))
     shardings = jax.tree.map(lambda leaf: NamedSharding(auto, leaf.sharding.spec), program.parameters)
 
     def init() -> dict:
         return nnx.to_pure_dict(nnx.state(program.make_model()))
 
     # It runs once: on a CPU, LLVM would optimise for longer (3.8 s) than the whole thing takes (0.8 s).
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    on_cpu = auto.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else {}
     with meshes.use(auto):
         params = jax.jit(init, out_shardings=shardings, compiler_options=options)()
-    return jax.tree.map(_retype, params, program.parameters)
+    return jax.tree.map(lambda array, like: retype(array, like.sharding), params, program.parameters)
 
 
 def abstract(program: Program) -> State:
@@ -110,7 +114,12 @@ def concrete(program: Program) -> Mesh:
     return program.mesh
 
 
-def _retype(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """The same shards on the same devices, under a mesh of explicit axes."""
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices under automatic sharding."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def retype(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The same shards on the same devices, under a mesh of other axis types."""
     shards = [shard.data for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, like.sharding, shards)
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)

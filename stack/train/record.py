@@ -40,6 +40,8 @@ _CONTENT = {
 }
 """What a fingerprint's parts are called: the last two are how this version of Stack makes rows of documents,
 and orders them."""
+_VERSIONS = ("rows", "order")
+"""Those that were not always recorded, and were 1 then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +49,9 @@ class Record:
     """A run, but for its state."""
 
     config: Mapping[str, Any]
-    """As plain values."""
+    """As plain values; of a run that has not begun, the model alone."""
     data: Mapping[str, str]
-    """`Data.fingerprint`."""
+    """`Data.fingerprint`; of such a run, what there is of it."""
     rows: int
     """Used by now."""
     skipped: Sequence[Sequence[int]] = ()
@@ -108,6 +110,8 @@ def compare(
     ]
     content = {part: name for part, name in _CONTENT.items() if data is not None and part in data}
     for part, name in content.items():
+        if part not in record.data and part not in _VERSIONS:  # It has read none.
+            continue
         old, new = (values.get(part, "1") for values in (record.data, data or {}))
         if old != new:
             then, now = (value if len(value) < 10 else f"content {value[:8]}" for value in (old, new))
@@ -144,6 +148,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[s
 
 def schedule_note(record: Record, config: Config, step: int) -> str | None:
     """What the learning rate does where the run goes on, if it jumps; and how to keep it from that."""
+    if "optimizer" not in record.config:  # Weights that came from elsewhere.
+        return None
     then = Config.model_validate(_known(record.config, config))
     if then.optimizer == config.optimizer and then.train.steps == config.train.steps:
         return None

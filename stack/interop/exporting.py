@@ -1,0 +1,116 @@
+"""A run as a folder that transformers, and what loads like it, reads."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stack.config import ConfigError, DecoderConfig, StackError
+from stack.config.paths import expand
+from stack.interop.hugging_face import tensors
+from stack.interop.hugging_face_files import write_files
+from stack.interop.safetensors_folder import write_folder
+from stack.step import state as states
+from stack.storage import durable
+from stack.train.trainer import Trainer
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+_MOST_BYTES = 5 * 10**9
+
+
+def export(
+    trainer: Trainer, folder: str | os.PathLike[str], *, dtype: str = "float32", most_bytes: int = _MOST_BYTES
+) -> Iterator[str]:
+    """Writes weights, config, tokenizer and generation settings; every process of a run calls it.
+
+    A host holds one tensor at a time beside its devices' shards. The folder appears when all of it is
+    written.
+
+    Args:
+        trainer: of `Trainer.from_run`.
+        folder: that does not exist yet.
+        dtype: that weights are stored in: `float32` (as they are), `bfloat16` or `float16`.
+        most_bytes: of a file.
+
+    Yields:
+        What was done, in lines.
+
+    Raises:
+        ConfigError: no such dtype.
+        StackError: the folder exists or cannot be written, transformers has no such model, or a weight does
+            not fit the dtype.
+    """
+    target = expand(folder)
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
+    if target.exists():
+        raise StackError(f"{target} exists; give a folder that does not, or delete it")
+    config = trainer.config
+    if not isinstance(config.model, DecoderConfig):
+        raise StackError(f"model.kind={config.model.kind} has no counterpart in transformers")
+    plan = {tensor.name: tensor for tensor in tensors(config.model)}
+    assert trainer.state is not None, "a run that was opened has parameters"
+    trainer.ledger.check_tokenizer(trainer.tokenizer)
+    arrays = flatten_dict(states.join(trainer.state), sep="/")
+    is_first = jax.process_index() == 0
+    notes: list[str] = []
+    hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        if is_first:
+            durable.make_folder(hidden)
+            notes = write_files(hidden, config, trainer.tokenizer, dtype)
+        names = write_folder(
+            hidden,
+            [(name, tensor.shape) for name, tensor in plan.items()],
+            DTYPES[dtype],
+            lambda name: plan[name].make(partial(_read, arrays)),
+            most_bytes=most_bytes,
+            write=is_first,
+        )
+        files = list(names)
+        if is_first:
+            durable.sync_tree(hidden)
+            hidden.rename(target)
+            durable.sync(target.parent)
+    except OSError as error:
+        raise StackError(f"{target} cannot be written: {error.strerror}; give another folder") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    number = "1 file" if len(files) == 1 else f"{len(files)} files"
+    step = int(trainer.state["step"])
+    yield f"exported  {trainer.folder} at step {step:,}: {trainer.program.num_parameters:,} parameters"
+    yield f"folder    {target}: {number} of {dtype}"
+    yield from (f"note      {note}" for note in notes)
+
+
+def _read(arrays: dict[str, jax.Array], path: str, layer: int | None) -> np.ndarray:
+    """A parameter, or what one layer has of it, whole on this host."""
+    array = arrays[path]
+    auto = states.automatic(array.sharding.mesh)
+    array, whole = states.retype(array, NamedSharding(auto, array.sharding.spec)), NamedSharding(auto, P())
+    return np.asarray(_gather(whole)(array) if layer is None else _gather_layer(whole)(array, layer))
+
+
+@cache
+def _gather(whole: NamedSharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=whole)
+
+
+@cache
+def _gather_layer(whole: NamedSharding) -> Callable[..., jax.Array]:
+    def layer(array: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(array, number, keepdims=False)
+
+    return jax.jit(layer, out_shardings=whole)

@@ -1,0 +1,164 @@
+"""What lies beside the weights in a folder of transformers: config, tokenizer, how text is generated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stack.config import Config, DecoderConfig, RopeConfig
+from stack.data.tokenizer import END_OF_DOCUMENT, FILE, Tokenizer, load_tokenizer
+from stack.interop.hugging_face import family_of
+
+_ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The `config.json` of a model: the inverse of `config_from_hf`, but for what only training needs.
+
+    Raises:
+        StackError: transformers has no model for it.
+    """
+    family = family_of(config)
+    keys = _gpt2(config) if family == "gpt2" else _llama(config, family)
+    return {
+        "model_type": family,
+        "architectures": [_ARCHITECTURES[family]],
+        "vocab_size": config.vocab_size,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tied_embeddings,
+        **keys,
+    }
+
+
+def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) -> list[str]:
+    """Writes config.json, generation_config.json, tokenizer.json and tokenizer_config.json.
+
+    A tokenizer that does not begin a text by itself is told to begin it as the rows of training did, with
+    the mark that begins a document.
+
+    Returns:
+        What a person should know.
+
+    Raises OSError.
+    """
+    marks = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    model = config_to_hf(config.model) | marks | {"dtype": dtype, "torch_dtype": dtype}
+    ends = [tokenizer.eos, *(tokenizer.token(name) for name in config.sample.end_tokens)]
+    sample: dict[str, Any] = {"do_sample": config.sample.temperature > 0}
+    if sample["do_sample"]:
+        sample |= {"temperature": config.sample.temperature, "top_p": config.sample.top_p}
+        sample["top_k"] = config.sample.top_k or 0
+    generation = marks | {"eos_token_id": ends if len(ends) > 1 else ends[0]} | sample
+    _write_json(folder / "config.json", model)
+    _write_json(folder / "generation_config.json", generation)
+    if tokenizer.fingerprint == "bytes":
+        _write_bytes_tokenizer(folder)
+        tokenizer = load_tokenizer(str(folder / FILE))
+    tokenizer.save(folder)
+    _begin_texts(folder / FILE, tokenizer.bos)
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    more = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.model.max_length}
+    _write_json(folder / "tokenizer_config.json", names | more)
+    return _notes(model["model_type"], json.loads((folder / FILE).read_text()))
+
+
+def _notes(family: str, tokenizer: dict[str, Any]) -> list[str]:
+    """What transformers 5 makes of a tokenizer that is not its family's."""
+    pieces = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers", [{}])
+    if family == "qwen2" and pieces[0].get("type") != "Split":
+        return [
+            "AutoTokenizer cuts text as Qwen's own tokenizer does, whatever tokenizer.json says of a qwen2;"
+            " load this one with PreTrainedTokenizerFast.from_pretrained"
+        ]
+    return []
+
+
+def _gpt2(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "n_positions": config.max_length,
+        "n_embd": config.embed_dim,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.mlp_dim,
+        "activation_function": {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp],
+        "layer_norm_epsilon": config.norm_epsilon,
+        "embd_pdrop": config.embedding_dropout,
+        "attn_pdrop": config.attention_dropout,
+        "resid_pdrop": config.residual_dropout,
+    }
+
+
+def _llama(config: DecoderConfig, family: str) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "max_position_embeddings": config.max_length,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_epsilon,
+        "attention_dropout": config.attention_dropout,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _rope_scaling(config.rope),
+    }
+    if family != "qwen2":
+        keys["attention_bias"] = config.qkv_bias
+    if family == "llama":
+        return keys | {"mlp_bias": config.mlp_bias}
+    window = config.sliding_window
+    # Of all layers, from the first on.
+    return keys | {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+
+
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.scaling == "none":
+        return None
+    options: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling == "llama3":
+        options |= {
+            "low_freq_factor": rope.low_frequency_factor,
+            "high_freq_factor": rope.high_frequency_factor,
+            "original_max_position_embeddings": rope.original_length,
+        }
+    return options
+
+
+def _write_bytes_tokenizer(folder: Path) -> None:
+    """Bytes as a tokenizer.json: a byte-level BPE of 256 letters and no merges (GPT-2, section 2.2)."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    # A letter of its own for every byte; those that print are their own.
+    prints = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in prints]
+    letters = {byte: chr(byte) for byte in prints}
+    letters |= {byte: chr(256 + number) for number, byte in enumerate(others)}
+    words = {letter: byte for byte, letter in letters.items()} | {END_OF_DOCUMENT: 256}
+    model = tokenizers.Tokenizer(models.BPE(vocab=words, merges=[]))
+    # The libraries' classes fill these properties although their types do not say so.
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyrefly: ignore
+    model.decoder = decoders.ByteLevel()  # pyrefly: ignore
+    model.add_special_tokens([END_OF_DOCUMENT])
+    model.save(str(folder / FILE))
+
+
+def _begin_texts(path: Path, bos: int) -> None:
+    import tokenizers
+    from tokenizers import processors
+
+    model = tokenizers.Tokenizer.from_file(str(path))
+    if model.post_processor is None:
+        name = model.id_to_token(bos)
+        begin = processors.TemplateProcessing(single=[name, "$A"], special_tokens=[(name, bos)])
+        model.post_processor = begin  # pyrefly: ignore
+        model.save(str(path))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
