@@ -8,7 +8,7 @@ import sys
 
 from stack import environment
 from stack.config.errors import ConfigError, StackError
-from stack.interrupt import die_with_launcher, stopping_at_once
+from stack.interrupt import die_with_launcher
 
 
 def version() -> None:
@@ -20,11 +20,6 @@ def version() -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains, or does one step of a run once more."""
-    with stopping_at_once():
-        _train(arguments)
-
-
-def _train(arguments: argparse.Namespace) -> None:
     from stack.config.reading import load
 
     config = load(arguments.config, arguments.rest)  # what is wrong is told before anything heavy is loaded

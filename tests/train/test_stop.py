@@ -137,6 +137,32 @@ def test_a_run_whose_last_save_fails_ends_with_an_error_whenever_it_was_told(fol
         run(folder, "last", "eval.every=0", listeners=[Full()])
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "told"),
+    [
+        (signal.SIGUSR1, 75, "stopped by SIGUSR1 while not training: nothing is lost, start it again\n"),
+        (signal.SIGINT, 130, "interrupted\n"),
+    ],
+)
+def test_signals_are_heard_while_the_command_line_is_imported(tmp_path, number, status, told) -> None:
+    """Where Python finds a module of it that waits."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "yaml.py").write_text(f"open({str(pipe)!r}).read()\n")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # Or it is inherited as ignored.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stack", "train", "no.yaml"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    signal.signal(signal.SIGINT, handler)
+    with pipe.open("w"):
+        process.send_signal(number)
+        _, error = process.communicate()
+    assert (process.returncode, error) == (status, told)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full)])
 def test_a_signal_before_training_ends_the_process_at_once_to_be_started_again(tmp_path, number) -> None:
     """It comes while the command waits for a config from a pipe."""

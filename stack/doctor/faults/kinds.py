@@ -91,6 +91,8 @@ def _signal(run: Run, chance: random.Random) -> Outcome:
     good = {0, 130} if number == signal.SIGINT else {0, REQUEUE}
     if stopped and int(stopped[1].replace(",", "")) not in run.steps():
         return Outcome(done=done, problem=f"says it has saved, and has not: {said[-300:]}")
+    if statuses == [-number] and not said:
+        return Outcome(done=f"{done}, as Python itself was starting")
     if moment == "at a step" and 0 not in statuses and not stopped:
         return Outcome(done=done, problem=f"did not save: {statuses}: {said[-300:]}")
     return _outcome(run, done, statuses, good, is_told=bool(stopped) or "interrupted" in said)
@@ -102,7 +104,7 @@ def _damage_checkpoint(run: Run, chance: random.Random) -> Outcome:
         return problem
     step = run.steps()[-1]
     folder = run.folder / "checkpoints" / str(step)
-    path = chance.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+    path = chance.choice(sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size))
     done = f"{damage(path, chance)} {path.relative_to(folder)} of step {step}"
     named = [problem for problem in verify(run.store, step) if str(step) in problem]
     if not named and step in run.steps():

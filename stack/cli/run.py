@@ -14,11 +14,11 @@ from stack.config.errors import ConfigError, StackError
 from stack.interrupt import interruptible
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(argv: Sequence[str]) -> int:
     """Run one command.
 
     Args:
-        argv: the arguments after `stack`; None takes those of the process.
+        argv: the arguments after `stack`.
 
     Returns:
         The exit status: 0, 1 for a StackError, 2 for a ConfigError or a bad command line, 75 for a run that
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             screen.reconfigure(errors="backslashreplace")
     try:
         with interruptible():
-            arguments = parse(sys.argv[1:] if argv is None else argv)
+            arguments = parse(argv)
             environment.prepare()
             arguments.run(arguments)
             sys.stdout.flush()
