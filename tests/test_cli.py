@@ -53,7 +53,7 @@ def test_config_schema_prints_the_schema_that_editors_read(capsys):
 def test_without_a_verb_the_verbs_are_shown(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
-    for verb in ("train", "eval", "sample", "show", "config", "data", "doctor"):
+    for verb in ("train", "eval", "sample", "show", "import", "export", "config", "data", "doctor"):
         assert f"\n    {verb} " in shown
 
 
@@ -62,7 +62,7 @@ def test_the_version_names_jax(capsys):
     assert capsys.readouterr().out.startswith("stack 0.")
 
 
-VERBS = "train, launch, plan, eval, sample, show, checkpoint, config, data, doctor"
+VERBS = "train, launch, plan, eval, sample, show, import, export, checkpoint, config, data, doctor"
 
 
 @pytest.mark.parametrize(

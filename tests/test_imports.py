@@ -18,10 +18,10 @@ FLOORS = (
     ("models",),
     ("objectives",),
     ("step",),
-    ("evaluation", "inference", "interop"),
+    ("evaluation", "inference"),
     ("planner",),
     ("train",),
-    ("doctor", "launch", "report"),
+    ("doctor", "interop", "launch", "report"),
     ("cli",),
     ("__init__", "__main__"),
 )

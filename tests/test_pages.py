@@ -35,7 +35,7 @@ ELSEWHERE = {
 """Commands that are not run here, and why or where else."""
 
 README, DATA, PLANNER = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "planner.md"
-LAUNCH = ROOT / "docs" / "launch.md"
+LAUNCH, WEIGHTS = ROOT / "docs" / "launch.md", ROOT / "docs" / "hugging_face.md"
 _WORDS = ("stack ", "uv ", "launch/", "sbatch ", "source ", ".ci/", "python3.12 ")
 
 
@@ -121,6 +121,19 @@ def test_the_commands_of_the_readme_run_in_order(folder) -> None:
     assert "def " in outputs['stack sample runs/quickstart "def " "class " --length 300 --temperature 0.7']
     for name in ("loss.png", "curve.png", "mine.yaml", "tokenizer.json"):
         assert (folder / name).is_file()
+
+
+@pytest.mark.full
+def test_the_commands_of_the_page_on_hugging_face_run(folder) -> None:
+    """After those of the README, whose run they take."""
+    shutil.rmtree(folder / "quickstart-hf", ignore_errors=True)
+    shutil.rmtree(folder / "runs" / "again", ignore_errors=True)
+    if not (folder / "runs" / "quickstart").exists():
+        run(_QUICKSTART, folder)
+    some = [command for command in commands(WEIGHTS) if "quickstart-hf" in command or "again" in command]
+    outputs = [run(command, folder) for command in some]
+    assert len(outputs) == 3
+    assert outputs[2].startswith("def ")
 
 
 @pytest.mark.full

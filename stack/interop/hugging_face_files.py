@@ -70,10 +70,8 @@ def _notes(family: str, tokenizer: dict[str, Any]) -> list[str]:
     """What transformers 5 makes of a tokenizer that is not its family's."""
     pieces = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers", [{}])
     if family == "qwen2" and pieces[0].get("type") != "Split":
-        return [
-            "AutoTokenizer cuts text as Qwen's own tokenizer does, whatever tokenizer.json says of a qwen2;"
-            " load this one with PreTrainedTokenizerFast.from_pretrained"
-        ]
+        told = "AutoTokenizer cuts text as Qwen's own tokenizer does, whatever tokenizer.json says of a qwen2"
+        return [f"{told}; load this one with PreTrainedTokenizerFast.from_pretrained"]
     return []
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -60,6 +61,8 @@ def load_weights(
     source, target = expand(folder), expand(to)
     if target.exists():
         raise StackError(f"{target} exists; give a run that does not, or delete it")
+    if jax.process_count() > 1:  # The first makes it when all have looked.
+        multihost_utils.sync_global_devices("the folder of an import")
     state = open_folder(source)
     config = _config(source, target, overrides)
     assert isinstance(config.model, DecoderConfig)

@@ -34,9 +34,12 @@ TINY = {
     "sample": {"at_end": False},
 }
 LLAMA = {
-    **{"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "num_kv_heads": 2, "mlp_dim": 96},
-    **{"qkv_bias": False, "out_bias": False, "mlp_bias": False, "tied_embeddings": False},
-}
+    "position": "rotary",
+    "norm": "rmsnorm",
+    "mlp": "swiglu",
+    "num_kv_heads": 2,
+    "mlp_dim": 96,
+} | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "tied_embeddings"), False)
 
 
 def stack(*words: object) -> str:
@@ -86,7 +89,7 @@ def check_family(family: str, folder: Path) -> None:
     # Of qwen2, transformers 5 takes Qwen's own pieces of text, whatever tokenizer.json says.
     kind = transformers.PreTrainedTokenizerFast if family == "qwen2" else transformers.AutoTokenizer
     assert kind.from_pretrained(target)("w1 w2")["input_ids"] == [60, 1, 2]
-    print(f"{family}: in and out bit for bit, logits equal, in float32, bfloat16 and float16", flush=True)
+    print(f"{family}: in and out bit for bit, logits equal, in float32, bfloat16 and float16", flush=True)  # noqa: T201
 
 
 def check_text(kind: str, changes: dict, folder: Path) -> None:
@@ -102,7 +105,7 @@ def check_text(kind: str, changes: dict, folder: Path) -> None:
     new = model.generate(**tokens, do_sample=False, temperature=None, max_new_tokens=40)
     text = tokenizer.decode(new[0], skip_special_tokens=True)
     assert text + "\n" == want, (text, want)
-    print(f"{kind} of bytes: {len(text) - len(PROMPT)} greedy letters equal", flush=True)
+    print(f"{kind} of bytes: {len(text) - len(PROMPT)} greedy letters equal", flush=True)  # noqa: T201
 
 
 def main() -> None:
