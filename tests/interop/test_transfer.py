@@ -27,6 +27,9 @@ from stack.interop.importing import load_weights
 from stack.interop.safetensors_folder import INDEX, SINGLE, open_folder
 
 
+FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "qwen3_window")
+
+
 def write_tokenizer(folder: Path, words: int) -> None:
     vocabulary = {f"w{number}": number for number in range(words - 1)} | {"<|endoftext|>": words - 1}
     model = tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="w0"))
@@ -76,6 +79,11 @@ def resolved(config: DecoderConfig) -> DecoderConfig:
     return config.model_copy(update=widths | {"position_init_std": 0.0, "scale_residual_init": False})
 
 
+@pytest.mark.parametrize(
+    "golden",
+    ["gpt2", "llama", *(pytest.param(name, marks=pytest.mark.full) for name in FAMILIES[2:])],
+    indirect=True,
+)
 def test_a_model_goes_in_and_out_bit_by_bit(golden, saved, tmp_path) -> None:
     trainer = bring_in(saved, tmp_path / "runs" / "in")
     want = params_from_hf(golden.weights, config_from_hf(golden.config))
@@ -86,7 +94,7 @@ def test_a_model_goes_in_and_out_bit_by_bit(golden, saved, tmp_path) -> None:
     assert resolved(config_from_hf(config)) == resolved(config_from_hf(golden.config))
 
 
-@pytest.mark.parametrize("golden", ["gpt2", "qwen2"], indirect=True)
+@pytest.mark.parametrize("golden", ["gpt2", pytest.param("qwen2", marks=pytest.mark.full)], indirect=True)
 def test_on_a_mesh_and_in_several_files_too(golden, saved, tmp_path) -> None:
     """In files of a few tensors each, and back from there."""
     trainer = bring_in(saved, tmp_path / "run", "mesh.fsdp=2", "mesh.tensor=2", devices=4)
@@ -101,7 +109,7 @@ def test_on_a_mesh_and_in_several_files_too(golden, saved, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("golden", ["llama"], indirect=True)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.full)])
 def test_a_checkpoint_of_sixteen_bits_goes_in_and_out_bit_by_bit(golden, tmp_path, dtype) -> None:
     stored = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
     weights = {name: weight.astype(stored) for name, weight in golden.weights.items()}
@@ -171,6 +179,7 @@ def test_a_config_survives_the_way_out_and_in(change) -> None:
     assert resolved(config_from_hf(config_to_hf(config))) == resolved(config)
 
 
+@pytest.mark.parametrize("golden", ["llama"], indirect=True)
 def test_weights_too_large_for_the_dtype_are_named_and_nothing_is_left(golden, saved, tmp_path) -> None:
     weights = dict(golden.weights)
     name = next(name for name in weights if "mlp" in name)
