@@ -26,7 +26,6 @@ from stack.interop.hugging_face_files import config_to_hf
 from stack.interop.importing import load_weights
 from stack.interop.safetensors_folder import INDEX, SINGLE, open_folder
 
-
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "qwen3_window")
 
 
