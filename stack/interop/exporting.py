@@ -5,6 +5,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -63,7 +64,7 @@ def export(
     plan = {tensor.name: tensor for tensor in tensors(config.model)}
     assert trainer.state is not None, "a run that was opened has parameters"
     trainer.ledger.check_tokenizer(trainer.tokenizer)
-    arrays = flatten_dict(states.join(trainer.state), sep="/")
+    arrays: dict[str, Any] = dict(flatten_dict(states.join(trainer.state), sep="/"))
     is_first = jax.process_index() == 0
     notes: list[str] = []
     hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -95,7 +96,7 @@ def export(
     yield from (f"note      {note}" for note in notes)
 
 
-def _read(arrays: dict[str, jax.Array], path: str, layer: int | None) -> np.ndarray:
+def _read(arrays: dict[str, Any], path: str, layer: int | None) -> np.ndarray:
     """A parameter, or what one layer has of it, whole on this host."""
     array = arrays[path]
     auto = states.automatic(array.sharding.mesh)

@@ -46,7 +46,7 @@ def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) 
     Raises OSError.
     """
     marks = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-    model = config_to_hf(config.model) | marks | {"dtype": dtype, "torch_dtype": dtype}
+    model: dict[str, Any] = config_to_hf(config.model) | marks | {"dtype": dtype, "torch_dtype": dtype}
     ends = [tokenizer.eos, *(tokenizer.token(name) for name in config.sample.end_tokens)]
     sample: dict[str, Any] = {"do_sample": config.sample.temperature > 0}
     if sample["do_sample"]:

@@ -5,13 +5,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stack.config import Config, ConfigError, DecoderConfig, StackError
@@ -69,7 +70,7 @@ def load_weights(
     weights = Weights(state, config.model)
     trainer = Trainer(config, devices=devices)
     tokenizer = trainer.tokenizer
-    likes = flatten_dict(trainer.program.parameters, sep="/")
+    likes: dict[str, Any] = dict(flatten_dict(trainer.program.parameters, sep="/"))
     arrays = {tuple(path.split("/")): _place(weights, path, likes[path].sharding) for path in weights.paths}
     trainer.state = states.init(trainer.program, unflatten_dict(arrays))
     words = {"tokenizer": digest(tokenizer.fingerprint)}
@@ -127,6 +128,7 @@ def _place(weights: Weights, path: str, sharding: NamedSharding) -> jax.Array:
     layers = weights.layers(path)
     if not layers:
         return _spread(weights.read(path), sharding)
+    assert isinstance(sharding.mesh, Mesh), "arrays are made on devices"
     auto = states.automatic(sharding.mesh)
     first = weights.read(path, 0)
     whole, one = NamedSharding(auto, sharding.spec), NamedSharding(auto, P(*sharding.spec[1:]))

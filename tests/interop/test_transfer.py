@@ -86,6 +86,7 @@ def resolved(config: DecoderConfig) -> DecoderConfig:
 def test_a_model_goes_in_and_out_bit_by_bit(golden, saved, tmp_path) -> None:
     trainer = bring_in(saved, tmp_path / "runs" / "in")
     want = params_from_hf(golden.weights, config_from_hf(golden.config))
+    assert trainer.state is not None
     jax.tree.map(np.testing.assert_array_equal, trainer.state["params"], want)
     list(export(trainer, tmp_path / "out"))
     assert_equal(read(tmp_path / "out"), golden.weights)
@@ -97,6 +98,7 @@ def test_a_model_goes_in_and_out_bit_by_bit(golden, saved, tmp_path) -> None:
 def test_on_a_mesh_and_in_several_files_too(golden, saved, tmp_path) -> None:
     """In files of a few tensors each, and back from there."""
     trainer = bring_in(saved, tmp_path / "run", "mesh.fsdp=2", "mesh.tensor=2", devices=4)
+    assert trainer.state is not None
     kernel = trainer.state["params"]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     list(export(trainer, tmp_path / "out", most_bytes=20_000))
