@@ -121,9 +121,9 @@ with together():
 
 @pytest.mark.full
 def test_one_that_stands_still_is_named_and_shows_where_it_stands(tmp_path, end) -> None:
-    processes = start_two(tmp_path, "train.silent_seconds=6", "train.stall_minutes=0.4", script=HANGS)
+    processes = start_two(tmp_path, "train.silent_seconds=6", "train.stall_minutes=0.8", script=HANGS)
     end(processes)
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [STALLED, STALLED], errors
     told = f"error: process 1 on {socket.gethostname()} has stood still at step 8 for "
     assert all(told in error for error in errors), errors
