@@ -130,10 +130,7 @@ def test_an_interrupt_ends_the_process_with_status_130(tmp_path):
     """It comes while the command waits for a config from a pipe."""
     pipe = tmp_path / "run.yaml"
     os.mkfifo(pipe)
-    # Tests that run in the background of a script inherit, and hand on, that interrupts are ignored.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([*STACK, "config", "show", pipe], stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, handler)
     with pipe.open("w"):  # returns when the process has opened its end
         process.send_signal(signal.SIGINT)
         _, error = process.communicate()

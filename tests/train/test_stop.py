@@ -149,14 +149,12 @@ def test_signals_are_heard_while_the_command_line_is_imported(tmp_path, number, 
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     (tmp_path / "yaml.py").write_text(f"open({str(pipe)!r}).read()\n")
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # Or it is inherited as ignored.
     process = subprocess.Popen(
         [sys.executable, "-m", "stack", "train", "no.yaml"],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
     )
-    signal.signal(signal.SIGINT, handler)
     with pipe.open("w"):
         process.send_signal(number)
         _, error = process.communicate()
@@ -190,9 +188,7 @@ def test_an_interrupt_at_any_moment_ends_the_process_in_time(tmp_path) -> None:
     assert (process.returncode, error) == (0, ""), out
     whole = time.monotonic() - begun
     for number in range(8):
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # Or it is inherited as ignored.
         process = start(tmp_path, "interrupted", *LONG)
-        signal.signal(signal.SIGINT, handler)
         time.sleep(whole * (number + chance.random()) / 8)
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=60)
