@@ -140,7 +140,7 @@ def test_the_commands_of_the_page_on_hugging_face_run(folder) -> None:
 def test_the_snippet_of_the_readme_runs(folder) -> None:
     (snippet,) = (block for language, block in blocks(README) if language == "python")
     (folder / "snippet.py").write_text(snippet)
-    # As users compile it: 78 s where the tests' own flags took 104.
+    # As users compile it: its hundred steps take longer than that saves.
     printed = run("env -u XLA_FLAGS python snippet.py", folder)
     assert "memory of a device, GB" in printed
     assert "step 100/100" in printed

@@ -20,6 +20,7 @@ __all__ = ["Tensor", "Weights", "config_from_hf", "family_of", "params_from_hf",
 
 # What float32 holds the meaning of; 8-bit floats and integers mean something only with a scale.
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+_TITLES = {"gpt2": "GPT-2", "llama": "Llama", "qwen2": "Qwen 2", "qwen3": "Qwen 3"}
 # Constants that older checkpoints carry beside the weights: causal masks and rotary wavelengths.
 _BUFFER = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 
@@ -302,9 +303,9 @@ def family_of(config: DecoderConfig) -> str:
     Raises:
         StackError: none does.
     """
+    family = _family(config)
     required: dict[str, Any] = {"kind": "decoder", "attention_softcap": None, "logit_softcap": None}
-    if config.position == "learned":
-        family = "GPT-2"
+    if family == "gpt2":
         required |= {
             "norm": "layernorm",
             "gated": False,
@@ -316,22 +317,28 @@ def family_of(config: DecoderConfig) -> str:
         required |= {"head_width": config.embed_dim // config.num_heads}
     else:
         required |= {"norm": "rmsnorm", "mlp": "swiglu"}
-        if config.qk_norm:
-            family = "Qwen 3"
+        if family == "qwen3":
             required |= {"out_bias": config.qkv_bias, "mlp_bias": False}
-        elif config.qkv_bias and not config.out_bias:
-            family = "Qwen 2"
+        elif family == "qwen2":
             required |= {"mlp_bias": False}
         else:
-            family = "Llama"
             required |= {"out_bias": config.qkv_bias, "sliding_window": None}
     for field, value in required.items():
         if getattr(config, field) != value:
+            theirs = f"transformers' {_TITLES[family]} has {field}={value}"
             raise StackError(
-                f"model.{field}={getattr(config, field)}: transformers' {family} has {field}={value}; "
-                "this model has no counterpart there"
+                f"model.{field}={getattr(config, field)}: {theirs}; this model has no counterpart there"
             )
-    return family.lower().replace("-", "").replace(" ", "")
+    return family
+
+
+def _family(config: DecoderConfig) -> str:
+    """The one that a model is nearest to."""
+    if config.position == "learned":
+        return "gpt2"
+    if config.qk_norm:
+        return "qwen3"
+    return "qwen2" if config.qkv_bias and not config.out_bias else "llama"
 
 
 def _sources(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from stack.config import Config, DecoderConfig, RopeConfig
 from stack.data.tokenizer import END_OF_DOCUMENT, FILE, Tokenizer, load_tokenizer
+from stack.inference.text import end_tokens
 from stack.interop.hugging_face import family_of
 
 _ARCHITECTURES = {
@@ -43,11 +44,13 @@ def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) 
     Returns:
         What a person should know.
 
-    Raises OSError.
+    Raises:
+        OSError: they cannot be written.
+        StackError: the tokenizer lacks a token that ends a text.
     """
     marks = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     model: dict[str, Any] = config_to_hf(config.model) | marks | {"dtype": dtype, "torch_dtype": dtype}
-    ends = [tokenizer.eos, *(tokenizer.token(name) for name in config.sample.end_tokens)]
+    ends = end_tokens(tokenizer, config)
     sample: dict[str, Any] = {"do_sample": config.sample.temperature > 0}
     if sample["do_sample"]:
         sample |= {"temperature": config.sample.temperature, "top_p": config.sample.top_p}

@@ -181,6 +181,22 @@ def test_a_config_survives_the_way_out_and_in(change) -> None:
 
 
 @pytest.mark.parametrize("golden", ["llama"], indirect=True)
+def test_a_text_ends_there_where_it_ends_here(saved, tmp_path) -> None:
+    """What ends a text is written, and what no text can end with is refused, before anything is there."""
+    run = bring_in(saved, tmp_path / "run").folder
+    for name, ends in (("w7", [60, 7]), ("no such", None)):
+        trainer = Trainer.from_run(run, [f"sample.end_tokens=['{name}']"], devices=jax.devices()[:1])
+        if ends is None:
+            with pytest.raises(StackError, match=r"sample\.end_tokens: 'no such' is no token of"):
+                list(export(trainer, tmp_path / "out2"))
+            assert not [path.name for path in tmp_path.iterdir() if "out2" in path.name]
+        else:
+            list(export(trainer, tmp_path / "out"))
+            told = json.loads((tmp_path / "out/generation_config.json").read_text())
+            assert told["eos_token_id"] == ends
+
+
+@pytest.mark.parametrize("golden", ["llama"], indirect=True)
 def test_weights_too_large_for_the_dtype_are_named_and_nothing_is_left(golden, saved, tmp_path) -> None:
     weights = dict(golden.weights)
     name = next(name for name in weights if "mlp" in name)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from stack.config import Config
 from stack.data.loader import timed
+from stack.doctor.faults.runs import TINY
 from stack.hardware import chip as chips
 from stack.kernels.attention import Choice
 from stack.planner.formula.memory import memory
@@ -27,16 +28,9 @@ from stack.train.watch.listeners import Listener
 from stack.train.watch.planned import FIRST_STEPS, STEPS, Comparison
 from stack.train.watch.progress import Progress
 
-FIELDS: dict[str, Any] = {
-    "model": {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "max_length": 32, "dtype": "float32"},
-    "data": {
-        "sources": [{"kind": "synthetic", "max_bytes": 40_000}],
-        "sequence_length": 32,
-        "heldout_fraction": 0.1,
-    },
+FIELDS: dict[str, Any] = TINY | {
     "train": {"steps": FIRST_STEPS + STEPS + 3, "batch_size": 8, "log_every": 1},
     "optimizer": {"schedule": {"kind": "constant"}},
-    "sample": {"at_end": False},
 }
 H100 = chips.load("h100")
 CUDNN = Choice(kernel="cudnn", reason="honours the whole config")
