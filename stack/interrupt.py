@@ -110,6 +110,18 @@ def taken_over(
             signal.signal(number, handler)
 
 
+def keep_status() -> None:
+    """Has no signal change how a process ends that has only to leave.
+
+    What started several of one job may signal the others as soon as one has left, and takes a death by that
+    for a failure. An interrupt ends at once what hangs while it leaves.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def die_with_launcher() -> None:
     """Has the system send SIGTERM when the process that started this one is gone, if it asks for that.
 

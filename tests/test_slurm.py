@@ -61,7 +61,8 @@ def submit_script(slurm: Callable[..., str], folder: Path, name: str, script: Pa
 
 
 def run_of(folder: Path, name: str) -> Config:
-    return config(folder, name, "mesh.data=2", "train.steps=300", "eval.every=100", "checkpoint.every=0")
+    # More steps than pass before Slurm has taken the node away from it.
+    return config(folder, name, "mesh.data=2", "train.steps=500", "eval.every=200", "checkpoint.every=0")
 
 
 def wait(until: Callable[[], bool], log: Path, seconds: float = 500) -> None:
@@ -77,9 +78,20 @@ def steps(folder: Path, name: str) -> int:
 
 
 def state(slurm: Callable[..., str], job: str) -> str:
-    """As RUNNING, PENDING; empty once it has gone."""
+    """As RUNNING, PENDING."""
     words = slurm("scontrol", "show", "job", "--oneliner", job).split()
     return dict(word.split("=", 1) for word in words if "=" in word)["JobState"]
+
+
+def wait_for_state(slurm: Callable[..., str], job: str, wanted: str, log: Path) -> None:
+    """Not in vain: a job that has ended otherwise comes to no other state."""
+
+    def is_there() -> bool:
+        is_now = state(slurm, job)
+        assert is_now == wanted or is_now not in ("COMPLETED", "FAILED"), (is_now, log.read_text())
+        return is_now == wanted
+
+    wait(is_there, log)
 
 
 def test_a_job_that_is_preempted_and_killed_ends_as_the_unbroken_one(slurm, tmp_path) -> None:
@@ -88,18 +100,18 @@ def test_a_job_that_is_preempted_and_killed_ends_as_the_unbroken_one(slurm, tmp_
     wait(lambda: steps(tmp_path, "parts") > 40, log)
     urgent = ("--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     slurm("sbatch", *urgent)
-    wait(lambda: state(slurm, job) == "PENDING", log)
+    wait_for_state(slurm, job, "PENDING", log)
     assert "; it is saved; go on with: stack train" in log.read_text()
     stopped = steps(tmp_path, "parts")
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # It would wait for two minutes.
     wait(lambda: steps(tmp_path, "parts") > stopped + 40, log)
     slurm("scontrol", "requeue", job)  # Taken away at once: srun kills its tasks.
-    wait(lambda: state(slurm, job) == "PENDING", log)
+    wait_for_state(slurm, job, "PENDING", log)
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-    wait(lambda: state(slurm, job) == "COMPLETED", log)
+    wait_for_state(slurm, job, "COMPLETED", log)
 
     other = submit(slurm, tmp_path, "whole")
-    wait(lambda: state(slurm, other) == "COMPLETED", tmp_path / "whole.log")
+    wait_for_state(slurm, other, "COMPLETED", tmp_path / "whole.log")
     assert records(tmp_path, "parts") == records(tmp_path, "whole")
     assert saved_state(tmp_path, "parts") == saved_state(tmp_path, "whole")
 
@@ -113,7 +125,7 @@ def test_a_rendered_job_goes_on_as_often_as_it_may(slurm, tmp_path) -> None:
     wait(lambda: state(slurm, job) == "PENDING" and steps(tmp_path, "few") > 0, log)
     time.sleep(3)  # What begins in the second in which it was queued again, Slurm takes for the old start.
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-    wait(lambda: state(slurm, job) == "FAILED", log)
+    wait_for_state(slurm, job, "FAILED", log)
     assert log.read_text().count("; it is saved; go on with: stack train") == 2 * 2, (
         "two processes, two starts"
     )
@@ -124,5 +136,5 @@ def test_a_rendered_job_goes_on_as_often_as_it_may(slurm, tmp_path) -> None:
 
 def test_a_job_that_fails_is_not_queued_again(slurm, tmp_path) -> None:
     job = submit(slurm, tmp_path, "fails", "train.batch_size=7")
-    wait(lambda: state(slurm, job) == "FAILED", tmp_path / "fails.log")
+    wait_for_state(slurm, job, "FAILED", tmp_path / "fails.log")
     assert "error: train.batch_size=7" in (tmp_path / "fails.log").read_text()

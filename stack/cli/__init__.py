@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from stack.interrupt import interruptible, stopping_at_once
+from stack.interrupt import interruptible, keep_status, stopping_at_once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,4 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with interruptible(), stopping_at_once() if words[:1] == ["train"] else nullcontext():
         from stack.cli.run import run
 
-        return run(words)
+        status = run(words)
+    if argv is None:
+        keep_status()
+    return status

@@ -175,6 +175,16 @@ def test_a_signal_before_training_ends_the_process_at_once_to_be_started_again(t
     assert error == f"stopped by {number.name} while not training: nothing is lost, start it again\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_a_process_that_has_only_to_leave_changes_nothing(tmp_path, number) -> None:
+    """Another of its job has left a moment before, and whatever started them ends the rest."""
+    program = f"import atexit, os, sys; atexit.register(os.kill, os.getpid(), {int(number)}); "
+    program += "from stack.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "train", tmp_path / "none.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
 @pytest.mark.full
 def test_an_interrupt_at_any_moment_ends_the_process_in_time(tmp_path) -> None:
     """While it loads, reads the config, prepares data, compiles, trains, evaluates: it says where it stands.
