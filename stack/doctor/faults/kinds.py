@@ -99,12 +99,13 @@ def _signal(run: Run, chance: random.Random) -> Outcome:
 
 
 def _damage_checkpoint(run: Run, chance: random.Random) -> Outcome:
-    """Of a run that was killed with checkpoints behind it, the newest."""
+    """The newest of a run that was killed with checkpoints behind it."""
     if problem := _get_to(run, chance, checkpoints=2):
         return problem
-    step = run.steps()[-1]
-    folder = run.folder / "checkpoints" / str(step)
-    path = chance.choice(sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size))
+    folders = [run.folder / "checkpoints" / str(step) for step in run.steps()]
+    # Of one that was struck before, nothing may be left to strike.
+    folder, paths = next((folder, paths) for folder in reversed(folders) if (paths := _files(folder)))
+    step, path = int(folder.name), chance.choice(paths)
     done = f"{damage(path, chance)} {path.relative_to(folder)} of step {step}"
     named = [problem for problem in verify(run.store, step) if str(step) in problem]
     if not named and step in run.steps():
@@ -124,9 +125,7 @@ def _damage_checkpoint(run: Run, chance: random.Random) -> Outcome:
 def _damage_cache(run: Run, chance: random.Random) -> Outcome:
     if problem := _get_to(run, chance, checkpoints=1):
         return problem
-    path = chance.choice(
-        sorted(p for p in (run.root / "cache").rglob("*") if p.is_file() and p.stat().st_size)
-    )
+    path = chance.choice(_files(run.root / "cache"))
     before = path.read_bytes()
     done = f"{damage(path, chance)} {path.name} of the data cache"
     run.start()
@@ -260,6 +259,11 @@ def _get_to(run: Run, chance: random.Random, *, checkpoints: int) -> Outcome | N
     if len(run.steps()) < checkpoints:
         return Outcome(done="to its first checkpoints", problem=f"does not get there: {run.said()[0][-300:]}")
     return None
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those in it, however deep, that hold something."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
 
 def _is_as_before(path: Path, before: bytes) -> bool:
