@@ -12,27 +12,39 @@ class RopeConfig(Section):
     """Rotary position embedding (arXiv 2104.09864) and its extension to longer contexts."""
 
     conditions = (
-        Condition(fields=("factor",), other="scaling", values=("linear", "llama3")),
+        Condition(fields=("factor",), other="scaling", values=("linear", "llama3", "yarn")),
+        Condition(fields=("original_length",), other="scaling", values=("llama3", "yarn")),
         Condition(
-            fields=("low_frequency_factor", "high_frequency_factor", "original_length"),
+            fields=("low_frequency_factor", "high_frequency_factor"), other="scaling", values=("llama3",)
+        ),
+        Condition(
+            fields=("fast_turns", "slow_turns", "whole_channels", "attention_factor"),
             other="scaling",
-            values=("llama3",),
+            values=("yarn",),
         ),
     )
 
     theta: PositiveFloat = 10_000.0
     """Base of the wavelengths, in positions; 10,000 is the paper's, Llama 3 uses 500,000."""
-    scaling: Literal["none", "linear", "llama3"] = "none"
-    """Stretching of the wavelengths: `linear` divides positions by `factor` (arXiv 2306.15595),
-    `llama3` only stretches the long wavelengths (Llama 3.1)."""
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """Stretching of the wavelengths: `linear` divides positions by `factor` (arXiv 2306.15595), `llama3`
+    only stretches the long wavelengths (Llama 3.1), `yarn` too, with larger scores (arXiv 2309.00071)."""
     factor: PositiveFloat = 1.0
-    """`linear`, `llama3`: how many times longer the context is than the one first trained for."""
+    """`linear`, `llama3`, `yarn`: how many times longer the context is than the one first trained for."""
     low_frequency_factor: PositiveFloat = 1.0
     """`llama3`: wavelengths above original_length / this are stretched in full."""
     high_frequency_factor: PositiveFloat = 4.0
     """`llama3`: wavelengths below original_length / this stay as they are."""
     original_length: PositiveInt = 8192
-    """`llama3`: the context, in tokens, the wavelengths were first trained for."""
+    """`llama3`, `yarn`: the context, in tokens, the wavelengths were first trained for."""
+    fast_turns: PositiveFloat = 32.0
+    """`yarn`: wavelengths with more turns than this in original_length stay as they are (beta_fast)."""
+    slow_turns: PositiveFloat = 1.0
+    """`yarn`: wavelengths with fewer turns than this in original_length are stretched in full (beta_slow)."""
+    whole_channels: bool = True
+    """`yarn`: the two bounds are rounded outwards to whole channels, as in its authors' code (truncate)."""
+    attention_factor: PositiveFloat | None = None
+    """`yarn`: what rotated queries and keys are multiplied by; null: 0.1 x ln(factor) + 1."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -41,6 +53,10 @@ class RopeConfig(Section):
                 f"low_frequency_factor={self.low_frequency_factor} must be below"
                 f" high_frequency_factor={self.high_frequency_factor}"
             )
+        if self.scaling == "yarn" and self.slow_turns >= self.fast_turns:
+            raise ValueError(f"slow_turns={self.slow_turns} must be below fast_turns={self.fast_turns}")
+        if self.scaling == "yarn" and self.theta <= 1:
+            raise ValueError(f"theta={self.theta} must be above 1 for scaling=yarn")
         return self
 
 

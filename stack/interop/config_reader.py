@@ -56,6 +56,10 @@ class ConfigReader:
             return float(value)
         raise self.error(key, "must be a finite number")
 
+    def optional_number(self, key: str) -> float | None:
+        """A finite number, or null."""
+        return None if self._value(key, None) is None else self.number(key)
+
     def boolean(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self._value(key, default)

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face transformers, in and out: GPT-2, Llama 2 and 3, Qwen 2, 2.5 and 3.
+"""Weights of Hugging Face transformers, in and out: GPT-2, Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3.
 
 A state dict is a mapping from names, as transformers writes them, to arrays; it may read lazily (every
 array is asked for by name and dropped after it is copied). Only numpy is needed here.
@@ -20,7 +20,7 @@ __all__ = ["Tensor", "Weights", "config_from_hf", "family_of", "params_from_hf",
 
 # What float32 holds the meaning of; 8-bit floats and integers mean something only with a scale.
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-_TITLES = {"gpt2": "GPT-2", "llama": "Llama", "qwen2": "Qwen 2", "qwen3": "Qwen 3"}
+_TITLES = {"gpt2": "GPT-2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen 2", "qwen3": "Qwen 3"}
 # Constants that older checkpoints carry beside the weights: causal masks and rotary wavelengths.
 _BUFFER = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 
@@ -321,6 +321,8 @@ def family_of(config: DecoderConfig) -> str:
             required |= {"out_bias": config.qkv_bias, "mlp_bias": False}
         elif family == "qwen2":
             required |= {"mlp_bias": False}
+        elif family == "mistral":
+            required |= {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
         else:
             required |= {"out_bias": config.qkv_bias, "sliding_window": None}
     for field, value in required.items():
@@ -338,7 +340,9 @@ def _family(config: DecoderConfig) -> str:
         return "gpt2"
     if config.qk_norm:
         return "qwen3"
-    return "qwen2" if config.qkv_bias and not config.out_bias else "llama"
+    if config.qkv_bias and not config.out_bias:
+        return "qwen2"
+    return "llama" if config.sliding_window is None else "mistral"
 
 
 def _sources(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Configs of Hugging Face transformers: GPT-2, Llama 2 and 3, Qwen 2, 2.5 and 3.
+"""Configs of Hugging Face transformers: GPT-2, Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3.
 
 One rule holds for every key of a `config.json`: it is read, or it is known not to change what the model
 computes, or it is refused by name. A key means what it means to transformers 5.23; two keys that
@@ -115,8 +115,7 @@ def _gpt2(keys: ConfigReader) -> DecoderConfig:
 def _llama(keys: ConfigReader) -> DecoderConfig:
     attention_bias = keys.boolean("attention_bias", False)
     return DecoderConfig(
-        **_rotary(keys),
-        max_length=keys.integer("max_position_embeddings", 2048),
+        **_rotary(keys, max_length=2048),
         num_kv_heads=keys.optional_integer("num_key_value_heads"),
         head_dim=keys.optional_integer("head_dim"),
         qkv_bias=attention_bias,
@@ -125,10 +124,21 @@ def _llama(keys: ConfigReader) -> DecoderConfig:
     )
 
 
+def _mistral(keys: ConfigReader) -> DecoderConfig:
+    return DecoderConfig(
+        **_rotary(keys, max_length=131072),
+        num_kv_heads=keys.optional_integer("num_key_value_heads", 8),
+        head_dim=keys.optional_integer("head_dim"),
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        sliding_window=keys.optional_integer("sliding_window", 4096),
+    )
+
+
 def _qwen2(keys: ConfigReader) -> DecoderConfig:
     return DecoderConfig(
-        **_rotary(keys),
-        max_length=keys.integer("max_position_embeddings", 32768),
+        **_rotary(keys, max_length=32768),
         num_kv_heads=keys.optional_integer("num_key_value_heads", 32),
         head_dim=keys.optional_integer("head_dim"),
         qkv_bias=True,
@@ -141,8 +151,7 @@ def _qwen2(keys: ConfigReader) -> DecoderConfig:
 def _qwen3(keys: ConfigReader) -> DecoderConfig:
     attention_bias = keys.boolean("attention_bias", False)
     return DecoderConfig(
-        **_rotary(keys),
-        max_length=keys.integer("max_position_embeddings", 32768),
+        **_rotary(keys, max_length=32768),
         num_kv_heads=keys.optional_integer("num_key_value_heads", 32),
         head_dim=keys.integer("head_dim", 128),
         qkv_bias=attention_bias,
@@ -153,12 +162,14 @@ def _qwen3(keys: ConfigReader) -> DecoderConfig:
     )
 
 
-def _rotary(keys: ConfigReader) -> dict[str, Any]:
-    """What Llama and Qwen share."""
+def _rotary(keys: ConfigReader, *, max_length: int) -> dict[str, Any]:
+    """What Llama, Mistral and Qwen share, with the family's default of the context."""
+    max_length = keys.integer("max_position_embeddings", max_length)
     # ACT2FN has SiLU under both names.
     keys.word("hidden_act", ("silu", "swish"), "silu")
     return {
         "vocab_size": keys.integer("vocab_size"),
+        "max_length": max_length,
         "num_layers": keys.integer("num_hidden_layers"),
         "embed_dim": keys.integer("hidden_size"),
         "num_heads": keys.integer("num_attention_heads"),
@@ -167,7 +178,7 @@ def _rotary(keys: ConfigReader) -> dict[str, Any]:
         "norm_epsilon": keys.number("rms_norm_eps", 1e-6),
         "mlp": "swiglu",
         "position": "rotary",
-        "rope": _rope(keys),
+        "rope": _rope(keys, max_length),
         "tied_embeddings": keys.boolean("tie_word_embeddings", False),
         "attention_dropout": keys.number("attention_dropout", 0.0),
         "init_std": keys.number("initializer_range", 0.02),
@@ -175,7 +186,7 @@ def _rotary(keys: ConfigReader) -> dict[str, Any]:
     }
 
 
-def _rope(keys: ConfigReader) -> RopeConfig:
+def _rope(keys: ConfigReader, max_length: int) -> RopeConfig:
     """The rotation of `rope_parameters` (transformers 5) or of `rope_theta` with `rope_scaling` (before).
 
     transformers 4 reads the second alone, and 5 the second first, so where both are there they must agree.
@@ -184,17 +195,18 @@ def _rope(keys: ConfigReader) -> RopeConfig:
     sections = (
         keys.section(key, aliases={"rope_type": "type"}) for key in ("rope_parameters", "rope_scaling")
     )
-    ropes = [_rope_of(options, keys) for options in sections if options] or [_rope_of(ConfigReader({}), keys)]
+    groups = [options for options in sections if options] or [ConfigReader({})]
+    ropes = [_rope_of(options, keys, max_length) for options in groups]
     if ropes[0] != ropes[-1]:
         raise keys.error("rope_scaling", "and rope_parameters describe two rotations; keep the right one")
     return ropes[0]
 
 
-def _rope_of(options: ConfigReader, keys: ConfigReader) -> RopeConfig:
+def _rope_of(options: ConfigReader, keys: ConfigReader, max_length: int) -> RopeConfig:
     """The rotation that one group of options describes, with what stands beside them."""
     options.require("partial_rotary_factor", 1.0)
     theta = _inside_or_beside(ConfigReader.number, options, keys, "rope_theta", 10_000.0)
-    match options.word("rope_type", ("default", "linear", "llama3"), "default"):
+    match options.word("rope_type", ("default", "linear", "llama3", "yarn"), "default"):
         case "llama3":
             rope = RopeConfig(
                 theta=theta,
@@ -206,11 +218,24 @@ def _rope_of(options: ConfigReader, keys: ConfigReader) -> RopeConfig:
                     ConfigReader.integer, options, keys, "original_max_position_embeddings"
                 ),
             )
+        case "yarn":
+            rope = RopeConfig(
+                theta=theta,
+                scaling="yarn",
+                factor=options.number("factor"),
+                original_length=_inside_or_beside(
+                    ConfigReader.integer, options, keys, "original_max_position_embeddings", max_length
+                ),
+                fast_turns=options.optional_number("beta_fast") or 32.0,
+                slow_turns=options.optional_number("beta_slow") or 1.0,
+                whole_channels=options.boolean("truncate", True),
+                attention_factor=options.optional_number("attention_factor"),
+            )
         case "linear":
             rope = RopeConfig(theta=theta, scaling="linear", factor=options.number("factor"))
         case _:
             rope = RopeConfig(theta=theta)
-    # Beside the options only `llama3` reads it.
+    # Beside the options only `llama3` and `yarn` read it.
     keys.allow(["original_max_position_embeddings"])
     options.refuse_the_rest()
     return rope
@@ -302,6 +327,9 @@ _FAMILIES = {
         },
         # Old versions split matrix products into this many parts; the sums are the same.
         harmless=frozenset(["pretraining_tp"]),
+    ),
+    "mistral": _Family(
+        read=_mistral, neutral={"architectures": (None, ["MistralForCausalLM"], ["MistralModel"])}
     ),
     "qwen2": _Family(
         read=_qwen2,

@@ -12,6 +12,7 @@ from stack.interop.hugging_face import family_of
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
@@ -108,11 +109,13 @@ def _llama(config: DecoderConfig, family: str) -> dict[str, Any]:
         "rope_theta": config.rope.theta,
         "rope_scaling": _rope_scaling(config.rope),
     }
+    window = config.sliding_window
+    if family == "mistral":
+        return keys | {"sliding_window": window}
     if family != "qwen2":
         keys["attention_bias"] = config.qkv_bias
     if family == "llama":
         return keys | {"mlp_bias": config.mlp_bias}
-    window = config.sliding_window
     # Of all layers, from the first on.
     return keys | {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
 
@@ -127,6 +130,15 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
             "high_freq_factor": rope.high_frequency_factor,
             "original_max_position_embeddings": rope.original_length,
         }
+    if rope.scaling == "yarn":
+        options |= {
+            "beta_fast": rope.fast_turns,
+            "beta_slow": rope.slow_turns,
+            "original_max_position_embeddings": rope.original_length,
+        }
+        # What versions 4 do not know, where they need not.
+        options |= {} if rope.whole_channels else {"truncate": False}
+        options |= {} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}
     return options
 
 

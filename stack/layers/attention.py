@@ -14,7 +14,7 @@ from stack.layers.dropout import ATTENTION, dropout
 from stack.layers.linear import Linear
 from stack.layers.mlp import residual_std
 from stack.layers.norm import Norm
-from stack.layers.rotary import frequencies, rotate
+from stack.layers.rotary import amplitude, frequencies, rotate
 from stack.parallel.rules import Layout
 
 
@@ -70,9 +70,13 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if config.position == "rotary":
-            radians = frequencies(config.rope, config.head_width)
-            query = rotate(query, mask.query_positions, radians)
-            key = rotate(key, mask.query_positions, radians)
+            turn = partial(
+                rotate,
+                positions=mask.query_positions,
+                radians=frequencies(config.rope, config.head_width),
+                amplitude=amplitude(config.rope),
+            )
+            query, key = turn(query), turn(key)
         query, key, value = (checkpoint_name(projected, "qkv_proj") for projected in (query, key, value))
         if cache is not None:
             update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)

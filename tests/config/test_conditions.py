@@ -73,7 +73,7 @@ def other_value(section: Any, path: str) -> Any:
         case builtins.int:
             return abs(default or 0) + 1
         case builtins.float:
-            return default / 2
+            return (default or 1.0) / 2
         case builtins.str:
             return "other"
     raise AssertionError(f"no other value for a {kind}")

@@ -1,4 +1,4 @@
-"""What transformers computed for five small models, from the files of tests/goldens."""
+"""What transformers computed for small models, from the files of tests/goldens."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "qwen3_window")
+FAMILIES = ("gpt2", "llama", "llama_yarn", "mistral", "qwen2", "qwen3", "qwen3_window")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -157,7 +157,10 @@ def test_parameters_that_are_no_finite_floats_are_refused_on_the_way_out(golden)
         ({"qkv_bias": False}, "model.qkv_bias=False: transformers' GPT-2 has qkv_bias=True"),
         ({"mlp": "swiglu"}, "model.gated=True"),
         ({"logit_softcap": 30.0}, "model.logit_softcap=30.0"),
-        ({"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "sliding_window": 8}, "Llama .*=None"),
+        (
+            {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "sliding_window": 8},
+            "Mistral has qkv_bias=False",
+        ),
         (
             {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "out_bias": False},
             "Qwen 2 .*mlp_bias=False",

@@ -13,11 +13,12 @@ from stack.interop.hugging_face import config_from_hf
 
 # config.json as their authors publish them.
 PUBLISHED = json.loads((Path(__file__).parents[1] / "goldens/hugging_face_configs.json").read_text())
-GPT2, LLAMA_3_1, QWEN_2_5, QWEN_3 = (
+GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3 = (
     PUBLISHED[name]
     for name in (
         "openai-community/gpt2",
         "meta-llama/Llama-3.1-8B",
+        "mistralai/Mistral-7B-v0.1",
         "Qwen/Qwen2.5-0.5B",
         "Qwen/Qwen3-0.6B",
     )
@@ -31,6 +32,8 @@ SIZES = {
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
     "Qwen/Qwen2-0.5B": 494_032_768,
     "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
@@ -104,21 +107,24 @@ def test_absent_keys_have_the_defaults_of_transformers():
     assert gpt2 == config_from_hf(GPT2)
     sizes = {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 64}
     sizes["intermediate_size"] = 128
-    llama, qwen2, qwen3 = (config_from_hf(sizes | {"model_type": f}) for f in ("llama", "qwen2", "qwen3"))
+    llama, mistral, qwen2, qwen3 = (
+        config_from_hf(sizes | {"model_type": family}) for family in ("llama", "mistral", "qwen2", "qwen3")
+    )
     assert (llama.max_length, llama.kv_heads, llama.head_width) == (2048, 64, 4)
+    assert (mistral.max_length, mistral.kv_heads, mistral.sliding_window) == (131072, 8, 4096)
     assert (qwen2.max_length, qwen2.kv_heads, qwen2.head_width) == (32768, 32, 4)
     assert (qwen3.max_length, qwen3.kv_heads, qwen3.head_width) == (32768, 32, 128)
-    for model in (llama, qwen2, qwen3):
+    for model in (llama, mistral, qwen2, qwen3):
         assert (model.norm_epsilon, model.rope, model.init_std) == (1e-6, RopeConfig(theta=10_000), 0.02)
         assert not model.tied_embeddings
         assert not model.attention_dropout
-    parts = [(m.qkv_bias, m.out_bias, m.mlp_bias, m.qk_norm) for m in (llama, qwen2, qwen3)]
+    parts = [(m.qkv_bias, m.out_bias, m.mlp_bias, m.qk_norm) for m in (llama, mistral, qwen2, qwen3)]
     nothing, biases, norms = (
         (False, False, False, False),
         (True, False, False, False),
         (False, False, False, True),
     )
-    assert parts == [nothing, biases, norms]
+    assert parts == [nothing, nothing, biases, norms]
 
 
 def outcome(config):
@@ -160,7 +166,8 @@ def test_every_key_of_a_published_config_changes_the_model_or_is_refused_when_it
     config = PUBLISHED[name]
     model = config_from_hf(config)
     unseen = {key for key, value in config.items() if outcome(config | {key: another(value)}) == model}
-    assert unseen == HARMLESS & config.keys()
+    read = {"sliding_window"} if config["model_type"] == "mistral" else set()
+    assert unseen == (HARMLESS & config.keys()) - read
 
 
 def test_an_unknown_key_is_refused_with_its_value():
@@ -175,7 +182,9 @@ def test_an_unknown_key_is_refused_with_its_value():
         config_from_hf(GPT2 | {"a\nb": 1})
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA_3_1, QWEN_2_5, QWEN_3], ids=lambda c: c["model_type"])
+@pytest.mark.parametrize(
+    "config", [GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3], ids=lambda c: c["model_type"]
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -190,7 +199,9 @@ def test_what_changes_no_number_is_accepted(config, options):
     assert config_from_hf(config | options) == config_from_hf(config)
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA_3_1, QWEN_2_5, QWEN_3], ids=lambda c: c["model_type"])
+@pytest.mark.parametrize(
+    "config", [GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3], ids=lambda c: c["model_type"]
+)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -218,7 +229,7 @@ def test_what_changes_numbers_is_refused_by_name(config, key, value):
         (
             GPT2,
             {"model_type": "bert"},
-            'model_type="bert" is not supported; Stack has "gpt2", "llama", "qwen2"',
+            'model_type="bert" is not supported; Stack has "gpt2", "llama", "mistral"',
         ),
         (GPT2, {"model_type": None}, "model_type=null is not supported"),
         (GPT2, {"model_type": ["gpt2"]}, r'model_type=\["gpt2"\] is not supported'),
@@ -299,6 +310,7 @@ def rope_of(**options):
 
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
 LLAMA3 = LLAMA_3_1["rope_scaling"]
 UNSTATED = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
 
@@ -352,6 +364,25 @@ def test_llama_3_reads_its_first_context_inside_and_beside_the_options(group):
         rope_of(**{group: UNSTATED})
 
 
+def test_yarn_has_the_defaults_of_its_authors():
+    rope = RopeConfig(theta=10_000, scaling="yarn", factor=4, original_length=131072)
+    assert rope_of(rope_scaling=YARN) == rope, "the context is that of the model"
+    assert rope_of(rope_scaling=YARN | {"beta_fast": None, "attention_factor": None}) == rope
+    options = {"beta_fast": 16, "beta_slow": 2, "truncate": False, "attention_factor": 1.5}
+    options |= {"original_max_position_embeddings": 4096}
+    other = RopeConfig(
+        theta=10_000,
+        scaling="yarn",
+        factor=4,
+        original_length=4096,
+        fast_turns=16,
+        slow_turns=2,
+        whole_channels=False,
+        attention_factor=1.5,
+    )
+    assert rope_of(rope_scaling=YARN | options) == other
+
+
 @pytest.mark.parametrize("options", [LINEAR, {"rope_type": "default"}, None], ids=str)
 def test_other_rotations_do_not_read_the_first_context_beside_them(options):
     rope = rope_of(rope_scaling=options)
@@ -364,8 +395,8 @@ def test_other_rotations_do_not_read_the_first_context_beside_them(options):
         ("linear", 'rope_scaling="linear" must be a mapping'),
         ([], r"rope_scaling=\[\] must be a mapping"),
         (
-            {"rope_type": "yarn"},
-            'rope_scaling.rope_type="yarn" is not supported; Stack has "default", "linear"',
+            {"rope_type": "longrope"},
+            'rope_scaling.rope_type="longrope" is not supported; Stack has "default", "linear"',
         ),
         ({"rope_type": None}, "rope_scaling.rope_type=null is not supported"),
         ({"rope_type": "linear"}, "rope_scaling.factor is missing"),
@@ -376,6 +407,10 @@ def test_other_rotations_do_not_read_the_first_context_beside_them(options):
         ({"factor": 4.0}, "rope_scaling.factor=4.0 is not a key"),
         ({"full_attention": LINEAR}, "rope_scaling.full_attention="),
         (LLAMA3 | {"low_freq_factor": 5.0}, "low_frequency_factor=5.0 must be below"),
+        ({"rope_type": "yarn"}, "rope_scaling.factor is missing"),
+        (YARN | {"beta_slow": 40}, "slow_turns=40.0 must be below fast_turns=32.0"),
+        (YARN | {"mscale": 1.0}, "rope_scaling.mscale=1.0 is not a key"),
+        (YARN | {"rope_theta": 1}, "theta=1.0 must be above 1"),
     ],
 )
 def test_a_rotation_that_stack_does_not_have_is_refused(options, message):
@@ -447,14 +482,15 @@ def keys_of(config):
 
 
 def rope_keys():
-    asked = Asked(LLAMA3)
-    rope_of(rope_scaling=asked)
-    return sorted(asked.keys_asked)
+    groups = [Asked(LLAMA3), Asked(YARN)]
+    for asked in groups:
+        rope_of(rope_scaling=asked)
+    return sorted(set.union(*(asked.keys_asked for asked in groups)))
 
 
-FAMILIES = {config["model_type"]: config for config in (GPT2, LLAMA_3_1, QWEN_2_5, QWEN_3)}
+FAMILIES = {config["model_type"]: config for config in (GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3)}
 KEYS = {family: keys_of(config) for family, config in FAMILIES.items()}
-WORDS = ["default", "linear", "llama3", "silu", "gelu", "sliding_attention", "full_attention", "a\nb"]
+WORDS = ["default", "linear", "llama3", "yarn", "silu", "gelu", "sliding_attention", "full_attention", "a\nb"]
 LIKELY = st.integers(0, 64) | st.floats(0, 2) | st.sampled_from(WORDS)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | LIKELY,
@@ -481,3 +517,4 @@ def test_the_property_above_tries_every_key():
     assert {"is_causal", "n_embd", "hidden_size", "n_ctx", "activation_function"} <= set(KEYS["gpt2"])
     assert {"layer_types", "max_window_layers", "rope_scaling", "rope_parameters"} <= set(KEYS["qwen2"])
     assert {"original_max_position_embeddings", "factor", "type", "rope_theta"} <= set(rope_keys())
+    assert {"beta_fast", "truncate", "attention_factor"} <= set(rope_keys())

@@ -166,13 +166,21 @@ def test_bytes_become_a_tokenizer_that_reads_and_writes_them(tmp_path) -> None:
     assert model.decode(model.encode(text).ids) == text
 
 
+LLAMA = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"} | dict.fromkeys(
+    ("qkv_bias", "out_bias", "mlp_bias"), False
+)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {},
         {"mlp": "gelu", "mlp_dim": 100},
-        {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qkv_bias": False, "out_bias": False}
-        | {"mlp_bias": False, "rope": {"scaling": "llama3", "factor": 8.0}, "num_kv_heads": 4},
+        LLAMA | {"rope": {"scaling": "llama3", "factor": 8.0}, "num_kv_heads": 4},
+        LLAMA | {"rope": {"scaling": "yarn", "factor": 4.0, "original_length": 32768}},
+        LLAMA
+        | {"rope": {"scaling": "yarn", "factor": 2.0, "whole_channels": False, "attention_factor": 1.5}}
+        | {"sliding_window": 7},
     ],
 )
 def test_a_config_survives_the_way_out_and_in(change) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stack.config import RopeConfig
-from stack.layers.rotary import frequencies, rotate
+from stack.layers.rotary import amplitude, frequencies, rotate
 
 LLAMA_3_1 = RopeConfig(
     theta=500_000.0,
@@ -91,3 +91,35 @@ def test_llama_3_keeps_short_wavelengths_and_stretches_long_ones():
         scaled[between], (1 - share) * plain[between] / 8 + share * plain[between], rtol=1e-5
     )
     assert (np.diff(scaled) < 0).all(), "stretching never changes the order of the channels"
+
+
+# As Qwen 2.5 is used beyond its context: factor 4 on 32,768 tokens.
+YARN = RopeConfig(theta=1e6, scaling="yarn", factor=4.0, original_length=32768)
+
+
+def test_yarn_keeps_what_turns_often_and_stretches_what_does_not_turn_once():
+    plain = 1e6 ** (-np.arange(64) / 64)
+    scaled = np.asarray(frequencies(YARN, 128))
+    turns = 32768 * plain / (2 * math.pi)
+    # Rounded outwards, the bounds are of 32 turns and of one, to a channel each.
+    first, last = np.searchsorted(-turns, -32.0) - 1, np.searchsorted(-turns, -1.0)
+    assert (first, last) == (23, 40)
+    keep = 1 - np.clip((np.arange(64) - first) / (last - first), 0, 1)
+    np.testing.assert_allclose(scaled, plain * (keep + (1 - keep) / 4), rtol=2e-5)
+    unrounded = np.asarray(frequencies(YARN.model_copy(update={"whole_channels": False}), 128))
+    moved = np.abs(unrounded / scaled - 1) > 1e-3
+    assert moved[first + 1 : last].any()
+    assert not moved[: first + 1].any()
+    assert not moved[last:].any()
+
+
+def test_yarn_makes_queries_and_keys_larger():
+    assert amplitude(PLAIN) == 1.0
+    assert amplitude(YARN) == pytest.approx(0.1 * math.log(4) + 1)
+    assert amplitude(YARN.model_copy(update={"factor": 0.5})) == 1.0
+    assert amplitude(YARN.model_copy(update={"attention_factor": 0.9})) == 0.9
+    x, positions = jnp.asarray(draw(1, 3, 2, 16)), jnp.array([[4, 8, 400]])
+    radians = frequencies(YARN, 16)
+    np.testing.assert_allclose(
+        rotate(x, positions, radians, 1.25), 1.25 * rotate(x, positions, radians), rtol=1e-6, atol=1e-6
+    )
