@@ -12,7 +12,7 @@ from stack.config.model import (
     RopeConfig,
 )
 from stack.config.objective import CausalConfig, ObjectiveConfig
-from stack.config.optimizer import OptimizerConfig, ScheduleConfig
+from stack.config.optimizer import GroupConfig, OptimizerConfig, ScheduleConfig
 from stack.config.reading import dump, load, parse, replace, schema
 from stack.config.stability import StabilityConfig
 from stack.config.target import TargetConfig
@@ -29,6 +29,7 @@ __all__ = [
     "DataConfig",
     "DecoderConfig",
     "EvalConfig",
+    "GroupConfig",
     "LanguageConfig",
     "MeshConfig",
     "ModelConfig",

@@ -1,8 +1,8 @@
 """How gradients become updates."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from stack.config.condition import Condition
 from stack.config.section import Section
@@ -35,6 +35,25 @@ class ScheduleConfig(Section):
         return min(100, steps // 10) if self.warmup_steps is None else self.warmup_steps
 
 
+class GroupConfig(Section):
+    """Parameters with a learning rate and a decay of their own."""
+
+    parameters: tuple[str, ...] = Field(default=(), strict=False)
+    """By name, `*` for anything: `embed.*`, `layers.mlp.*`. None is in two groups."""
+    learning_rate_factor: PositiveFloat = 1.0
+    """Their learning rate is this times that of the schedule."""
+    weight_decay: NonNegativeFloat | None = None
+    """Of all of them, biases and norm scales too; null: that of the optimizer, where it decays them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.parameters:
+            raise ValueError("parameters is empty; name some, as [embed.*]")
+        if self.learning_rate_factor == 1 and self.weight_decay is None:
+            raise ValueError("a group has a learning_rate_factor or a weight_decay of its own; set one")
+        return self
+
+
 class OptimizerConfig(Section):
     """One of Optax's optimizers, with global-norm clipping before and weight decay after."""
 
@@ -64,5 +83,7 @@ class OptimizerConfig(Section):
     frozen: tuple[str, ...] = Field(default=(), strict=False)
     """Parameters that are not trained, by name, `*` for anything: `embed.*`, `layers.attention.*`. They
     have no gradient and no moments."""
+    groups: tuple[GroupConfig, ...] = Field(default=(), strict=False)
+    """Some parameters with a learning rate and a decay of their own; the others have those above."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over time."""

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from stack.config import OptimizerConfig, ScheduleConfig
+from stack.step import groups
 
 Axes = Any
 """A tree like the parameters with the logical axes of each."""
@@ -22,6 +23,9 @@ def build(config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles) -> o
       steps: of the whole run, which the schedule may end with.
       axes: the logical axes of every parameter.
       roles: the role of every parameter.
+
+    Raises:
+      ConfigError: a group that names none of them, or one of another group.
     """
     clip, rule = parts(config, steps=steps, axes=axes, roles=roles)
     return optax.chain(*clip, *rule)
@@ -31,10 +35,11 @@ def parts(config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles) -> t
     """What of it looks at the whole gradient, and what at each layer and parameter by itself."""
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     rule = [_rule(config, axes)]
-    if config.weight_decay:
-        rule.append(optax.add_decayed_weights(config.weight_decay, mask=_decays(config, roles)))
+    rates, decays = groups.rates_and_decays(config, roles)
+    if any(jax.tree.leaves(decays)):
+        rule.append(groups.add_decay(decays))
     rule.append(optax.scale_by_learning_rate(schedule(config, steps=steps)))
-    return clip, rule
+    return clip, [*rule, groups.multiply(rates)]
 
 
 def schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
@@ -101,8 +106,3 @@ def per_layer(rule: optax.GradientTransformation, axes: Axes) -> optax.GradientT
 def is_names(node: Any) -> bool:
     """Whether a node of a tree of axes is one parameter's axes."""
     return isinstance(node, tuple)
-
-
-def _decays(config: OptimizerConfig, roles: Roles) -> Any:
-    decaying = {"matrix", "table"} if config.decay_embeddings else {"matrix"}
-    return jax.tree.map(lambda role: role in decaying, roles)

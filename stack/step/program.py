@@ -1,6 +1,5 @@
 """Everything static about a run's computation: what the trainer turns and the planner compiles."""
 
-import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from stack.parallel import mesh as meshes
 from stack.parallel.rules import Layout, Role
 from stack.parallel.zero import is_variable
 from stack.step import optimizer as optimizers
+from stack.step.groups import matching
 
 Path = tuple[str, ...]
 """The way to a parameter in their tree."""
@@ -84,12 +84,7 @@ class Program:
         paths = {".".join(path): path for path in flatten_dict(self.parameters)}
         frozen: set[Path] = set()
         for pattern in self.config.optimizer.frozen:
-            names = fnmatch.filter(paths, pattern)
-            if not names:
-                raise ConfigError(
-                    f"optimizer.frozen: {pattern!r} is the name of no parameter; there are {', '.join(paths)}"
-                )
-            frozen |= {paths[name] for name in names}
+            frozen |= {paths[name] for name in matching(pattern, paths, field="optimizer.frozen")}
         if len(frozen) == len(paths):
             raise ConfigError("optimizer.frozen leaves nothing to train; remove a pattern")
         return frozenset(frozen)
@@ -191,8 +186,8 @@ def on_mesh(
             packed_length=data.sequence_length if data.packed else None,
         ),
     )
-    if config.optimizer.frozen:
-        _ = program.frozen  # Refused now, not when the text is tokenized.
+    if config.optimizer.frozen or config.optimizer.groups:
+        _ = program.optimizer  # Refused now, not when the text is tokenized.
     return program
 
 

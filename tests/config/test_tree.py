@@ -3,7 +3,16 @@
 import pydantic
 import pytest
 
-from stack.config import Config, ConfigError, DataConfig, DecoderConfig, MeshConfig, SourceConfig, TrainConfig
+from stack.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DecoderConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from stack.config.explain import annotation_at, field_names, sections_of
 
 FIELDS = list(field_names(Config))
@@ -54,6 +63,8 @@ def test_a_list_stands_for_a_tuple():
     [
         (SourceConfig, {"kind": "text"}, "a source of kind text needs a path"),
         (DataConfig, {"sources": [{"weight": 0.0}]}, "every source has weight 0"),
+        (OptimizerConfig, {"groups": [{"weight_decay": 0.0}]}, "parameters is empty; name some"),
+        (OptimizerConfig, {"groups": [{"parameters": ["embed.*"]}]}, "a group has a learning_rate_factor or"),
         (MeshConfig, {"data": -1, "fsdp": -1}, "only one mesh axis may be -1, not data and fsdp"),
         (MeshConfig, {"tensor": 0}, "tensor=0: a mesh axis has at least 1 device"),
         (MeshConfig, {"stage": 2}, "stage=2: this axis is not built yet; set stage=1"),

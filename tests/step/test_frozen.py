@@ -129,9 +129,13 @@ def test_a_run_with_frozen_parameters_goes_on_and_is_opened(tmp_path):
 
 
 def test_what_cannot_be_frozen_is_told():
-    with pytest.raises(ConfigError, match=r"^optimizer\.frozen: 'embd\.\*' is the name of no parameter; "):
+    with pytest.raises(ConfigError, match=r"^optimizer\.frozen: 'embd\.\*' is the name of none of "):
         program('optimizer.frozen=["embd.*"]')
     with pytest.raises(ConfigError, match=r"^optimizer\.frozen leaves nothing to train"):
         program('optimizer.frozen=["*"]')
+    with pytest.raises(
+        ConfigError, match=r"^optimizer\.groups\.0\.parameters: 'embed\.\*' is the name of none"
+    ):
+        program(PATTERNS, "optimizer.groups.0={parameters: [embed.*], weight_decay: 0}")
     with pytest.raises(ConfigError, match=r"^optimizer\.frozen: the planner counts every parameter"):
         plan(Config.model_validate(FIELDS).replace(PATTERNS, "mesh.fsdp=1"), hardware="h100", devices=1)

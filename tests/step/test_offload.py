@@ -147,7 +147,11 @@ def test_what_layers_save_waits_on_the_host(remat, saved):
         ),
         ["optimizer.kind=adamw", "optimizer.decay_embeddings=true"],
         pytest.param(["optimizer.kind=lion"], marks=pytest.mark.full),
-        ["optimizer.kind=sgd"],
+        [
+            "optimizer.kind=sgd",
+            "optimizer.groups.0={parameters: [layers.mlp.*, embed.*], learning_rate_factor: 3}",
+            "optimizer.groups.1={parameters: ['*scale'], weight_decay: 0.5}",
+        ],
     ],
     ids=lambda overrides: " ".join(overrides).replace("optimizer.", ""),
 )

@@ -1,6 +1,7 @@
 """Optimizers, schedules and decay."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from stack.config import Config, DecoderConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from stack.config import Config, ConfigError, DecoderConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from stack.doctor.numerics import ONE_DEVICE, config_of, example_batch
 from stack.parallel import mesh as meshes
 from stack.step import optimizer as optimizers
@@ -146,6 +147,47 @@ def test_adamw_is_its_formula(clip_norm, epsilon):
             params[i] = params[i] - 0.1 * (mean / (np.sqrt(square) + epsilon) + decays[i] * params[i])
     for one, other in zip(jax.tree.leaves(actual), params, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+GROUPS = (
+    {"parameters": ["layers.mlp.*", "embed.*"], "learning_rate_factor": 3.0},
+    {"parameters": ["*.bias"], "weight_decay": 0.5},
+    {"parameters": ["layers.query.kernel"], "learning_rate_factor": 0.25, "weight_decay": 0.0},
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_has_its_own_rate_and_decay_and_the_others_do_not_notice(kind):
+    options = {"kind": kind, "learning_rate": 0.1, "weight_decay": 0.2}
+    options |= {"clip_norm": None, "schedule": {"kind": "constant", "warmup_steps": 0}}
+
+    def moves(groups, **changes):
+        tx = build(OptimizerConfig.model_validate(options | changes | {"groups": groups}))
+        return tx.update(tree(1), tx.init(tree(0)), tree(0))[0]
+
+    plain, grouped, still = moves([]), moves(GROUPS), moves([], weight_decay=0.0)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    close(grouped["embed"]["table"], 3 * plain["embed"]["table"])
+    close(grouped["layers"]["mlp"]["kernel"], 3 * plain["layers"]["mlp"]["kernel"])
+    close(grouped["layers"]["query"]["kernel"], 0.25 * still["layers"]["query"]["kernel"])
+    bias = tree(0)["layers"]["query"]["bias"]
+    close(grouped["layers"]["query"]["bias"], plain["layers"]["query"]["bias"] - 0.1 * 0.5 * bias)
+    np.testing.assert_array_equal(grouped["layers"]["norm"]["scale"], plain["layers"]["norm"]["scale"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([{"parameters": ["layers.none.*"], "weight_decay": 0.0}], r"groups\.0\.parameters: 'layers\.none"),
+        (
+            [GROUPS[0], {"parameters": ["*table"], "weight_decay": 0.0}],
+            r"groups\.1.* embed\.table is in .*\.0",
+        ),
+    ],
+)
+def test_a_group_that_names_nothing_or_what_another_has_is_refused(groups, message):
+    with pytest.raises(ConfigError, match=message):
+        build(OptimizerConfig.model_validate({"groups": groups}))
 
 
 def rates(kind: str, **options) -> list[float]:
