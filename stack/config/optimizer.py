@@ -85,5 +85,8 @@ class OptimizerConfig(Section):
     have no gradient and no moments."""
     groups: tuple[GroupConfig, ...] = Field(default=(), strict=False)
     """Some parameters with a learning rate and a decay of their own; the others have those above."""
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Decay of a moving average of the weights, as 0.999, which is evaluated, sampled and exported in their
+    place; null: none. After t steps it is at most (1 + t) / (10 + t)."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over time."""

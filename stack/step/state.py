@@ -20,7 +20,8 @@ from stack.step.program import Program
 State = dict[str, Any]
 """{"params": ..., "opt_state": ..., "step": int32 scalar, "guard": see `guard.Guard`}; the optimizer's
 moments may be in host memory.
-Parameters that are not trained are under "frozen", where there are any."""
+Parameters that are not trained are under "frozen", where there are any; the moving average of the others
+under "ema", where there is one."""
 
 
 def init(program: Program, params: dict[str, Any] | None = None) -> State:
@@ -34,17 +35,26 @@ def init(program: Program, params: dict[str, Any] | None = None) -> State:
     with meshes.use(mesh):
         params, frozen = program.split(init_params(program) if params is None else params)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(program)["opt_state"])
-        return _with_frozen(frozen) | {
+        state = _with_frozen(frozen) | {
             "params": params,
             "opt_state": jax.jit(program.optimizer.init, out_shardings=shardings)(params),
             "step": jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())),
-            "guard": init_guard(program),
         }
+        return completed(program, state)
 
 
-def init_guard(program: Program) -> guard.Guard:
-    """The guard at step 0, or of a run that had another."""
-    return jax.device_put(guard.init(program.config.stability), NamedSharding(concrete(program), P()))
+MAY_BE_NEW = ("guard", "ema")
+"""Parts of a state that a checkpoint may lack, or have of another size."""
+
+
+def completed(program: Program, state: State) -> State:
+    """A state with the parts that it lacks: a guard that has seen nothing, an average that begins here."""
+    if "guard" not in state:
+        mesh = concrete(program)
+        state |= {"guard": jax.device_put(guard.init(program.config.stability), NamedSharding(mesh, P()))}
+    if program.config.optimizer.ema_decay and "ema" not in state:
+        state |= {"ema": jax.tree.map(jnp.copy, state["params"])}
+    return state
 
 
 def init_params(program: Program) -> dict:
@@ -82,6 +92,7 @@ def abstract(program: Program) -> State:
 
     return _with_frozen(frozen) | {
         "params": params,
+        **({"ema": params} if program.config.optimizer.ema_decay else {}),
         "opt_state": jax.tree.map(place, opt_state),
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P())),
         "guard": {
@@ -92,8 +103,9 @@ def abstract(program: Program) -> State:
 
 
 def join(state: State) -> dict[str, Any]:
-    """All parameters of a state, as the model takes them."""
-    return unflatten_dict(flatten_dict(state["params"]) | flatten_dict(state.get("frozen", {})))
+    """All parameters of a state, as the model takes them; in place of the trained ones their average."""
+    trained = state.get("ema", state["params"])
+    return unflatten_dict(flatten_dict(trained) | flatten_dict(state.get("frozen", {})))
 
 
 def _with_frozen(frozen: dict[str, Any]) -> State:

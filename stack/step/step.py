@@ -10,7 +10,7 @@ from flax import nnx
 from stack.layers.dropout import example_keys
 from stack.objectives.protocol import Sums
 from stack.parallel.zero import gather_module, gradients
-from stack.step import guard
+from stack.step import ema, guard
 from stack.step.offload import apply_by_layer
 from stack.step.optimizer import schedule
 from stack.step.program import Program
@@ -45,6 +45,9 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
         "skipped": 1 - is_good.astype(jnp.float32),
     }
     changed = {"params": params, "opt_state": opt_state, "step": step + 1, "guard": after}
+    if decay := config.optimizer.ema_decay:
+        applied = step - state["guard"]["skipped"]
+        changed["ema"] = ema.average(decay, state["ema"], params, applied=applied, is_good=is_good)
     return state | changed, metrics
 
 

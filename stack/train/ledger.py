@@ -14,7 +14,7 @@ from stack.config.reading import RUN_CONFIG
 from stack.data.dataset import digest
 from stack.data.position import Position
 from stack.data.tokenizer import Tokenizer
-from stack.step.state import State
+from stack.step.state import MAY_BE_NEW, State
 from stack.storage import durable
 from stack.train import record as records
 from stack.train.checkpoint.checkpoints import Checkpoints
@@ -180,10 +180,11 @@ class Ledger:
 
     def _parts(self, checkpoints: Checkpoints, step: int, abstract: State) -> State:
         """Those that are wanted and can be had: a guard against spikes may be of another size, or new."""
-        guard = {name: part for name, part in abstract.items() if name == "guard"}
-        if checkpoints.holds(step, guard):
-            return abstract
-        return {name: part for name, part in abstract.items() if name != "guard"}
+
+        def has(name: str) -> bool:
+            return name not in MAY_BE_NEW or checkpoints.holds(step, {name: abstract[name]})
+
+        return {name: part for name, part in abstract.items() if has(name)}
 
     def _compare(
         self, record: Record, data: Mapping[str, str] | None, *, reading: bool

@@ -45,8 +45,7 @@ def replay(trainer: "Trainer", step: int) -> Iterator[str]:
         first = trainer.ledger.position.step
         begun = f"the checkpoint of step {first:,}" if state is not None else "the seed"
         state = states.init(trainer.program) if state is None else state
-        if "guard" not in state:
-            state |= {"guard": states.init_guard(trainer.program)}
+        state = states.completed(trainer.program, state)
         recorded = {one["step"]: one for one in trainer.history.records if one["kind"] == "train"}
         compared, problems = 0, []
         batch = trainer.batch

@@ -281,8 +281,8 @@ class Trainer:
         )
         if self.state is None:
             self.state = states.init(self.program)
-        elif "guard" not in self.state:
-            self.state |= {"guard": states.init_guard(self.program)}
+        else:
+            self.state = states.completed(self.program, self.state)
         if jax.process_index() == 0:  # Last: what could not go on leaves the folder as it was.
             self.ledger.write(self.data.fingerprint, self.tokenizer)
         return notes

@@ -99,7 +99,7 @@ def _of_stage(w: Workload, *, first: bool, last: bool) -> Memory:
     activations, stack_bytes = _activation_bytes(w, rank=0 if first else w.stage - 1)
     always = {
         "parameters": sizes.shard + _compute_copies(w, sizes),
-        "optimizer": 0.0 if w.offload_optimizer else optimizer,
+        "optimizer": (0.0 if w.offload_optimizer else optimizer) + w.ema * sizes.shard,
         "reserve": RESERVE,
         "host": (optimizer if w.offload_optimizer else 0.0) + (stack_bytes if w.offload_activations else 0.0),
     }

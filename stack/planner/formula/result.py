@@ -12,7 +12,7 @@ class Memory:
     gradients: float
     """Accumulated or whole gradients that outlive one layer."""
     optimizer: float
-    """Moments on the device."""
+    """Moments on the device, and a moving average of the weights."""
     activations: float
     """Saved by the forward pass for the backward pass, all micro-batches in flight."""
     logits: float

@@ -346,10 +346,11 @@ def _host_memory(work: Workload, chip: Hardware, layer: float) -> Communication:
 def _optimizer(work: Workload, chip: Hardware) -> float:
     """The update reads weight, gradient and moments in float32, and writes all but the gradient.
 
-    The weight is written once more as it is used.
+    The weight is written once more as it is used; of an average the old is read and the new written.
     """
     weights = _on_device(work) / (work.fsdp if work.zero else 1)
-    return (weights * (3 * 4 + _BYTES) + optimizer_numbers(work) * 2 * 4) / _bandwidth(chip)
+    numbers = optimizer_numbers(work) + work.ema * weights
+    return (weights * (3 * 4 + _BYTES) + numbers * 2 * 4) / _bandwidth(chip)
 
 
 def _beside(volume: float, seconds: float, arithmetic: float, chip: Hardware) -> Communication:

@@ -57,6 +57,8 @@ class Workload:
     logits_bytes: int | None = None
     """Of the float32 logits that exist at once; None: as the objective takes them by itself."""
     optimizer: str = "adamw"
+    ema: bool = False
+    """A moving average of the weights is kept."""
     offload_optimizer: bool = False
     offload_activations: bool = False
     reduce_bytes: int = 4
@@ -176,6 +178,7 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         fused_attention=attention.kernel == "cudnn",
         logits_bytes=config.objective.logits_bytes,
         optimizer=config.optimizer.kind,
+        ema=config.optimizer.ema_decay is not None,
         offload_optimizer=train.offload_optimizer,
         offload_activations=train.offload_activations,
         reduce_bytes=4 if train.grad_reduce_dtype == "float32" else 2,

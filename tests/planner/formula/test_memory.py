@@ -117,9 +117,12 @@ def test_a_size_that_does_not_divide_stays_whole_over_fsdp() -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "lion", "adafactor"])
 def test_moments_are_those_of_the_optimizers_state(kind: str) -> None:
-    config = recipe("gpt2_124m", "mesh.fsdp=8", "mesh.zero=3", f"optimizer.kind={kind}")
+    ema = "0.999" if kind == "lion" else "null"
+    options = (f"optimizer.kind={kind}", f"optimizer.ema_decay={ema}")
+    config = recipe("gpt2_124m", "mesh.fsdp=8", "mesh.zero=3", *options)
     program = programs.on_mesh(config, meshes.abstract(config.mesh, 8), "cpu")
-    state = jax.tree.leaves(states.abstract(program)["opt_state"])
+    state = states.abstract(program)
+    state = jax.tree.leaves((state["opt_state"], state.get("ema")))
     bytes_of_state = sum(4 * shard_elements(leaf) for leaf in state)
     planned = memory(from_config(config, 8))
     # Counters, and Adafactor's rows and columns.
