@@ -58,13 +58,15 @@ class OptimizerConfig(Section):
     """One of Optax's optimizers, with global-norm clipping before and weight decay after."""
 
     conditions = (
-        Condition(fields=("beta1",), other="kind", values=("adamw", "sgd", "lion")),
-        Condition(fields=("beta2",), other="kind", values=("adamw", "lion")),
-        Condition(fields=("epsilon",), other="kind", values=("adamw",)),
+        Condition(fields=("beta1",), other="kind", values=("adamw", "sgd", "lion", "muon")),
+        Condition(fields=("beta2",), other="kind", values=("adamw", "lion", "muon")),
+        Condition(fields=("epsilon",), other="kind", values=("adamw", "muon")),
+        Condition(fields=("momentum",), other="kind", values=("muon",)),
     )
 
-    kind: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
-    """AdamW (arXiv 1711.05101), SGD with momentum, Lion (arXiv 2302.06675), Adafactor (1804.04235)."""
+    kind: Literal["adamw", "sgd", "lion", "adafactor", "muon"] = "adamw"
+    """AdamW (arXiv 1711.05101), SGD with momentum, Lion (arXiv 2302.06675), Adafactor (1804.04235), Muon for
+    matrices and AdamW for tables and vectors (arXiv 2502.16982, whose scale lets both share a rate)."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -74,6 +76,8 @@ class OptimizerConfig(Section):
     gradients; 0.99 in its paper."""
     epsilon: PositiveFloat = 1e-8
     """AdamW: added to the root of the second moment."""
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Muon: decay of its sum of gradients; 0.95 by its authors."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices, per step as learning rate x this; 0.1 in GPT-3."""
     decay_embeddings: bool = True

@@ -7,6 +7,7 @@ import optax
 
 from stack.config import OptimizerConfig, ScheduleConfig
 from stack.step import groups
+from stack.step.muon import scale_by_muon
 
 Axes = Any
 """A tree like the parameters with the logical axes of each."""
@@ -15,7 +16,9 @@ Roles = Any
 """A tree like the parameters with the role of each."""
 
 
-def build(config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles) -> optax.GradientTransformation:
+def build(
+    config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles, dtype: str = "float32"
+) -> optax.GradientTransformation:
     """Clipping, the optimizer's rule, weight decay of matrices, the learning rate: in that order.
 
     Args:
@@ -23,18 +26,21 @@ def build(config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles) -> o
       steps: of the whole run, which the schedule may end with.
       axes: the logical axes of every parameter.
       roles: the role of every parameter.
+      dtype: what products of matrices are computed in.
 
     Raises:
       ConfigError: a group that names none of them, or one of another group.
     """
-    clip, rule = parts(config, steps=steps, axes=axes, roles=roles)
+    clip, rule = parts(config, steps=steps, axes=axes, roles=roles, dtype=dtype)
     return optax.chain(*clip, *rule)
 
 
-def parts(config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles) -> tuple[list, list]:
+def parts(
+    config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles, dtype: str = "float32"
+) -> tuple[list, list]:
     """What of it looks at the whole gradient, and what at each layer and parameter by itself."""
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    rule = [_rule(config, axes)]
+    rule = [_rule(config, axes, roles, dtype)]
     rates, decays = groups.rates_and_decays(config, roles)
     if any(jax.tree.leaves(decays)):
         rule.append(groups.add_decay(decays))
@@ -69,10 +75,16 @@ def _after_warmup(shape: ScheduleConfig, peak: float, steps: int) -> optax.Sched
             return optax.linear_schedule(peak, end, fall, transition_begin=length - fall)
 
 
-def _rule(config: OptimizerConfig, axes: Axes) -> optax.GradientTransformation:
+def _rule(config: OptimizerConfig, axes: Axes, roles: Roles, dtype: str) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     match config.kind:
         case "adamw":
-            return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+            return adam
+        case "muon":
+            labels = jax.tree.map(lambda role: "muon" if role == "matrix" else "adam", roles)
+            matrices = jax.tree.map(lambda role, names: names if role == "matrix" else (), roles, axes)
+            muon = scale_by_muon(config.momentum, matrices, dtype=dtype)
+            return optax.partition({"muon": muon, "adam": adam}, labels)
         case "sgd":
             return optax.trace(config.beta1)
         case "lion":

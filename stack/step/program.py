@@ -104,8 +104,8 @@ class Program:
     def optimizer(self) -> optax.GradientTransformation:
         """Clipping, rule, decay and schedule."""
         (axes, _), (roles, _) = self.split(self.axes), self.split(self.roles)
-        steps = self.config.train.steps
-        return optimizers.build(self.config.optimizer, steps=steps, axes=axes, roles=roles)
+        steps, dtype = self.config.train.steps, self.config.model.dtype
+        return optimizers.build(self.config.optimizer, steps=steps, axes=axes, roles=roles, dtype=dtype)
 
     @cached_property
     def graph(self) -> nnx.GraphDef:
@@ -213,6 +213,13 @@ def _memory_kinds(mesh: Mesh | AbstractMesh) -> set[str]:
     return {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
 
 
+_KEEPS = {
+    "adafactor": "adafactor's state is a thousandth of the parameters, there is nothing to gain",
+    "muon": "muon takes all layers of a matrix at once, to deal them out to the devices",
+}
+"""Optimizers whose state stays on the device, and why."""
+
+
 def check_offload(config: Config, memory_kinds: set[str]) -> None:
     """Refuses to keep in host memory what cannot be kept there.
 
@@ -225,8 +232,8 @@ def check_offload(config: Config, memory_kinds: set[str]) -> None:
             f"train.{wishes[0]}: these devices reach no pinned host memory, only "
             f"{', '.join(sorted(memory_kinds))}; set it to false"
         )
-    if config.train.offload_optimizer and config.optimizer.kind == "adafactor":
+    if config.train.offload_optimizer and config.optimizer.kind in _KEEPS:
         raise ConfigError(
-            "train.offload_optimizer: adafactor's state is a thousandth of the parameters, there is nothing "
-            "to gain; set it to false, or take another optimizer.kind"
+            f"train.offload_optimizer: {_KEEPS[config.optimizer.kind]}; set it to false, or take another "
+            "optimizer.kind"
         )

@@ -125,7 +125,7 @@ def test_an_axis_that_is_not_built_is_refused_as_such(field):
     [
         (
             {"optimizer": {"kind": "lion", "epsilon": 1e-6}},
-            "optimizer: epsilon=1e-06 is not read with kind=lion; remove it, or set kind=adamw",
+            "optimizer: epsilon=1e-06 is not read with kind=lion; remove it, or set kind=adamw or muon",
         ),
         (
             {"optimizer": {"schedule": {"decay_fraction": 0.5}}},

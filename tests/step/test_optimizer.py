@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import apply, loss_gradient
 
-KINDS = ("adamw", "sgd", "lion", "adafactor")
+KINDS = ("adamw", "sgd", "lion", "adafactor", "muon")
 LAYERS = 3
 AXES = {
     "embed": {"table": ("vocab", "embed")},
@@ -64,7 +65,8 @@ def unstack(stacked: dict, axes: bool = False) -> dict:
 
 
 def build(config, **trees):
-    return optimizers.build(config, steps=10, **({"axes": AXES, "roles": ROLES} | trees))
+    options: dict[str, Any] = {"axes": AXES, "roles": ROLES} | trees
+    return optimizers.build(config, steps=10, **options)
 
 
 def train(tx, params, gradients):
