@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stack.config.errors import StackError
+from stack.data.entry import EntryWriter, open_entry
 from stack.doctor.faults import power
 from stack.doctor.faults.runs import Run
 from stack.interrupt import REQUEUE
@@ -131,9 +132,26 @@ def _damage_cache(run: Run, chance: random.Random) -> Outcome:
     run.start()
     statuses = run.wait()
     is_told = path.parent.name in run.said()[0]
-    if not is_told and path.exists() and path.read_bytes() != before and path.suffix != ".lock":
+    is_there = path.exists() and path.read_bytes() != before
+    # A run that has come to its end does not read all of it.
+    if not is_told and is_there and not _is_found(path.parent):
         return Outcome(done=done, problem=f"neither told nor mended: {run.said()[0][-300:]}")
     return _outcome(run, done, statuses, {0}, is_told=is_told)
+
+
+def _is_found(entry: Path) -> bool:
+    """Whether damage of an entry of the cache is named once all of it is read."""
+
+    def write(_: EntryWriter) -> None:
+        raise StackError("it would be made anew")
+
+    try:
+        _, arrays = open_entry(entry, write, warn=lambda _: None)
+        for array in arrays.values():
+            array.tolist()
+    except StackError:
+        return True
+    return False
 
 
 def _damage_history(run: Run, chance: random.Random) -> Outcome:
