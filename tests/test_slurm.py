@@ -88,7 +88,8 @@ def wait_for_state(slurm: Callable[..., str], job: str, wanted: str, log: Path) 
 
     def is_there() -> bool:
         is_now = state(slurm, job)
-        assert is_now == wanted or is_now not in ("COMPLETED", "FAILED"), (is_now, log.read_text())
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        assert is_now == wanted or is_now not in ended, (is_now, log.read_text())
         return is_now == wanted
 
     wait(is_there, log)

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 ITERATIONS = 5
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of x, (x x^T) x and (x x^T)^2 x: singular values in (0, 1] come to lie between 0.7 and 1.2 within five."""
+"""Of x, (x x^T) x and (x x^T)^2 x: singular values from some hundredths to 1 come to lie around 1 within five
+iterations, between about 0.7 and 1.2; smaller ones grow 3.4-fold in each."""
 _RMS = 0.2
 """The root mean square of AdamW's updates, about."""
 

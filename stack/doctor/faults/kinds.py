@@ -140,7 +140,7 @@ def _damage_cache(run: Run, chance: random.Random) -> Outcome:
 
 
 def _is_found(entry: Path) -> bool:
-    """Whether damage of an entry of the cache is named once all of it is read."""
+    """Whether damage of an entry of the cache is named once all of it is read, which removes the entry."""
 
     def write(_: EntryWriter) -> None:
         raise StackError("it would be made anew")
