@@ -62,6 +62,11 @@ def test_the_step_keeps_it_beside_the_weights_that_are_trained(layout, devices) 
             state, _ = step(state, rows)
             decay, now = (1 + applied) / (10 + applied), jax.device_get(state["params"])
             mean = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, mean, now)
+        broken, metrics = step(state | {"params": jax.tree.map(lambda x: x * jnp.nan, state["params"])}, rows)
+        assert metrics["skipped"] == 1
+        jax.tree.map(
+            np.testing.assert_array_equal, jax.device_get(broken["ema"]), jax.device_get(state["ema"])
+        )
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, jax.device_get(state["ema"]), mean)
     assert "embed" not in state["ema"]
