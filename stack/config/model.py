@@ -80,11 +80,16 @@ class BlockConfig(Section):
     mlp_dim: PositiveInt | None = None
     """Width inside the MLP; null: 4 x embed_dim."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation before attention, before the MLP and at the end; `rmsnorm` has no bias."""
+    """Normalisation of attention, of the MLP and at the end; `rmsnorm` has no bias."""
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    """Where a block normalises: `pre`, what attention and MLP read (GPT-2, Llama); `post`, the residual
+    stream after each is added (BERT, arXiv 1810.04805); `both`, what they read and what they give (Gemma 2,
+    arXiv 2408.00118). With `post` there is no norm at the end."""
     norm_epsilon: PositiveFloat = 1e-5
     """Added to the variance; 1e-5 in GPT-2 and Llama 3, 1e-6 in Qwen."""
-    mlp: Literal["gelu", "gelu_tanh", "swiglu", "geglu"] = "gelu_tanh"
-    """Activation; the -glu kinds have a gate beside it (arXiv 2002.05202). GPT-2 uses gelu_tanh."""
+    mlp: Literal["relu", "gelu", "gelu_tanh", "swiglu", "geglu"] = "gelu_tanh"
+    """Activation; the -glu kinds have a gate beside it (arXiv 2002.05202). GPT-2 uses gelu_tanh, BERT gelu,
+    T5 v1.0 relu and v1.1 geglu."""
     position: Literal["learned", "rotary"] = "learned"
     """How position enters: a learned table added to the embedding, or rotated queries and keys."""
     rope: RopeConfig = RopeConfig()
@@ -99,6 +104,8 @@ class BlockConfig(Section):
     """RMSNorm of every query and key head before the rotation (Qwen 3, arXiv 2302.05442)."""
     sliding_window: PositiveInt | None = None
     """Each token sees this many tokens, itself included (arXiv 2310.06825); null: all before it."""
+    attention_scale: PositiveFloat | None = None
+    """What scores are multiplied by; null: 1 / sqrt(head width). T5 has 1."""
     attention_softcap: PositiveFloat | None = None
     """Scores become c x tanh(score / c) (Gemma 2, arXiv 2408.00118); null: as they are."""
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -206,6 +213,8 @@ class ParallelDecoderConfig(LanguageConfig):
 
     kind: Literal["parallel_decoder"] = "parallel_decoder"
     """Attention and MLP from one norm, added together (GPT-J; PaLM, arXiv 2204.02311, section 2)."""
+    norm_placement: Literal["pre"] = "pre"
+    """The one norm comes first."""
 
 
 type ModelConfig = DecoderConfig | ParallelDecoderConfig

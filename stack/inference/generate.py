@@ -289,6 +289,7 @@ def _append(settings: _Settings, params: dict, padding: jax.Array, bucket: int, 
         scores = logits(
             output.hidden[:, -1:],
             output.table,
+            bias=output.bias,
             vocab_size=config.vocab_size,
             softcap=config.logit_softcap,
             layout=layout,

@@ -305,6 +305,7 @@ def family_of(config: DecoderConfig) -> str:
     """
     family = _family(config)
     required: dict[str, Any] = {"kind": "decoder", "attention_softcap": None, "logit_softcap": None}
+    required |= {"norm_placement": "pre", "attention_scale": None}
     if family == "gpt2":
         required |= {
             "norm": "layernorm",

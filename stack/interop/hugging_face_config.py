@@ -13,7 +13,7 @@ from stack.config import DecoderConfig, RopeConfig
 from stack.config.errors import ConfigError, StackError
 from stack.interop.config_reader import ConfigReader
 
-_GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 _HARMLESS = frozenset(
     (
@@ -97,7 +97,7 @@ def _gpt2(keys: ConfigReader) -> DecoderConfig:
         mlp_dim=keys.optional_integer("n_inner"),
         norm="layernorm",
         norm_epsilon=keys.number("layer_norm_epsilon", 1e-5),
-        mlp=_GELU[keys.word("activation_function", tuple(_GELU), "gelu_new")],
+        mlp=_ACTIVATIONS[keys.word("activation_function", tuple(_ACTIVATIONS), "gelu_new")],
         position="learned",
         qkv_bias=True,
         out_bias=True,

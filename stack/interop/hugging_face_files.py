@@ -86,7 +86,7 @@ def _gpt2(config: DecoderConfig) -> dict[str, Any]:
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
         "n_inner": config.mlp_dim,
-        "activation_function": {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp],
+        "activation_function": {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp],
         "layer_norm_epsilon": config.norm_epsilon,
         "embd_pdrop": config.embedding_dropout,
         "attn_pdrop": config.attention_dropout,

@@ -94,7 +94,15 @@ class Attention(nnx.Module):
                 names=names,
             )
         y = attend(
-            query, key, value, mask, layout, kernel=kernel, softcap=config.attention_softcap, drop=drop
+            query,
+            key,
+            value,
+            mask,
+            layout,
+            kernel=kernel,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+            drop=drop,
         )
         return self.out(y, layout, ("batch", "residual_length", "embed")), cache
 

@@ -11,6 +11,7 @@ def logits(
     table: Float[Array, "vocab embed"],
     *,
     vocab_size: int,
+    bias: Float32[Array, " vocab"] | None = None,
     softcap: float | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> Float32[Array, "batch length vocab"]:
@@ -20,6 +21,7 @@ def logits(
       hidden: [batch, length, embed], any float dtype.
       table: [vocab, embed] in the same dtype; rows from `vocab_size` on are padding.
       vocab_size: words of the tokenizer.
+      bias: [vocab] float32, added to the scores; None: nothing is.
       softcap: c of c x tanh(logit / c); None: as they are.
       layout: how things lie on the mesh.
     """
@@ -30,6 +32,8 @@ def logits(
         preferred_element_type=jnp.float32,
         out_sharding=layout.spec("batch", "length", "vocab"),
     )
+    if bias is not None:
+        scores = scores + bias
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     return jnp.where(word_numbers(table.shape[0], layout) < vocab_size, scores, jnp.finfo(jnp.float32).min)

@@ -12,6 +12,7 @@ from stack.layers.linear import Linear
 from stack.parallel.rules import Layout
 
 ACTIVATIONS = {
+    "relu": jax.nn.relu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "swiglu": jax.nn.silu,

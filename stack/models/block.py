@@ -12,21 +12,28 @@ from stack.layers.dropout import ATTENTION_OUT, MLP_OUT, dropout
 from stack.layers.mlp import Mlp
 from stack.layers.norm import Norm
 from stack.models.stack import Execution
+from stack.parallel.rules import Layout
 
 RESIDUAL = ("batch", "residual_length", "embed")
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) (arXiv 1706.03762, norms first as in GPT-2)."""
+    """x + attention(x), then x + mlp(x) (arXiv 1706.03762), with norms where `norm_placement` says.
+
+    `pre`: x + f(norm(x)), as GPT-2; `post`: norm(x + f(x)), as BERT; `both`: x + norm(f(norm(x))), as
+    Gemma 2.
+    """
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         """Float32 parameters of one layer."""
-        embed = ("embed", config.embed_dim)
+        norm = partial(Norm, config.norm, ("embed", config.embed_dim), config.norm_epsilon)
         self.config = config
-        self.attention_norm = Norm(config.norm, embed, config.norm_epsilon)
+        self.attention_norm = norm()
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = Norm(config.norm, embed, config.norm_epsilon)
+        self.attention_out_norm = norm() if config.norm_placement == "both" else None
+        self.mlp_norm = norm()
         self.mlp = Mlp(config, rngs=rngs)
+        self.mlp_out_norm = norm() if config.norm_placement == "both" else None
 
     def __call__(
         self,
@@ -41,10 +48,21 @@ class Block(nnx.Module):
         """[batch, residual_length, embed] -> the same, and the cache with this layer's keys and values."""
         layout = run.layout
         drop = partial(dropout, rate=self.config.residual_dropout, keys=keys, layout=layout, names=RESIDUAL)
-        whole = layout.shard(self.attention_norm(x), "batch", "length", "embed")
+        whole = self.read(self.attention_norm, x, layout)
         y, cache = self.attention(
             whole, mask, layout, kernel=run.kernels["attention"], keys=keys, cache=cache, slot=slot
         )
-        x = x + drop(y, place=ATTENTION_OUT)
-        whole = layout.shard(self.mlp_norm(x), "batch", "length", "embed")
-        return x + drop(self.mlp(whole, layout), place=MLP_OUT), cache
+        y = y if self.attention_out_norm is None else self.attention_out_norm(y)
+        x = self.write(self.attention_norm, x + drop(y, place=ATTENTION_OUT))
+        y = self.mlp(self.read(self.mlp_norm, x, layout), layout)
+        y = y if self.mlp_out_norm is None else self.mlp_out_norm(y)
+        return self.write(self.mlp_norm, x + drop(y, place=MLP_OUT)), cache
+
+    def read(self, norm: Norm, x: jax.Array, layout: Layout) -> jax.Array:
+        """What attention or the MLP reads of the residual stream: all of its length."""
+        x = x if self.config.norm_placement == "post" else norm(x)
+        return layout.shard(x, "batch", "length", "embed")
+
+    def write(self, norm: Norm, x: jax.Array) -> jax.Array:
+        """The residual stream after a sum."""
+        return norm(x) if self.config.norm_placement == "post" else x

@@ -66,17 +66,18 @@ class Cost:
     """Outside the layers, in the objective: the scores of words."""
 
 
-def block_cost(config: BlockConfig, *, norms: int = 2) -> Layers:
-    """The layers of `stack.models.block`, or of blocks with another number of norms.
+def block_cost(config: BlockConfig, *, sums: int = 2) -> Layers:
+    """The layers of `stack.models.block`, or of blocks with another number of residual sums.
 
     Args:
       config: the blocks.
-      norms: before attention and MLP; with one, they stand side by side and are summed together.
+      sums: of the residual stream; with one, attention and MLP stand side by side and are added together.
     """
     embed, gates = config.embed_dim, 2 if config.gated else 1
     queries, keys = config.num_heads * config.head_width, config.kv_heads * config.head_width
     # A norm reads and writes; so does a residual sum, which besides reads each of the two that it adds.
-    streams = 2 * norms + 2 * norms + 2
+    norms = 2 * sums if config.norm_placement == "both" else sums
+    streams = 2 * norms + 2 * sums + 2
     elementwise = [("embed", streams * embed), ("mlp", (gates + 1) * config.mlp_width)]
     if config.position == "rotary":
         elementwise.append(("heads", 2 * (queries + keys)))
@@ -107,7 +108,7 @@ def block_cost(config: BlockConfig, *, norms: int = 2) -> Layers:
     )
 
 
-def decoder_cost(config: LanguageConfig, *, norms: int = 2) -> Cost:
+def decoder_cost(config: LanguageConfig, *, sums: int = 2) -> Cost:
     """A decoder of such blocks; the head counts with its padded rows, also where it is the embedding."""
     head = Product(inner=("embed", config.embed_dim), columns=("vocab", config.padded_vocab_size))
-    return Cost(stacks=(block_cost(config, norms=norms),), head=(head,))
+    return Cost(stacks=(block_cost(config, sums=sums),), head=(head,))

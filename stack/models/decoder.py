@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stack.config import LanguageConfig
+from stack.config import BlockConfig, LanguageConfig
 from stack.kernels.attention import Mask, row_mask
 from stack.layers.attention import Cache
 from stack.layers.dropout import EMBEDDING, dropout, layer_keys
@@ -37,7 +37,7 @@ class Decoder(nnx.Module):
         self.position = _positions(config, rngs) if config.position == "learned" else None
         make = partial(_make_layer, self.block, config)
         self.layers = stack_layers(make, config.num_layers, rngs=rngs)
-        self.final_norm = Norm(config.norm, ("embed", config.embed_dim), config.norm_epsilon)
+        self.final_norm = final_norm(config)
         self.head = None if config.tied_embeddings else words(std=config.init_std, rngs=rngs)
 
     @staticmethod
@@ -102,9 +102,16 @@ class Decoder(nnx.Module):
             return block(x, mask, run, keys=keys, cache=cache, slot=slot)
 
         x, cache = run_layers(layer, self.layers, x, run, state=cache, unroll=config.scan_unroll)
-        x = layout.shard(self.final_norm(x), "batch", "length", "embed")
+        x = layout.shard(x if self.final_norm is None else self.final_norm(x), "batch", "length", "embed")
         head = embed if self.head is None else gather_at_use(self.head, layout)
         return Output(hidden=x, table=head.table[...].astype(dtype)), cache
+
+
+def final_norm(config: BlockConfig) -> Norm | None:
+    """The norm after the last block, where the block does not end with one."""
+    if config.norm_placement == "post":
+        return None
+    return Norm(config.norm, ("embed", config.embed_dim), config.norm_epsilon)
 
 
 def _make_layer(block: Any, config: LanguageConfig, rngs: nnx.Rngs) -> Any:

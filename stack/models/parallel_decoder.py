@@ -56,5 +56,5 @@ class ParallelDecoder(Decoder):
 
     @staticmethod
     def cost(config: LanguageConfig) -> Cost:
-        """A decoder's, with one norm a layer."""
-        return decoder_cost(config, norms=1)
+        """A decoder's, with one norm and one sum a layer."""
+        return decoder_cost(config, sums=1)

@@ -17,6 +17,8 @@ class Output(NamedTuple):
     """[batch, length, embed] in the compute dtype, after the final norm."""
     table: jax.Array
     """[vocab, embed] in the compute dtype: the rows that hidden states are compared with."""
+    bias: jax.Array | None = None
+    """[vocab] float32, added to the scores of words; None: nothing is."""
 
 
 @runtime_checkable

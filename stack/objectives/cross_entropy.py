@@ -49,8 +49,9 @@ def cross_entropy(
     labels: Int[Array, "batch length"],
     scale: Float32[Array, ""],
     head: Head,
+    bias: Float32[Array, " vocab"] | None = None,
 ) -> Sums:
-    """Sums of the loss over labels >= 0; differentiable in `hidden` and `table` through `loss` alone.
+    """Sums of the loss over labels >= 0; differentiable through `loss` in `hidden`, `table` and `bias`.
 
     The scale meets the gradients in float32, after the products: rounded to bfloat16, it or the slope at
     the labels, which is close to -1 for most of them, would be off by up to 0.4%, and all gradients with it.
@@ -61,22 +62,37 @@ def cross_entropy(
       labels: [batch, length] int32; below 0: does not count.
       scale: float32 scalar, what the loss is multiplied by: one over the labels of the whole batch.
       head: the options.
+      bias: [vocab] float32, added to the scores of words; None: nothing is.
     """
 
     def body(sums: Sums, chunk: tuple) -> tuple[Sums, None]:
-        return _add(sums, _chunk_sums(*chunk, table=table, scale=scale, head=head)[0]), None
+        return _add(sums, _chunk_sums(*chunk, table=table, bias=bias, scale=scale, head=head)[0]), None
 
     return jax.lax.scan(body, _zero_sums(), _chunks(hidden, labels, head))[0]
 
 
 def _forward(
-    hidden: jax.Array, table: jax.Array, labels: jax.Array, scale: jax.Array, head: Head
+    hidden: jax.Array,
+    table: jax.Array,
+    labels: jax.Array,
+    scale: jax.Array,
+    head: Head,
+    bias: jax.Array | None = None,
 ) -> tuple[Sums, tuple]:
     layout = head.layout
+    bias_spec = None if layout.trivial else P(*layout.whole_spec(("vocab",)), unreduced=layout.replicas)
 
     def body(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
-        sums, table_gradient = carry
-        more, d_logits = _chunk_sums(*chunk, table=table, scale=scale, head=head)
+        sums, table_gradient, bias_gradient = carry
+        more, d_logits = _chunk_sums(*chunk, table=table, bias=bias, scale=scale, head=head)
+        if bias_gradient is not None:
+            bias_gradient += jnp.einsum(
+                "blv,bl->v",
+                d_logits,
+                jnp.ones_like(d_logits[..., 0]),
+                preferred_element_type=jnp.float32,
+                out_sharding=bias_spec,
+            )
         hidden_gradient = jnp.einsum(
             "blv,ve->ble", d_logits, table, out_sharding=layout.spec("batch", "length", "embed")
         )
@@ -88,19 +104,24 @@ def _forward(
             preferred_element_type=jnp.float32,
             out_sharding=_cotangent_spec(table, layout),
         )
-        return (_add(sums, more), table_gradient), hidden_gradient
+        return (_add(sums, more), table_gradient, bias_gradient), hidden_gradient
 
     zeros = jnp.zeros(table.shape, jnp.float32, out_sharding=_cotangent_spec(table, layout))
-    (sums, table_gradient), hidden_gradient = jax.lax.scan(
-        body, (_zero_sums(), zeros), _chunks(hidden, labels, head)
+    no_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32, out_sharding=bias_spec)
+    (sums, table_gradient, bias_gradient), hidden_gradient = jax.lax.scan(
+        body, (_zero_sums(), zeros, no_bias), _chunks(hidden, labels, head)
     )
+    if bias_gradient is not None:
+        bias_gradient = _multiply(layout.shard(bias_gradient, "vocab"), scale)
     batch, length, width = hidden.shape
     hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(batch, -1, width)[:, :length]
-    return sums, (hidden_gradient, _multiply(table_gradient, scale).astype(table.dtype))
+    table_gradient = _multiply(table_gradient, scale).astype(table.dtype)
+    return sums, (hidden_gradient, table_gradient, bias_gradient)
 
 
 def _backward(_: Head, gradients: tuple, cotangent: Sums) -> tuple:
-    return *(_multiply(gradient, cotangent.loss) for gradient in gradients), None, None
+    hidden, table, bias = jax.tree.map(lambda gradient: _multiply(gradient, cotangent.loss), gradients)
+    return hidden, table, None, None, bias
 
 
 def _multiply(gradient: jax.Array, scale: jax.Array) -> jax.Array:
@@ -115,11 +136,19 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunk_sums(
-    hidden: jax.Array, labels: jax.Array, *, table: jax.Array, scale: jax.Array, head: Head
+    hidden: jax.Array,
+    labels: jax.Array,
+    *,
+    table: jax.Array,
+    bias: jax.Array | None,
+    scale: jax.Array,
+    head: Head,
 ) -> tuple[Sums, jax.Array]:
     """The sums of one chunk, and the gradient of its loss with respect to its raw logits."""
     layout = head.layout
-    scores = logits(hidden, table, vocab_size=head.vocab_size, softcap=head.softcap, layout=layout)
+    scores = logits(
+        hidden, table, bias=bias, vocab_size=head.vocab_size, softcap=head.softcap, layout=layout
+    )
     counts = labels >= 0
     highest = scores.max(-1)
     exponentials = jnp.exp(scores - highest[..., None])

@@ -21,10 +21,13 @@ LABELS[2] = -1
 LABELS[3, ::3] = -1
 
 
-def reference(*, softcap=None, z_loss=0.0):
+BIAS = np.where(np.arange(ROWS) < WORDS, random.normal(size=ROWS), 0).astype(np.float32)
+
+
+def reference(*, softcap=None, z_loss=0.0, bias=None):
     """Loss, nll, correct and the gradients of the loss, by hand in float64."""
     hidden, table = HIDDEN.astype(np.float64), TABLE[:WORDS].astype(np.float64)
-    raw = hidden @ table.T
+    raw = hidden @ table.T + (0 if bias is None else bias[:WORDS])
     scores = raw if softcap is None else softcap * np.tanh(raw / softcap)
     normaliser = np.log(np.exp(scores).sum(-1))
     counts = LABELS >= 0
@@ -39,7 +42,11 @@ def reference(*, softcap=None, z_loss=0.0):
     slope *= counts[..., None]
     table_gradient = np.zeros((ROWS, WIDTH))
     table_gradient[:WORDS] = np.einsum("blv,ble->ve", slope, hidden)
-    return (loss, nll, correct), (slope @ table, table_gradient)
+    if bias is None:
+        return (loss, nll, correct), (slope @ table, table_gradient)
+    bias_gradient = np.zeros(ROWS)
+    bias_gradient[:WORDS] = slope.sum((0, 1))
+    return (loss, nll, correct), (slope @ table, table_gradient, bias_gradient)
 
 
 def close(actual, expected):
@@ -100,6 +107,20 @@ def test_loss_and_gradients_scale(scale, after):
     close(value, loss / 7)
     for actual, gradient in zip(gradients, expected, strict=True):
         close(actual, gradient / 7)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "z_loss": 0.1}])
+def test_a_bias_of_words_is_added_and_has_its_gradient(options):
+    def loss(hidden, table, bias):
+        head = Head(WORDS, chunk=9, **options)
+        sums = cross_entropy(hidden, table, jnp.asarray(LABELS), jnp.float32(1), head, bias)
+        return sums.loss, sums
+
+    arrays = map(jnp.asarray, (HIDDEN, TABLE, BIAS))
+    (_, sums), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    expected_sums, expected = reference(bias=BIAS.astype(np.float64), **options)
+    for actual, wanted in zip((*sums, *gradients), (*expected_sums, *expected), strict=True):
+        close(actual, wanted)
 
 
 @pytest.mark.parametrize("tokens", [1021, 1013, 4000])
@@ -169,20 +190,21 @@ def test_a_mesh_changes_nothing(sizes):
     head = Head(WORDS, softcap=3.0, z_loss=0.1, chunk=8, layout=layout)
     names = ("vocab", "embed")
 
-    def run(hidden, table, labels):
-        def loss(hidden, table):
+    def run(hidden, table, bias, labels):
+        def loss(hidden, table, bias):
             gathered = gather_weight(table, layout, names, "table")
-            sums = cross_entropy(hidden, gathered, labels, jnp.float32(1), head)
+            sums = cross_entropy(hidden, gathered, labels, jnp.float32(1), head, bias)
             return sums.loss, sums
 
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(hidden, table, bias)
 
     with meshes.use(mesh):
         hidden = jax.device_put(HIDDEN, layout.sharding("batch", "length", "embed"))
         spec = layout.parameter_spec(names, TABLE.shape, "table")
         table = jax.device_put(TABLE, jax.NamedSharding(mesh, spec))
+        bias = jax.device_put(BIAS, layout.sharding("vocab"))
         labels = jax.device_put(LABELS, layout.sharding("batch", "length"))
-        (_, sums), gradients = jax.jit(run)(hidden, table, labels)
-    expected_sums, expected_gradients = reference(softcap=3.0, z_loss=0.1)
+        (_, sums), gradients = jax.jit(run)(hidden, table, bias, labels)
+    expected_sums, expected_gradients = reference(softcap=3.0, z_loss=0.1, bias=BIAS.astype(np.float64))
     for actual, expected in zip((*sums, *gradients), (*expected_sums, *expected_gradients), strict=True):
         close(actual, expected)

@@ -19,10 +19,11 @@ def attend(
     *,
     kernel: str,
     bias: Float[Array, "#batch #heads #queries #keys"] | None = None,
+    scale: float | None = None,
     softcap: float | None = None,
     drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """softmax(query key^T / sqrt(head_dim) + bias) value, over the keys that a mask allows.
+    """softmax(scale query key^T + bias) value, over the keys that a mask allows.
 
     Args:
       query: [batch, queries, heads, head_dim], any float dtype.
@@ -33,6 +34,7 @@ def attend(
       kernel: a name in `KERNELS`; nothing falls back.
       bias: added to the scores before the soft cap's result is masked, broadcast to
         [batch, heads, queries, keys]; any float dtype.
+      scale: what scores are multiplied by; None: 1 / sqrt(head_dim).
       softcap: c of c x tanh(score / c); None: as they are.
       drop: applied to the weights [batch, kv_heads, group, queries, keys]; None: nothing is dropped.
 
@@ -44,4 +46,5 @@ def attend(
     """
     if kernel not in KERNELS:
         raise ValueError(f"unknown attention kernel {kernel!r}: {', '.join(KERNELS)}")
-    return KERNELS[kernel].attend(query, key, value, mask, layout, bias=bias, softcap=softcap, drop=drop)
+    implementation = KERNELS[kernel].attend
+    return implementation(query, key, value, mask, layout, bias=bias, scale=scale, softcap=softcap, drop=drop)

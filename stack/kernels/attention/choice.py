@@ -39,6 +39,7 @@ class Attend(Protocol):
         /,
         *,
         bias: jax.Array | None,
+        scale: float | None,
         softcap: float | None,
         drop: Callable[[jax.Array], jax.Array] | None,
     ) -> jax.Array:

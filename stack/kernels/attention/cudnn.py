@@ -1,6 +1,7 @@
 """cuDNN's fused attention, on NVIDIA GPUs from compute capability 8.0."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -18,6 +19,7 @@ def attend(
     layout: Layout,
     *,
     bias: jax.Array | None,
+    scale: float | None,
     softcap: float | None,
     drop: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
@@ -34,12 +36,12 @@ def attend(
     if bias is not None or softcap is not None or drop is not None:
         raise ValueError("cudnn has no bias, soft cap or dropout of attention; use xla")
     if layout.trivial:
-        return _attend_local(query, key, value, mask)
+        return _attend_local(query, key, value, mask, scale=scale)
     heads = layout.spec("batch", None, "heads") or P()
     kv_heads = layout.spec("batch", None, "kv_heads") or P()
     rows = layout.spec("batch") or P()
     specs = (heads, kv_heads, kv_heads, jax.tree.map(lambda _: rows, mask))
-    call = jax.shard_map(_attend_local, in_specs=specs, out_specs=heads, check_vma=False)
+    call = jax.shard_map(partial(_attend_local, scale=scale), in_specs=specs, out_specs=heads, check_vma=False)
     return call(query, key, value, mask)
 
 
@@ -62,7 +64,9 @@ def obstacles(request: Request) -> list[str]:
     return [text for failed, text in checks if failed]
 
 
-def _attend_local(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
+def _attend_local(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, *, scale: float | None
+) -> jax.Array:
     packed = mask.query_segments is not None
     explicit = packed or mask.kind == "prefix"
     causal = mask.kind == "causal"
@@ -75,6 +79,7 @@ def _attend_local(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask
         value,
         mask=mask.allowed()[:, None] if explicit else None,
         # A mask says so too, but told of it cuDNN leaves out the half that is masked.
+        scale=scale,
         is_causal=causal,
         local_window_size=None if window is None else (window, 0 if causal else window),
         query_seq_lengths=lengths,

@@ -18,6 +18,7 @@ def attend(
     _: Layout,
     *,
     bias: jax.Array | None,
+    scale: float | None,
     softcap: float | None,
     drop: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
@@ -26,7 +27,7 @@ def attend(
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
-    scores = scores * head_dim**-0.5
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
