@@ -89,7 +89,7 @@ def _forward(
             bias_gradient += jnp.einsum(
                 "blv,bl->v",
                 d_logits,
-                jnp.ones_like(d_logits[..., 0]),
+                jnp.ones_like(chunk[1], d_logits.dtype),
                 preferred_element_type=jnp.float32,
                 out_sharding=bias_spec,
             )
@@ -146,9 +146,7 @@ def _chunk_sums(
 ) -> tuple[Sums, jax.Array]:
     """The sums of one chunk, and the gradient of its loss with respect to its raw logits."""
     layout = head.layout
-    scores = logits(
-        hidden, table, bias=bias, vocab_size=head.vocab_size, softcap=head.softcap, layout=layout
-    )
+    scores = logits(hidden, table, bias=bias, vocab_size=head.vocab_size, softcap=head.softcap, layout=layout)
     counts = labels >= 0
     highest = scores.max(-1)
     exponentials = jnp.exp(scores - highest[..., None])

@@ -215,7 +215,7 @@ def test_a_bad_override_is_told_in_one_line(field, told):
         ),
         (
             "model: {mlp: swigl}",
-            "model.mlp='swigl' must be 'gelu', 'gelu_tanh', 'swiglu' or 'geglu'; did you",
+            "model.mlp='swigl' must be 'relu', 'gelu', 'gelu_tanh', 'swiglu' or 'geglu'; did you",
         ),
         ("model: {embed_dim: 7}", "model: embed_dim=7 is not a multiple of num_heads=12; set head_dim"),
         ("model: [1]", "model=[1] must be a group of fields"),

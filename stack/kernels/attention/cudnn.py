@@ -41,7 +41,8 @@ def attend(
     kv_heads = layout.spec("batch", None, "kv_heads") or P()
     rows = layout.spec("batch") or P()
     specs = (heads, kv_heads, kv_heads, jax.tree.map(lambda _: rows, mask))
-    call = jax.shard_map(partial(_attend_local, scale=scale), in_specs=specs, out_specs=heads, check_vma=False)
+    local = partial(_attend_local, scale=scale)
+    call = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
     return call(query, key, value, mask)
 
 
