@@ -66,7 +66,7 @@ def obstacles(request: Request) -> list[str]:
 
 
 def _attend_local(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, *, scale: float | None
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, *, scale: float | None = None
 ) -> jax.Array:
     packed = mask.query_segments is not None
     explicit = packed or mask.kind == "prefix"
