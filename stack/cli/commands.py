@@ -268,8 +268,10 @@ def prepare_data(arguments: argparse.Namespace) -> None:
     """Fills the cache of tokenized and packed text, and prints where it is."""
     from stack.config.reading import load
     from stack.data.prepare import prepare
+    from stack.objectives import build
 
-    for line in prepare(load(arguments.config, arguments.rest), arguments.ray):
+    config = load(arguments.config, arguments.rest)
+    for line in prepare(config, arguments.ray, build(config).examples):
         print(line, flush=True)
 
 

@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from stack.config.condition import Condition
 from stack.config.section import Section, one_of
@@ -175,6 +175,9 @@ class LanguageConfig(BlockConfig):
         Condition(fields=("position_init_std",), other="position", values=("learned",)),
     )
 
+    shape: ClassVar[Literal["decoder", "encoder", "encoder_decoder"]] = "decoder"
+    """What it reads and gives, which decides the objectives it can be trained for."""
+
     vocab_size: PositiveInt = 257
     """Words of the tokenizer; 257 is every byte and one end of document."""
     vocab_multiple: PositiveInt = 128
@@ -217,7 +220,36 @@ class ParallelDecoderConfig(LanguageConfig):
     """The one norm comes first."""
 
 
-type ModelConfig = DecoderConfig | ParallelDecoderConfig
+class EncoderConfig(LanguageConfig):
+    """An encoder of the BERT, RoBERTa and Turing NLU family."""
+
+    implementation: ClassVar[str] = "stack.models.encoder:Encoder"
+    shape = "encoder"
+
+    conditions = (
+        *LanguageConfig.conditions,
+        Condition(fields=("first_position",), other="position", values=("learned",)),
+    )
+
+    kind: Literal["encoder"] = "encoder"
+    """Words seen from both sides (BERT, arXiv 1810.04805)."""
+    num_types: NonNegativeInt = 0
+    """Rows of a table of segment types, added to the embedding: 2 in BERT, 1 in RoBERTa, 4 for UniLM's kinds
+    of attention; 0: none."""
+    embedding_norm: bool = True
+    """Norm of the sum of embeddings."""
+    head_transform: bool = True
+    """A square layer, the activation and a norm between the last hidden state and the scores of words."""
+    head_bias: bool = True
+    """A bias for every word's score."""
+    pooler: bool = False
+    """A square layer and tanh over the first token, for tasks over whole texts; no objective over words
+    trains it."""
+    first_position: NonNegativeInt = 0
+    """Row of the `learned` positions that the first token has; the rows before are unused, 2 in RoBERTa."""
+
+
+type ModelConfig = DecoderConfig | ParallelDecoderConfig | EncoderConfig
 """Any of the models: THE list, which alone names their classes."""
 
 AnyModel = one_of(ModelConfig)

@@ -6,9 +6,10 @@ from pydantic import NonNegativeInt, model_validator
 
 from stack.config.condition import Condition
 from stack.config.data import DataConfig
+from stack.config.explain import kind_of
 from stack.config.mesh import MeshConfig
-from stack.config.model import AnyModel, DecoderConfig
-from stack.config.objective import AnyObjective, CausalConfig
+from stack.config.model import AnyModel, DecoderConfig, EncoderConfig
+from stack.config.objective import OBJECTIVES, AnyObjective, CausalConfig, UniLmConfig
 from stack.config.optimizer import OptimizerConfig
 from stack.config.section import Section
 from stack.config.stability import StabilityConfig
@@ -76,6 +77,7 @@ class Config(Section):
         for name, size in sizes.items():
             if size >= 2**59:  # Bytes of it are still counted in 64 bits.
                 raise ValueError(f"{name} = {size:.3g} is more than any array may hold; lower one of them")
+        self._check_objective()
         steps, shape = self.train.steps, self.optimizer.schedule
         warmup = shape.warmup(steps)
         if shape.kind != "constant" and shape.start_step + warmup >= steps:
@@ -88,6 +90,20 @@ class Config(Section):
                 f"train.profile_steps={list(self.train.profile_steps)} goes beyond train.steps={steps}"
             )
         return self
+
+    def _check_objective(self) -> None:
+        model, objective = self.model, self.objective
+        if model.shape not in objective.shapes:
+            able = [kind_of(section) for section in OBJECTIVES if model.shape in section.shapes]
+            raise ValueError(
+                f"objective.kind={objective.kind} trains no model.kind={model.kind}; set objective.kind to"
+                f" {' or '.join(able)}"
+            )
+        if isinstance(objective, UniLmConfig) and isinstance(model, EncoderConfig) and model.num_types < 4:
+            raise ValueError(
+                f"objective.kind=unilm tells its kinds of attention by segment types; set model.num_types=4,"
+                f" not {model.num_types}"
+            )
 
     def settled(self) -> "Config":
         """The same with what a default takes from the length of the run written out.

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int32, Integer
 
 from stack.config import Config, SourceConfig
 from stack.config.errors import ConfigError
 from stack.data import mixture, packing
 from stack.data.atomic import cache_folder
 from stack.data.cache import Corpus, open_corpus
+from stack.data.examples import PLAIN, Examples
 from stack.data.fields import Field
 from stack.data.packing import FIELDS, PackedRows, pack_corpus
 from stack.data.parallel import Threads, Workers
@@ -31,6 +33,8 @@ class Dataset:
     weights: tuple[float, ...]
     """Share of each part's rows in training."""
     tokenizer: Tokenizer
+    examples: Examples = PLAIN
+    """What the rows are packed for."""
     is_lossless: bool = True
     """Whether text comes back from its tokens, so that a loss per byte is one of the text."""
 
@@ -95,6 +99,14 @@ class Dataset:
             start += part.num_rows
         return batch
 
+    def pieces(self, row: int) -> list[Int32[np.ndarray, " stored"]]:
+        """The pieces of a row by number, none of -1; see `PackedRows.pieces`."""
+        for part in self.parts:
+            if 0 <= row < part.num_rows:
+                return part.pieces(row)
+            row -= part.num_rows
+        return []
+
     def texts(self) -> Iterator[bytes]:
         """The UTF-8 text of every document, in order."""
         for part in self.parts:
@@ -120,6 +132,7 @@ def open_data(
     config: Config,
     *,
     tokenizer: Tokenizer | None = None,
+    examples: Callable[[Tokenizer], Examples] | None = None,
     workers: Workers | None = None,
     show_progress: bool = True,
 ) -> Data:
@@ -130,6 +143,7 @@ def open_data(
     Args:
         config: of the run.
         tokenizer: by default the one it names.
+        examples: what the objective makes of rows, with a tokenizer; by default every token is predicted.
         workers: tokenize; by default `data.workers` threads.
         show_progress: draw a bar on standard error.
 
@@ -141,6 +155,7 @@ def open_data(
     data = config.data
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     check_vocabulary(tokenizer, config.model.vocab_size)
+    made = examples(tokenizer) if examples else PLAIN
     root = cache_folder(data.cache_dir)
     sources = [source for source in data.sources if source.weight > 0]
     workers = workers or (Threads(data.workers) if data.workers else Threads())
@@ -171,17 +186,16 @@ def open_data(
                 sequence_length=data.sequence_length,
                 packed=data.packed,
                 heldout_fraction=data.heldout_fraction,
+                examples=made,
                 by_place=by_place,
                 decode=tokenizer.decode,
                 warn=damage.append,
             )
             for corpus in corpora
         ]
+        side = partial(Dataset, weights=weights, tokenizer=tokenizer, examples=made, is_lossless=is_lossless)
         train, heldout = zip(*sides, strict=True)
-        return (
-            Dataset(parts=train, weights=weights, tokenizer=tokenizer, is_lossless=is_lossless),
-            Dataset(parts=heldout, weights=weights, tokenizer=tokenizer, is_lossless=is_lossless),
-        )
+        return side(parts=train), side(parts=heldout)
 
     train, heldout = pack(by_place=False)
     by_place = data.heldout_fraction > 0 and not heldout.num_rows
@@ -189,6 +203,7 @@ def open_data(
         train, heldout = pack(by_place=True)
     _check_size(config, train)
     choices = [data.sequence_length, data.packed, data.heldout_fraction, data.shuffle, weights]
+    choices += [made.packing] * bool(made.packing)
     return Data(
         tokenizer=tokenizer,
         train=train,

@@ -12,14 +12,15 @@ import numpy as np
 
 from stack.config.errors import StackError
 from stack.data.dataset import Dataset
+from stack.data.examples import HELDOUT, TRAINING
 from stack.data.fields import Field, abstract_batch
 from stack.data.mixture import training_order
 from stack.data.position import BEGINNING, Position
 from stack.parallel.rules import Layout
 
 type Batch = dict[str, jax.Array]
-"""The fields of an objective. Of those that data has, tokens, labels, segments and positions are int32
-[batch, length]; example is int32 [batch], the number of a row within the whole batch."""
+"""The fields of an objective, int32. Of packed rows, tokens, labels, segments and positions are
+[batch, length]; example is [batch], the number of a row within the whole batch."""
 
 
 def training_batches(
@@ -54,12 +55,12 @@ def training_batches(
     order = training_order(dataset, seed=seed, shuffle=shuffle)
 
     def batch(step: int) -> Batch:
-        def rows(places: np.ndarray) -> np.ndarray:
+        def rows(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             wanted = position.places(position.first(step, batch_size) + places)
             numbers = np.array([order[place] for place in wanted.tolist()], np.int64)
             if audit is not None:
                 audit(step + 1, numbers)
-            return numbers
+            return numbers, _draws(seed, TRAINING, wanted)
 
         return _assemble(dataset, fields, rows, batch_size, layout)
 
@@ -71,7 +72,9 @@ def heldout_batches(
 ) -> tuple[Callable[[int], Batch], int]:
     """The function from a number to a batch, and how many there are: every row once, in order.
 
-    The last batch is filled up with rows of padding. Every process counts the same batches.
+    What an objective draws at random depends on a row's number alone, so that all evaluations are of one
+    and the same text. The last batch is filled up with rows of padding. Every process counts the same
+    batches.
 
     Args:
       dataset: the rows.
@@ -81,9 +84,9 @@ def heldout_batches(
     """
 
     def batch(number: int) -> Batch:
-        def rows(places: np.ndarray) -> np.ndarray:
+        def rows(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             wanted = number * batch_size + places
-            return np.where(wanted < dataset.num_rows, wanted, -1)
+            return np.where(wanted < dataset.num_rows, wanted, -1), _draws(0, HELDOUT, wanted)
 
         return _assemble(dataset, fields, rows, batch_size, layout)
 
@@ -138,20 +141,27 @@ def prefetch(make: Callable[[int], Batch], numbers: Iterable[int], *, ahead: int
         pool.shutdown(cancel_futures=True)
 
 
+def _draws(seed: int, purpose: int, places: np.ndarray) -> np.ndarray:
+    """What the random choices of rows at these places are made of; see `Examples.read`."""
+    return np.stack([np.full_like(places, seed), np.full_like(places, purpose), places], axis=1)
+
+
 def _assemble(
     dataset: Dataset,
     fields: Sequence[Field],
-    rows: Callable[[np.ndarray], np.ndarray],
+    rows: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     batch_size: int,
     layout: Layout,
 ) -> Batch:
-    """`rows` maps places in the batch to row numbers; asked only for places of this process."""
+    """`rows` maps places in the batch to row numbers and draws; asked only for places of this process."""
     by_row = layout.sharding("batch")
     indices = by_row.addressable_devices_indices_map((batch_size,)).values()
     everywhere = np.arange(batch_size)
     places = np.unique(np.concatenate([everywhere[index[0]] for index in indices if index]))
-    local = dataset.read(rows(places), fields) | {"example": places.astype(np.int32)}
-    abstract = abstract_batch(fields, batch_size=batch_size, length=dataset.sequence_length, layout=layout)
+    local = {**dataset.examples.read(dataset, *rows(places), fields), "example": places.astype(np.int32)}
+    axes = (zip(field.axes, local[field.name].shape, strict=True) for field in fields)
+    sizes = {axis: size for pairs in axes for axis, size in pairs}
+    abstract = abstract_batch(fields, sizes=sizes | {"batch": batch_size}, layout=layout)
 
     def spread(values: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Documents packed into rows of one length, once; training then reads rows by number.
 
 A document of n stored tokens (bos, text, eos) holds n - 1 predictions. It is cut into pieces of at most
-`sequence_length` inputs; a piece is labelled with the tokens that follow its inputs, the last of which
-may be the first of the next piece, so every token after a document's first is predicted exactly once.
-Attention and positions start anew with each piece.
+`sequence_length` inputs, fewer where an objective adds to them; a piece is labelled with the tokens that
+follow its inputs, the last of which may be the first of the next piece, so every token after a document's
+first is predicted exactly once. Attention and positions start anew with each piece.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from jaxtyping import Int32, Int64, Integer
 
 from stack.data.cache import Array, Corpus
 from stack.data.entry import EntryWriter, log, open_entry
+from stack.data.examples import PLAIN, Examples, longest
 from stack.data.split import heldout_mask
 
 FIELDS = ("tokens", "labels", "segments", "positions")
@@ -106,6 +107,15 @@ class PackedRows:
         }
         return {name: scatter(values[name](), fill) for name, fill in padding.items()}
 
+    def pieces(self, row: int) -> list[Int32[np.ndarray, " stored"]]:
+        """The pieces of one row by number, each with the token that follows it in its document."""
+        first, last = self.row_offsets[row], self.row_offsets[row + 1]
+        starts, lengths = self.piece_start[first:last], self.piece_length[first:last]
+        return [
+            np.asarray(self.corpus.tokens[start : start + length + 1], np.int32)
+            for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+        ]
+
     def token_documents(self) -> Iterator[np.ndarray]:
         """The stored tokens, bos and eos included, of each document on this side."""
         low, high = self.cut.bounds if self.cut else (0, len(self.corpus.tokens))
@@ -121,6 +131,7 @@ def pack_corpus(
     sequence_length: int,
     packed: bool,
     heldout_fraction: float,
+    examples: Examples = PLAIN,
     by_place: bool = False,
     decode: Callable[[np.ndarray], str] | None = None,
     warn: Callable[[str], None] = log,
@@ -133,14 +144,17 @@ def pack_corpus(
         sequence_length: tokens per row.
         packed: whether several documents share a row.
         heldout_fraction: share of documents, or of the tokens, that are held out.
+        examples: tells how many places of a row a piece takes.
         by_place: hold out the end of the text, wherever documents end, instead of documents by hash.
         decode: the tokenizer's, which counts the bytes of a document that lies on both sides; `by_place`
             needs it.
         warn: told of a damaged index, which is made again.
 
     Raises:
+        ConfigError: rows too short for any piece.
         StackError: a cache that can not be written.
     """
+    most = longest(examples, sequence_length)
     parts = [
         VERSION,
         "named blocks",
@@ -149,6 +163,7 @@ def pack_corpus(
         packed,
         heldout_fraction,
         *["by_place"] * by_place,
+        *[examples.packing] * bool(examples.packing),
     ]
     key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     folder = root / f"rows-{key}"
@@ -167,8 +182,9 @@ def pack_corpus(
             documents = np.flatnonzero(inside if by_place else chosen[side])
             start = np.maximum(offsets[documents], low)
             end = np.minimum(offsets[documents + 1], high)
-            start, length = _cut(start, end, sequence_length)
-            order, row_offsets = _rows(length, sequence_length) if packed else _one_each(length)
+            start, length = _cut(start, end, most)
+            room = examples.room(length)
+            order, row_offsets = _rows(room, sequence_length) if packed else _one_each(length)
             target.whole(f"{side}-cut", [low, high, cut.bytes_beyond])
             target.whole(f"{side}-documents", documents)
             target.whole(f"{side}-row_offsets", row_offsets)

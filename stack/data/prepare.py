@@ -1,29 +1,34 @@
 """Filling the cache before a run, on this machine or on a cluster."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 from stack.config import Config
 from stack.data.atomic import cache_folder
 from stack.data.dataset import open_data
+from stack.data.examples import Examples
 from stack.data.ray_tasks import RayTasks
+from stack.data.tokenizer import Tokenizer
 from stack.parallel import cluster
 
 
-def prepare(config: Config, ray: str | None) -> Iterator[str]:
+def prepare(
+    config: Config, ray: str | None, examples: Callable[[Tokenizer], Examples] | None = None
+) -> Iterator[str]:
     """Tokenizes and packs what a config names, as a run would, and tells what came of it, line by line.
 
     Args:
         config: of the run.
         ray: the address of a Ray cluster whose workers tokenize; None: threads of this process.
+        examples: of the objective; see `open_data`.
 
     Raises:
         StackError: what `open_data` and the cluster raise.
     """
     start = time.monotonic()
     with nullcontext() if ray is None else cluster.connected(ray):
-        data = open_data(config, workers=None if ray is None else RayTasks())
+        data = open_data(config, examples=examples, workers=None if ray is None else RayTasks())
     seconds = time.monotonic() - start
     root = cache_folder(config.data.cache_dir)
     used = (source for source in config.data.sources if source.weight > 0)

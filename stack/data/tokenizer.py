@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -26,6 +27,19 @@ MOST_WORDS = 10_000_000
 """Of a tokenizer that is trained here."""
 END_OF_DOCUMENT = "<|endoftext|>"
 """The special token of tokenizers trained here; it ends a document and starts the next."""
+
+BYTE_MARKS = (
+    "[MASK]",
+    "<fim_prefix>",
+    "<fim_suffix>",
+    "<fim_middle>",
+    *(f"<extra_id_{number}>" for number in range(100)),
+)
+"""Special words of the tokenizer `bytes` that no text has, from 257 on."""
+_INSIDE = "##"
+"""Before a piece of WordPiece that does not begin a word."""
+_SPACES = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\n", "\u0109": "\t"})
+"""How byte-level BPE and Unigram write white space."""
 
 # Names in use, for a tokenizer.json without a tokenizer_config.json beside it.
 _EOS_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
@@ -57,6 +71,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def spellings(self) -> Sequence[str | None]:
+        """The text of each word by id, with the space it begins with; None for special words."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Changes whenever any text could be tokenized differently."""
         ...
@@ -80,13 +99,22 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """Every UTF-8 byte is a token; 256 ends a document and starts the next."""
+    """Every UTF-8 byte is a token; 256 ends a document and starts the next.
+
+    Words from 257 on are there for objectives that need them, and for a model that has rows for them: none
+    is part of any text.
+    """
 
     vocab_size: int = 257
     bos: int = 256
     eos: int = 256
     unknown: int = -1
     fingerprint: str = "bytes"
+
+    @property
+    def spellings(self) -> Sequence[str | None]:
+        """Each byte as a letter of Latin-1."""
+        return [*map(chr, range(256)), None]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The bytes of each text, uint8."""
@@ -96,7 +124,9 @@ class ByteTokenizer:
         """Bytes need no file."""
 
     def token(self, text: str) -> int | None:
-        """The id of one byte."""
+        """The id of one byte, or of one of `BYTE_MARKS`."""
+        if text in BYTE_MARKS:
+            return self.vocab_size + BYTE_MARKS.index(text)
         encoded = text.encode()
         return encoded[0] if len(encoded) == 1 else None
 
@@ -116,6 +146,22 @@ class HuggingFaceTokenizer:
     eos: int
     unknown: int
     fingerprint: str
+
+    @cached_property
+    def spellings(self) -> Sequence[str | None]:
+        """Of WordPiece, byte-level BPE and Unigram, as each marks the beginning of a word."""
+        special = {i for i, token in self.model.get_added_tokens_decoder().items() if token.special}
+        names = [self.model.id_to_token(i) for i in range(self.vocab_size)]
+        inside = any(name is not None and name.startswith(_INSIDE) for name in names)
+
+        def spelling(number: int, name: str | None) -> str | None:
+            if name is None or number in special:
+                return None
+            if inside:
+                return name.removeprefix(_INSIDE) if name.startswith(_INSIDE) else f" {name}"
+            return name.translate(_SPACES)
+
+        return [spelling(*item) for item in enumerate(names)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickles it; the library leaves out how special tokens in a text are taken."""

@@ -22,7 +22,13 @@ def empty(config: LanguageConfig, layout: Layout, *, batch: int, slots: int) -> 
 
 
 def mask(
-    padding: jax.Array, *, first: jax.Array | int, queries: int, slots: int, window: int | None = None
+    padding: jax.Array,
+    *,
+    first: jax.Array | int,
+    queries: int,
+    slots: int,
+    window: int | None = None,
+    prefix: int = 0,
 ) -> Mask:
     """Who sees whom when the tokens of slots `first` to `first + queries - 1` are computed.
 
@@ -35,10 +41,14 @@ def mask(
       queries: number of queries.
       slots: number of slots of the cache.
       window: tokens that each sees, itself included; None: all before it.
+      prefix: slots whose tokens are seen by all of their text.
     """
     query, query_segments = _place(first + jnp.arange(queries, dtype=jnp.int32), padding)
     key, key_segments = _place(jnp.arange(slots, dtype=jnp.int32), padding)
+    in_prefix = jnp.broadcast_to(jnp.arange(slots) < prefix, key.shape) if prefix else None
     return Mask(
+        kind="prefix" if prefix else "causal",
+        prefix=in_prefix,
         window=window,
         query_positions=query,
         key_positions=key,

@@ -105,6 +105,7 @@ def stream(
             graph=program.graph,
             config=config,
             layout=_layout(program.layout),
+            reads_both_ways=any(field.name == "prefix" for field in program.objective.fields),
             length=min(max(row.left for row in rows), config.max_length),
             temperature=temperature,
             top_k=top_k,
@@ -197,6 +198,8 @@ class _Settings:
     graph: nnx.GraphDef
     config: LanguageConfig
     layout: Layout
+    reads_both_ways: bool
+    """Whether what is given is seen by all of its text, as the objective had it."""
     length: int
     temperature: float
     top_k: int | None
@@ -284,7 +287,8 @@ def _append(settings: _Settings, params: dict, padding: jax.Array, bucket: int, 
 
     def append(progress: _Progress, tokens: jax.Array, first: jax.Array | int) -> _Progress:
         queries, window = tokens.shape[1], config.sliding_window
-        mask = caches.mask(padding, first=first, queries=queries, slots=slots, window=window)
+        prefix = bucket if settings.reads_both_ways else 0
+        mask = caches.mask(padding, first=first, queries=queries, slots=slots, window=window, prefix=prefix)
         output, cache = model.decode(tokens, mask, run, cache=progress.cache, slot=first)
         scores = logits(
             output.hidden[:, -1:],

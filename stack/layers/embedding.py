@@ -80,6 +80,28 @@ def lookup(
     return call(table, ids)
 
 
+def select(
+    x: Float[Array, "batch length embed"], places: Int[Array, "batch some"], layout: Layout
+) -> Float[Array, "batch some embed"]:
+    """Some places of each row, [batch, some, embed]; places of one row that count are all different.
+
+    Inside `shard_map`, where each device has its own rows whole.
+
+    Args:
+      x: [batch, length, embed], whole in length.
+      places: [batch, some] int32, below the length.
+      layout: how things lie on the mesh.
+    """
+
+    def read(x: jax.Array, places: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, places[..., None], axis=1)
+
+    if layout.trivial:
+        return read(x, places)
+    batch = layout.spec("batch") or P()
+    return jax.shard_map(read, in_specs=(batch, batch), out_specs=batch)(x, places)
+
+
 def sum_rows(
     values: Float[Array, "values width"], rows: Int[Array, " values"], number: int
 ) -> Float32[Array, "{number} width"]:

@@ -66,12 +66,13 @@ class Cost:
     """Outside the layers, in the objective: the scores of words."""
 
 
-def block_cost(config: BlockConfig, *, sums: int = 2) -> Layers:
+def block_cost(config: BlockConfig, *, sums: int = 2, kind: Kind = "causal") -> Layers:
     """The layers of `stack.models.block`, or of blocks with another number of residual sums.
 
     Args:
       config: the blocks.
       sums: of the residual stream; with one, attention and MLP stand side by side and are added together.
+      kind: of the mask.
     """
     embed, gates = config.embed_dim, 2 if config.gated else 1
     queries, keys = config.num_heads * config.head_width, config.kv_heads * config.head_width
@@ -102,13 +103,14 @@ def block_cost(config: BlockConfig, *, sums: int = 2) -> Layers:
             heads=config.num_heads,
             kv_heads=config.kv_heads,
             head_dim=config.head_width,
+            kind=kind,
             window=config.sliding_window,
         ),
         elementwise=tuple(elementwise),
     )
 
 
-def decoder_cost(config: LanguageConfig, *, sums: int = 2) -> Cost:
-    """A decoder of such blocks; the head counts with its padded rows, also where it is the embedding."""
+def decoder_cost(config: LanguageConfig, *, sums: int = 2, kind: Kind = "causal") -> Cost:
+    """A model of words of such blocks; its head counts with padded rows, also where it is the embedding."""
     head = Product(inner=("embed", config.embed_dim), columns=("vocab", config.padded_vocab_size))
-    return Cost(stacks=(block_cost(config, sums=sums),), head=(head,))
+    return Cost(stacks=(block_cost(config, sums=sums, kind=kind),), head=(head,))

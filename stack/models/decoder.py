@@ -49,11 +49,17 @@ class Decoder(nnx.Module):
         """Hidden states of whole rows.
 
         Args:
-          batch: tokens, positions and segments, [batch, length] int32, as the causal objective names them.
+          batch: tokens, positions and segments, [batch, length] int32; with `prefix`, tokens where it is 1
+            are seen by all of their text.
           run: how.
         """
         mask = row_mask(
-            batch["segments"], batch["positions"], packed=run.packed, window=self.config.sliding_window
+            batch["segments"],
+            batch["positions"],
+            packed=run.packed,
+            kind="prefix" if "prefix" in batch else "causal",
+            window=self.config.sliding_window,
+            prefix=batch.get("prefix"),
         )
         return self._run(batch["tokens"], batch["positions"], mask, run, None, 0)[0]
 

@@ -5,7 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from stack.data.examples import Examples
 from stack.data.fields import Field
+from stack.data.tokenizer import Tokenizer
 from stack.models.protocol import Model
 from stack.models.stack import Execution
 
@@ -22,10 +24,20 @@ class Objective(Protocol):
 
     fields: tuple[Field, ...]
     """What a batch holds: the loader makes it and the planner its abstract batch."""
+    sizes: Mapping[str, int]
+    """Of the axes of the fields but `batch`."""
     endings: tuple[str, ...]
     """What is shown when a run ends: names of `stack.train.watch.endings`."""
 
     def __init__(self, config: Any) -> None: ...
+
+    def examples(self, tokenizer: Tokenizer) -> Examples:
+        """How packed text becomes the fields.
+
+        Raises:
+          ConfigError: the tokenizer lacks a word that the objective needs.
+        """
+        ...
 
     def divisor(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         """What the loss of a whole batch is divided by, float32: its labels, at least 1."""

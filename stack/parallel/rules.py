@@ -18,6 +18,9 @@ TABLE: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "length": (),
     "residual_length": (),  # ("tensor",) under sequence parallelism
+    "target_length": (),
+    "masked": (),
+    "types": (),
     "embed": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

@@ -144,13 +144,8 @@ class Program:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch, for compiling."""
-        config = self.config
-        return abstract_batch(
-            self.objective.fields,
-            batch_size=config.train.batch_size,
-            length=config.data.sequence_length,
-            layout=self.layout,
-        )
+        sizes = {"batch": self.config.train.batch_size, **self.objective.sizes}
+        return abstract_batch(self.objective.fields, sizes=sizes, layout=self.layout)
 
 
 def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Program:

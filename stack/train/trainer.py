@@ -107,8 +107,7 @@ class Trainer:
           StackError: the folder holds no run, or no checkpoint.
         """
         trainer = cls(load(os.fspath(folder), overrides), **options)
-        whole = states.abstract(trainer.program)
-        parts = {name: part for name, part in whole.items() if name != "opt_state"}
+        parts = {name: part for name, part in states.abstract(trainer.program).items() if name != "opt_state"}
         with Checkpoints(trainer.ledger.store) as checkpoints:
             warn = logging.getLogger("stack").warning
             trainer.state = trainer.ledger.restore(checkpoints, parts, data=None, warn=warn)
@@ -120,7 +119,8 @@ class Trainer:
     @cached_property
     def data(self) -> Data:
         """Tokenized and packed text; prepared on first use."""
-        return open_data(self.config, tokenizer=self.tokenizer, show_progress=jax.process_index() == 0)
+        config, examples, first = self.config, self.program.objective.examples, jax.process_index() == 0
+        return open_data(config, tokenizer=self.tokenizer, examples=examples, show_progress=first)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -78,6 +78,7 @@ def row_mask(
     packed: bool,
     kind: Kind = "causal",
     window: int | None = None,
+    prefix: Int[Array, "batch length"] | None = None,
 ) -> Mask:
     """The mask of whole rows, as the data makes them.
 
@@ -86,9 +87,11 @@ def row_mask(
       positions: [batch, length] int32, position within the document.
       packed: whether a row may hold several documents. If not, its one document stands at the start, so
         places are told by their columns and padding by the row's length alone.
-      kind: see `Mask`; `prefix` wants more than rows tell.
+      kind: see `Mask`.
       window: see `Mask`.
+      prefix: [batch, length] int32, 1 for keys that are in their document's prefix; None: there is none.
     """
+    seen = None if prefix is None else prefix > 0
     if packed:
         return Mask(
             kind=kind,
@@ -97,10 +100,18 @@ def row_mask(
             key_positions=positions,
             query_segments=segments,
             key_segments=segments,
+            prefix=seen,
         )
     columns = jax.lax.broadcasted_iota(positions.dtype, positions.shape, 1, out_sharding=_spec(positions))
     lengths = (segments > 0).sum(1, dtype=positions.dtype)
-    return Mask(kind=kind, window=window, query_positions=columns, key_positions=columns, lengths=lengths)
+    return Mask(
+        kind=kind,
+        window=window,
+        query_positions=columns,
+        key_positions=columns,
+        lengths=lengths,
+        prefix=seen,
+    )
 
 
 def _spec(x: jax.Array) -> jax.sharding.PartitionSpec | None:

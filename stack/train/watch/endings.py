@@ -27,11 +27,14 @@ class Ending:
     """Raises at the start what would make it fail at the end."""
 
 
-def show_nats_per_byte(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The held-out loss over the bytes of its text, which no tokenizer changes; else over its tokens."""
+def show_held_out(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The held-out loss over the bytes of its text, which no tokenizer changes; else over its labels."""
     if "nats_per_byte" in summary:
         return {"rows": [("held-out", f"{summary['nats_per_byte']:.4f} nats per byte")]}
-    return {"rows": [("held-out", f"{summary['loss']:.4f} nats per token")]} if "loss" in summary else {}
+    if "loss" not in summary:
+        return {}
+    known = f"{summary['loss']:.4f} nats per token, {summary['accuracy']:.1%} right"
+    return {"rows": [("held-out", known)]}
 
 
 def show_trigram(trainer: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def printable(text: str) -> str:
 
 
 ENDINGS: Mapping[str, Ending] = {
-    "nats_per_byte": Ending(show=show_nats_per_byte),
+    "held_out": Ending(show=show_held_out),
     "trigram": Ending(show=show_trigram),
     "sample": Ending(show=show_sample, check=check_sample),
 }

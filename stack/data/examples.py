@@ -1,0 +1,102 @@
+"""What an objective makes of packed text, row by row."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int64, Integer
+
+from stack.config.errors import ConfigError
+from stack.data.fields import Field
+
+if TYPE_CHECKING:
+    from stack.data.dataset import Dataset
+
+TRAINING, HELDOUT = range(2)
+"""What a row is drawn for; the same number gives each other choices."""
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """How the pieces of documents in a row become the fields of a batch."""
+
+    @property
+    def packing(self) -> str:
+        """Names `room`: equal names give equal rows. Empty: a piece takes as many places as it has tokens."""
+        ...
+
+    def room(self, lengths: Int64[np.ndarray, " pieces"]) -> Int64[np.ndarray, " pieces"]:
+        """Places of a row that pieces of so many tokens take at most; grows with the length."""
+        ...
+
+    def read(
+        self,
+        dataset: "Dataset",
+        rows: Integer[np.ndarray, " rows"],
+        draws: Integer[np.ndarray, "rows 3"],
+        fields: Sequence[Field],
+    ) -> Mapping[str, np.ndarray]:
+        """The fields, without `example`, of rows by number; -1 is a row of padding.
+
+        Args:
+          dataset: of which they are.
+          rows: [rows] their numbers.
+          draws: [rows, 3] seed, `TRAINING` or `HELDOUT`, and place, of which all random choices are made.
+          fields: what is asked for.
+        """
+        ...
+
+
+class Plain:
+    """Rows as they are packed: every token is predicted from those before it."""
+
+    packing = ""
+
+    def room(self, lengths: Int64[np.ndarray, " pieces"]) -> Int64[np.ndarray, " pieces"]:
+        """A place for each token."""
+        return lengths
+
+    def read(
+        self,
+        dataset: "Dataset",
+        rows: Integer[np.ndarray, " rows"],
+        draws: Integer[np.ndarray, "rows 3"],
+        fields: Sequence[Field],
+    ) -> Mapping[str, np.ndarray]:
+        """The fields of `Dataset.read`; nothing is drawn."""
+        return dataset.read(rows, fields)
+
+
+PLAIN = Plain()
+"""What every token is predicted in."""
+
+
+def longest(examples: Examples, sequence_length: int) -> int:
+    """Tokens of the longest piece that a row takes.
+
+    Raises:
+      ConfigError: it takes none.
+    """
+
+    def fits(length: int) -> bool:
+        return bool(examples.room(np.array([length]))[0] <= sequence_length)
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    if not low:
+        raise ConfigError(
+            f"data.sequence_length={sequence_length} has no room for a token of text beside what the"
+            f" objective adds ({int(examples.room(np.array([1]))[0])} places for one); raise it"
+        )
+    return low
+
+
+def generator(draw: Integer[np.ndarray, " 3"]) -> np.random.Generator:
+    """The random numbers of one row: counter-based, so that any row can be made without those before it."""
+    seed, purpose, place = (int(number) for number in draw)
+    key = np.array([seed, place], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, purpose]))
