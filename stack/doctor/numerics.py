@@ -14,8 +14,20 @@ import jax
 import numpy as np
 from pydantic import TypeAdapter
 
-from stack.config import CausalConfig, Config, DataConfig, MeshConfig, StackError, TrainConfig
+from stack.config import (
+    CausalConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    StackError,
+    TrainConfig,
+    UniLmConfig,
+    WordsConfig,
+)
 from stack.config.model import AnyModel
+from stack.data.fields import Field
+from stack.objectives.masked_words import most_hidden
+from stack.objectives.words import PACKED
 from stack.parallel import mesh as meshes
 from stack.step import program as programs
 from stack.step import state as states
@@ -41,8 +53,9 @@ PARTS: dict[str, frozenset[str]] = {
 }
 """THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other."""
 
-Family = Literal["gpt", "llama", "palm"]
-"""Models that go through the matrix; `palm`, of parallel blocks, through the parts and some pairs."""
+Family = Literal["gpt", "llama", "palm", "bert"]
+"""Models that go through the matrix; those made of the first two's layers through the parts and some pairs:
+`palm`, of parallel blocks, and `bert`, an encoder of UniLM's masks with norms behind its sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +142,17 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
         "out_bias": False,
         "mlp_bias": False,
     },
+    "bert": {
+        "kind": "encoder",
+        "norm_placement": "post",
+        "mlp": "gelu",
+        "attention_softcap": 2.0,
+        "num_types": 4,
+        "first_position": 2,
+    },
 }
+_OBJECTIVES: dict[Family, type[WordsConfig]] = {"bert": UniLmConfig}
+"""Causal where none is named."""
 
 
 def config_of(cell: Cell, family: Family, dtype: str) -> Config:
@@ -141,12 +164,18 @@ def config_of(cell: Cell, family: Family, dtype: str) -> Config:
         mesh=cell.mesh,
         train=TrainConfig(batch_size=_BATCH, accumulation=cell.accumulation, remat="full"),
         # Several chunks, of 8 tokens.
-        objective=CausalConfig(z_loss=1e-3, logits_bytes=8 * 4 * 104 // cell.mesh.tensor),
+        objective=_OBJECTIVES.get(family, CausalConfig)(
+            z_loss=1e-3, logits_bytes=8 * 4 * 104 // cell.mesh.tensor
+        ),
     )
 
 
-def example_batch() -> dict[str, np.ndarray]:
-    """Packed rows with uneven numbers of labels, one row with none."""
+def example_batch(fields: Sequence[Field] = PACKED) -> dict[str, np.ndarray]:
+    """Packed rows with uneven numbers of labels, one row with none.
+
+    Args:
+      fields: of an objective; the first of each text's tokens are its prefix, and some places are masked.
+    """
     rng = np.random.default_rng(0)
     shape = (_BATCH, _LENGTH)
     segments = np.sort(rng.integers(1, 4, shape), axis=1).astype(np.int32)
@@ -156,13 +185,21 @@ def example_batch() -> dict[str, np.ndarray]:
     labels[rng.random(shape) < 0.3] = -1
     labels[: _BATCH // 4, _LENGTH // 3 :] = -1
     labels[3] = -1
-    return {
-        "tokens": rng.integers(0, _SHARED["vocab_size"], shape).astype(np.int32),
-        "labels": labels.astype(np.int32),
+    positions = np.arange(_LENGTH) - first
+    batch = {
+        "tokens": rng.integers(0, _SHARED["vocab_size"], shape),
+        "labels": labels,
         "segments": segments,
-        "positions": (np.arange(_LENGTH) - first).astype(np.int32),
-        "example": np.arange(_BATCH, dtype=np.int32),
+        "positions": positions,
+        "example": np.arange(_BATCH),
+        "prefix": positions < 3,
+        "types": segments % 4,
     }
+    if any(field.name == "masked" for field in fields):
+        some = most_hidden(_LENGTH, UniLmConfig().rate)
+        places = np.sort(rng.permuted(np.tile(np.arange(_LENGTH), (_BATCH, 1)), axis=1)[:, :some], axis=1)
+        batch |= {"masked": places, "labels": np.take_along_axis(labels, places, axis=1)}
+    return {field.name: batch[field.name].astype(np.int32) for field in fields}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +221,13 @@ def compute(
     with meshes.use(program.mesh):
         initial = _initial(program)
         params = jax.tree.map(_place, initial, program.parameters)
+        fields = program.objective.fields
+        rows = example_batch(fields)
         batch = {
-            name: jax.make_array_from_callback(
-                values.shape,
-                layout.sharding("batch", *["length"] * (values.ndim - 1)),
-                values.__getitem__,
+            field.name: jax.make_array_from_callback(
+                rows[field.name].shape, layout.sharding(*field.axes), rows[field.name].__getitem__
             )
-            for name, values in example_batch().items()
+            for field in fields
         }
         step = jax.device_put(np.int32(5), layout.sharding())
         gradient, sums = jax.jit(partial(loss_gradient, program))(params, step, batch)
