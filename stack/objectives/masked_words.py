@@ -92,7 +92,7 @@ class MaskedExamples(Plain):
         segments: Int32[np.ndarray, " length"],
         most: int,
         random: np.random.Generator,
-    ) -> Int32[np.ndarray, " hidden"]:
+    ) -> Integer[np.ndarray, " hidden"]:
         """Places of a row that are hidden, ascending: the share of those that may be, rounded at random."""
         places = np.flatnonzero((segments > 0) & ~self.special[np.minimum(tokens, len(self.special) - 1)])
         number = min(most, math.floor(self.options.rate * len(places) + random.random()))

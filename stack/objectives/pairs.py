@@ -133,7 +133,7 @@ def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
 
 
-def _labels(pair: Pair, text: Tokens) -> Tokens:
+def _labels(pair: Pair, text: Tokens) -> Int32[np.ndarray, " tokens-1"]:
     """The next token where it is written, else -1."""
     return np.where(np.arange(1, len(text)) >= len(pair.read), text[1:], -1)
 
@@ -185,9 +185,9 @@ class Pairs(Words):
     def _target_length(self, length: int) -> int:
         """As the config says, or as the longest piece that fits what is read needs."""
         given = getattr(self.options, "target_length", None)
-        return given or int(self.split_sizes(np.array([self._longest_read(length)])).written[0])
+        return given or int(self.split_sizes(np.array([self.longest_read(length)])).written[0])
 
-    def _longest_read(self, length: int) -> int:
+    def longest_read(self, length: int) -> int:
         """Tokens of the longest piece whose first part is so long at most."""
         alone = PairExamples(
             lambda piece, _: Pair(piece, piece),

@@ -35,7 +35,7 @@ class Removal(Pairs):
         """
         options = self.options
         assert isinstance(options, RemovalConfig)
-        number = self.most_removed(self._longest_read(self.lengths[0]))
+        number = self.most_removed(self.longest_read(self.lengths[0]))
         sentinels = np.array(
             [
                 word(tokenizer, options.sentinel.format(i), self.model.vocab_size, field="sentinel")

@@ -9,6 +9,7 @@ from stack.objectives.pairs import Sizes, Tokens
 from stack.objectives.removal import Choose, Removal
 
 _ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
+_MOST_CLOSES = 3
 _CLOSES = "\"')]}\u2019\u201d\u00bb"
 
 
@@ -61,19 +62,24 @@ class SentenceRemoval(Removal):
 def sentence_marks(tokenizer: Tokenizer) -> Int32[np.ndarray, " words"]:
     """What each word of a tokenizer says of sentences, [words], bits.
 
-    1: it ends with a mark that may end one; 2: it begins with white space; 4: it ends a line.
+    1: it ends with a mark that may end one; 2: it begins with white space, but not with the end of a line;
+    4: it has the end of a line; 8: it only closes what may stand behind such a mark.
     """
     marks = []
     for text in tokenizer.spellings:
-        ends = text is not None and text.rstrip(_CLOSES).endswith(_ENDS)
-        spaced = text is None or text[:1].isspace()
         line = text is not None and "\n" in text
-        marks.append(1 * ends + 2 * spaced + 4 * line)
+        spaced = text is None or (text[:1].isspace() and text[:1] != "\n")
+        ends = text is not None and text.rstrip(_CLOSES).endswith(_ENDS)
+        closes = bool(text) and not text.strip(_CLOSES)
+        marks.append(1 * ends + 2 * spaced + 4 * line + 8 * closes)
     return np.array(marks, np.int32)
 
 
 def sentence_ends(text: Tokens, marks: Int32[np.ndarray, " words"]) -> Bool[np.ndarray, " tokens"]:
     """Which tokens [tokens] are the last of a sentence; see `SentenceRemoval`."""
     said = marks[np.minimum(text, len(marks) - 1)]
+    ended = said & 1 != 0
+    for _ in range(_MOST_CLOSES):
+        ended |= (said & 8 != 0) & np.concatenate([[False], ended[:-1]])
     spaced_after = np.concatenate([said[1:] & 2 != 0, [True]])
-    return (said & 1 != 0) & spaced_after | (said & 4 != 0)
+    return ended & spaced_after | (said & 4 != 0)

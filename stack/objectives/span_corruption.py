@@ -13,7 +13,7 @@ class SpanCorruption(Removal):
 
     As many tokens and spans are removed of a text as its length says; where they lie is drawn, from all ways
     to cut the tokens that go, and those that stay, into so many runs. A text begins with one that stays, and
-    ends with one that goes.
+    ends with one that goes; so a text so short that one span is removed of it always loses its end.
     """
 
     name = "spans 1"
