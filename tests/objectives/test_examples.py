@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stack.config import Config, ConfigError
-from stack.data import Data, open_data
+from stack.data import open_data
 from stack.data.examples import HELDOUT, TRAINING, generator, longest
 from stack.data.tokenizer import BYTE_MARKS, ByteTokenizer
 from stack.objectives import build
@@ -45,7 +46,7 @@ def config(
     )
 
 
-def examples(kind: str, **options):
+def examples(kind: str, **options) -> Any:
     return build(config(kind, **options)).examples(TOKENIZER)
 
 
@@ -79,7 +80,7 @@ def made(tmp_path_factory):
     return make
 
 
-def read(objective, data: Data, numbers, places, *, purpose=TRAINING, seed=0):
+def read(objective, data: Any, numbers, places, *, purpose=TRAINING, seed=0) -> Any:
     numbers, places = np.array(numbers), np.array(places)
     draws = np.stack([np.full_like(places, seed), np.full_like(places, purpose), places], axis=1)
     return data.train.examples.read(data.train, numbers, draws, objective.fields)
@@ -386,7 +387,7 @@ def test_unilm_draws_a_kind_for_each_text(made):
     assert (abs(kinds / kinds.sum() - 1 / 3) < 5 * np.sqrt(2 / 9 / kinds.sum())).all()
     hidden = read(objective, data, range(60), range(60))["labels"]
     plain = made("masked_words", "encoder")
-    np.testing.assert_array_equal(hidden, read(*plain, range(60), range(60))["labels"])
+    np.testing.assert_array_equal(hidden, read(plain[0], plain[1], range(60), range(60))["labels"])
 
 
 def test_every_token_is_read_or_written_once(made):
