@@ -275,6 +275,26 @@ def prepare_data(arguments: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
+def report_data(arguments: argparse.Namespace) -> None:
+    """Prints what a run would read, or writes it as a page."""
+    from stack.config.paths import check_writable, expand
+    from stack.config.reading import load
+    from stack.report import data as reports
+
+    if arguments.rows < 0:
+        raise ConfigError(f"--rows {arguments.rows} is below 0; give how many rows to show")
+    if arguments.html is None:
+        for line in reports.as_text(
+            reports.examine(load(arguments.config, arguments.rest), rows=arguments.rows)
+        ):
+            print(line)
+        return
+    path = expand(arguments.html)
+    check_writable(path)
+    reports.write_html(reports.examine(load(arguments.config, arguments.rest), rows=arguments.rows), path)
+    print(arguments.html)
+
+
 def examine(arguments: argparse.Namespace) -> None:
     """Prints what this machine has, or measures it."""
     if arguments.seed is not None and arguments.faults is None:

@@ -199,6 +199,14 @@ def _parser() -> tuple[_Parser, list[str]]:
         " ray://HOST:PORT, or local, which starts one on this machine",
     )
 
+    report = _verb(
+        data_verbs, "report", commands.report_data, "show what a run would read, as its model sees it"
+    )
+    report.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of a run")
+    _add_overrides(report)
+    report.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
+    report.add_argument("--html", metavar="FILE", help="write a page instead of printing")
+
     doctor = _verb(
         verbs, "doctor", commands.examine, "print what this machine has and what stack makes of it"
     )
