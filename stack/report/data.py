@@ -84,6 +84,8 @@ class DataReport:
     sizes: Mapping[str, int]
     texts_per_row: float
     labels_per_row: float
+    without_labels: float
+    """Share of the rows that have none: nothing is learned of them."""
     places: int
     """Of the training order that were counted."""
     epochs: float
@@ -110,6 +112,7 @@ def examine(config: Config, *, rows: int = 3) -> DataReport:
     made = partial(_make, data, config.seed, objective.fields)
     some = np.unique(np.linspace(0, len(numbers) - 1, min(MOST_ROWS, len(numbers))).astype(np.int64))
     batch = made(numbers[some], some)
+    labels = (batch["labels"] >= 0).sum(1)
     names = [_name(source) for source in config.data.sources if source.weight > 0]
     bounds = np.cumsum([0, *(part.num_rows for part in train.parts)])
     show = np.arange(min(rows, len(numbers)))
@@ -120,7 +123,8 @@ def examine(config: Config, *, rows: int = 3) -> DataReport:
         filled={axis: float((batch[name] > 0).mean()) for axis, name in _AXES.items() if name in batch},
         sizes={**objective.sizes},
         texts_per_row=float(batch["segments"].max(1).mean()),
-        labels_per_row=float((batch["labels"] >= 0).sum(1).mean()),
+        labels_per_row=float(labels.mean()),
+        without_labels=float((labels == 0).mean()),
         places=len(numbers),
         epochs=steps / train.num_rows,
         rows=tuple(
@@ -256,6 +260,8 @@ def _packing(report: DataReport) -> Iterator[str]:
         for axis, share in report.filled.items()
     )
     yield f"full to {full}; {report.texts_per_row:.2f} texts and {report.labels_per_row:.1f} labels each"
+    if report.without_labels:
+        yield f"{report.without_labels:.1%} of them have no label: the objective finds nothing to predict"
     yield f"the run reads all of them {report.epochs:.2f} times; counted: the first {report.places:,}"
 
 
