@@ -36,6 +36,7 @@ ELSEWHERE = {
 
 README, DATA, PLANNER = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "planner.md"
 LAUNCH, WEIGHTS = ROOT / "docs" / "launch.md", ROOT / "docs" / "hugging_face.md"
+OBJECTIVES = ROOT / "docs" / "objectives.md"
 _WORDS = ("stack ", "uv ", "launch/", "sbatch ", "source ", ".ci/", "python3.12 ")
 
 
@@ -174,3 +175,9 @@ def test_the_commands_of_the_page_on_launching_run(folder) -> None:
     submit = [run(command, folder).split()[-1] for command in jobs]
     assert submit == ["job.yaml", "job.yml", "job.sbatch"]
     assert all((folder / name).is_file() for name in submit)
+
+
+@pytest.mark.full
+def test_the_commands_of_the_page_on_objectives_run(folder) -> None:
+    (block,) = (block for language, block in blocks(OBJECTIVES) if language == "sh")
+    assert "⟦<extra_id_0>" in run(block, folder)
