@@ -15,8 +15,9 @@ from stack.planner.formula.result import Memory
 from stack.planner.formula.shapes import Parameter, parameters
 from stack.planner.formula.workload import Workload
 
-MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 1}
-"""Float32 numbers that an optimizer keeps per parameter; adafactor only of what it does not factor."""
+MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 1, "muon": 2}
+"""Float32 numbers that an optimizer keeps per parameter; adafactor only of what it does not factor, muon one
+of each matrix."""
 
 FACTORED = 128
 """Adafactor keeps rows and columns of what has two axes as long as this (Optax's default), whose own
@@ -131,7 +132,11 @@ def _moments(w: Workload, parts: Iterable[Parameter]) -> float:
     fsdp = w.fsdp if w.zero else 1
     if w.optimizer == "adafactor":
         parts = (p for p in parts if not _is_factored(p))
-    return MOMENTS[w.optimizer] * sum(p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
+    return sum(_kept(w, p) * p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
+
+
+def _kept(w: Workload, part: Parameter) -> int:
+    return 1 if w.optimizer == "muon" and part.role == "matrix" else MOMENTS[w.optimizer]
 
 
 def _is_factored(part: Parameter) -> bool:

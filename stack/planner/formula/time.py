@@ -24,6 +24,7 @@ from stack.planner.formula.projects import alternate_products
 from stack.planner.formula.result import Communication, Time
 from stack.planner.formula.shapes import parameters
 from stack.planner.formula.workload import Workload
+from stack.step.muon import ITERATIONS
 
 _BYTES = 2
 """Of an activation, and of a weight as it is used."""
@@ -350,7 +351,38 @@ def _optimizer(work: Workload, chip: Hardware) -> float:
     """
     weights = _on_device(work) / (work.fsdp if work.zero else 1)
     numbers = optimizer_numbers(work) + work.ema * weights
-    return (weights * (3 * 4 + _BYTES) + numbers * 2 * 4) / _bandwidth(chip)
+    update = (weights * (3 * 4 + _BYTES) + numbers * 2 * 4) / _bandwidth(chip)
+    return update + (_muon(work, chip) if work.optimizer == "muon" else 0.0)
+
+
+def _muon(work: Workload, chip: Hardware) -> float:
+    """Every matrix made orthogonal, whole on one of the devices that share it, after its way there and back.
+
+    An iteration is x x^T of the shorter side, its square, and the product with x; every replica that holds
+    the same shards does the same. A stack that does not divide leaves some devices with nothing.
+    """
+    seconds = 0.0
+    for part in parameters(work.model).layers + parameters(work.model).head:
+        if part.role != "matrix":
+            continue
+        sizes = [size for _, size in part.axes]
+        rows = sizes[0] if part.axes[0][0] == "embed" else math.prod(sizes[:-1])
+        short, long = sorted((rows, math.prod(sizes) // rows))
+        precision = "bfloat16" if work.precision == "float8" else work.precision
+        step = sum(
+            product_seconds(short, columns, inner, precision, chip)
+            for columns, inner in ((short, long), (short, short), (long, short))
+        )
+        fsdp = work.fsdp if work.zero else 1
+        ways = {"tensor": part.shard() / part.shard(tensor=work.tensor)}
+        ways["fsdp"] = part.shard(tensor=work.tensor) / part.shard(fsdp=fsdp, tensor=work.tensor)
+        matrices = math.ceil(part.copies / work.stage / math.prod(ways.values()))
+        size = matrices * short * long * _BYTES
+        stride = work.tensor * work.context * work.expert * work.stage
+        moves = ring_seconds(size, round(ways["fsdp"]), stride, chip)
+        moves += ring_seconds(size, round(ways["tensor"]), 1, chip)
+        seconds += ITERATIONS * matrices * step + 2 * moves
+    return seconds
 
 
 def _beside(volume: float, seconds: float, arithmetic: float, chip: Hardware) -> Communication:

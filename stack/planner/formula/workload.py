@@ -150,8 +150,6 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         )
     if config.optimizer.frozen:
         raise ConfigError("optimizer.frozen: the planner counts every parameter as trained; plan without it")
-    if config.optimizer.kind == "muon":
-        raise ConfigError("optimizer.kind=muon: the planner does not know its products yet; plan for adamw")
     sizes = resolve(config.mesh, num_devices)
     check_divides(config, sizes)
     attention = choose_attention(

@@ -115,7 +115,7 @@ def test_a_size_that_does_not_divide_stays_whole_over_fsdp() -> None:
     assert word_table.shard(fsdp=5) == word_table.size
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd", "lion", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "lion", "adafactor", "muon"])
 def test_moments_are_those_of_the_optimizers_state(kind: str) -> None:
     ema = "0.999" if kind == "lion" else "null"
     options = (f"optimizer.kind={kind}", f"optimizer.ema_decay={ema}")

@@ -197,3 +197,23 @@ def test_offload_crosses_the_link_to_the_host():
 def test_more_devices_never_take_longer_for_the_same_batch():
     times = [seconds(data=data, micro_batch=1) for data in (1, 2, 4, 8, 16, 32, 64)]
     assert times == sorted(times, reverse=True)
+
+
+def test_muon_pays_for_its_products_and_their_way():
+    """Of MODEL, counted by hand: query, key and value as one width each, out, and the MLP's two or three."""
+    model, width, mlp = MODEL, MODEL.embed_dim, MODEL.mlp_width
+    assert model.num_heads * model.head_width == width
+    assert not model.gated
+    shapes = [(width, width)] * 4 + [(width, mlp)] * 2
+    products = 0.0
+    for short, long in shapes:
+        each = (short, short, long), (short, short, short), (short, long, short)
+        products += sum(product_seconds(*sizes, "bfloat16", H100) for sizes in each)
+    per_device = -(-model.num_layers // 8)
+    moves = sum(2 * ring_seconds(per_device * short * long * 2, 8, 1, H100) for short, long in shapes)
+    longer = step_time(work(optimizer="muon", fsdp=8), H100).optimizer
+    moments = 4 * 2 * model.num_layers * sum(short * long for short, long in shapes) / 8
+    read = moments / (H100.memory_bandwidth * H100.efficiency.memory)
+    expected = 5 * per_device * products + moves - read
+    assert longer - step_time(work(fsdp=8), H100).optimizer == pytest.approx(expected, rel=1e-6)
+    assert expected > 0
