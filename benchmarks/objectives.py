@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 # Before jax is imported: the compile-only GPU plugin may be installed, and would be tried first.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -53,7 +54,7 @@ def config_of(name: str, steps: int, folder: str) -> Config:
     return Config.model_validate(tree)
 
 
-def measure(name: str, steps: int, folder: str) -> dict[str, float | str]:
+def measure(name: str, steps: int, folder: str) -> dict[str, Any]:
     """One run: the held-out figures at its first evaluation and at its end, and rows made a second."""
     trainer = Trainer(config_of(name, steps, folder))
     data, fields = trainer.data.train, trainer.program.objective.fields
