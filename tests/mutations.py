@@ -312,7 +312,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a line that ends where a range begins is lost",
-        "stack/data/sources.py",
+        "stack/data/records.py",
         "file.seek(max(0, start - 1))",
         "file.seek(start)",
         "tests/data/test_prepare.py",

@@ -1,6 +1,6 @@
 """The config tree and its readers."""
 
-from stack.config.data import DataConfig, SourceConfig
+from stack.config.data import DataConfig, SourceConfig, Weight, weight_at
 from stack.config.errors import ConfigError, StackError
 from stack.config.mesh import AXES, MeshConfig
 from stack.config.model import (
@@ -44,9 +44,11 @@ __all__ = [
     "StackError",
     "TargetConfig",
     "TrainConfig",
+    "Weight",
     "dump",
     "load",
     "parse",
     "replace",
     "schema",
+    "weight_at",
 ]
