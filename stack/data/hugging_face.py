@@ -116,7 +116,8 @@ def _load(datasets: Any, source: SourceConfig) -> Any:
 
 
 def _refused(source: SourceConfig, error: Exception) -> StackError:
-    told = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    told = " ".join(str(error).split()) or type(error).__name__
+    told = told if len(told) <= 300 else f"{told[:297]}..."
     return StackError(
         f"data.sources: {source.path}: {told.rstrip('.')}; check path, config_name, split and revision, and"
         " the network"
