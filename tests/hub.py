@@ -21,7 +21,7 @@ def hub(files: dict[str, bytes], home: Path) -> Iterator[tuple[dict[str, str], l
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
             pass
 
         def do_GET(self) -> None:

@@ -163,7 +163,7 @@ def test_lengths_are_told_and_are_part_of_the_key(tmp_path: Path) -> None:
 def test_token_files_are_measured_by_their_text(tmp_path: Path) -> None:
     texts = [text(0), text(0, changes=1), "short", text(1)]
     np.save(tmp_path / "a.npy", np.array([token for one in texts for token in (*one.encode(), 256)]))
-    kinds = {"kind": "tokens", "path": str(tmp_path / "a.npy"), "min_characters": 6}
+    kinds: dict[str, object] = {"kind": "tokens", "path": str(tmp_path / "a.npy"), "min_characters": 6}
     data = open_with(tmp_path, kinds, deduplicate="near", heldout_fraction=0.0)
     assert sides(data)[0] == [texts[0], texts[3]]
 

@@ -41,7 +41,7 @@ def shares(weights: list[Weight], row: np.ndarray) -> np.ndarray:
     """As the field's description says: shares at the points, straight lines between them."""
     lines = [weight if isinstance(weight, tuple) else ((0, weight),) for weight in weights]
     rows = sorted({at for line in lines for at, _ in line})
-    at_rows = np.array([np.interp(rows, *zip(*line, strict=True)) for line in lines])
+    at_rows = np.array([np.interp(rows, *np.array(line).T) for line in lines])
     at_rows /= at_rows.sum(axis=0)
     return np.array([np.interp(row, rows, some) for some in at_rows])
 
@@ -76,7 +76,8 @@ def test_a_source_without_weight_gives_no_row() -> None:
 
 
 def test_each_row_of_a_source_comes_once_in_each_epoch_of_its_own_in_a_new_order() -> None:
-    sizes, weights = [128, 128], [((0, 3.0), (2000, 0.5)), 1.0]
+    sizes: list[int] = [128, 128]
+    weights: list[Weight] = [((0, 3.0), (2000, 0.5)), 1.0]
     rows = order(sizes, weights)
     drawn = [rows[place] for place in range(1200)]
     assert [rows[place] for place in (1199, 5, 250)] == [drawn[1199], drawn[5], drawn[250]]

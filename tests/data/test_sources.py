@@ -130,7 +130,7 @@ def test_records_are_read_whatever_the_letters_of_the_name_and_compressed(tmp_pa
 
 
 def test_zstandard_is_read_with_several_frames_and_a_wide_window(tmp_path: Path) -> None:
-    wide = {
+    wide: dict[int, int] = {
         zstd.CompressionParameter.window_log: 28,
         zstd.CompressionParameter.enable_long_distance_matching: 1,
     }
