@@ -80,13 +80,13 @@ def _choose(
     order = order[np.sort(first)]
     if threshold is not None:
 
-        def read(places: np.ndarray) -> np.ndarray:
-            numbers = order[places]
-            values = np.empty((len(numbers), minhash.HASHES), np.uint32)
+        def read(places: np.ndarray, columns: slice) -> np.ndarray:
+            numbers, wanted = order[places], np.arange(columns.start, columns.stop)
+            values = np.empty((len(numbers), len(wanted)), np.uint32)
             for corpus, start, end in zip(corpora, edges[:-1], edges[1:], strict=True):
                 here = np.flatnonzero((numbers >= start) & (numbers < end))
                 assert corpus.signatures is not None
-                rows = (numbers[here] - start)[:, None] * minhash.HASHES + np.arange(minhash.HASHES)
+                rows = (numbers[here] - start)[:, None] * minhash.HASHES + wanted
                 values[here] = corpus.signatures[rows]
             return values
 

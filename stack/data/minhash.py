@@ -58,7 +58,7 @@ def signature(text: str) -> UInt32[np.ndarray, " hashes"]:
 
 
 def near_earlier(
-    read: Callable[[Int64[np.ndarray, " some"]], UInt32[np.ndarray, "some hashes"]],
+    read: Callable[[Int64[np.ndarray, " some"], slice], UInt32[np.ndarray, "some columns"]],
     count: int,
     threshold: float,
 ) -> Bool[np.ndarray, " count"]:
@@ -68,7 +68,7 @@ def near_earlier(
     near an earlier one. With similarity `threshold` 99 in 100 pairs agree in a band.
 
     Args:
-        read: gives the signatures of texts by number.
+        read: gives some columns of the signatures of texts by number.
         count: of texts.
         threshold: the similarity, as estimated, from which two are nearly equal.
     """
@@ -79,7 +79,7 @@ def near_earlier(
         keys = np.concatenate(
             [np.zeros(0, np.uint64)]
             + [
-                _fold(read(members[first : first + _PAIRS])[:, start : start + rows])
+                _fold(read(members[first : first + _PAIRS], slice(start, start + rows)))
                 for first in range(0, len(members), _PAIRS)
             ]
         )
@@ -98,11 +98,11 @@ def near_earlier(
 
 def _are_near(read: Callable, one: np.ndarray, other: np.ndarray, threshold: float) -> np.ndarray:
     """Whether the signatures of texts agree, pair by pair."""
-    shares = [
-        (read(one[start : start + _PAIRS]) == read(other[start : start + _PAIRS])).mean(axis=1)
-        for start in range(0, len(one), _PAIRS)
-    ]
-    return np.concatenate([np.zeros(0), *shares]) >= threshold
+    whole, shares = slice(0, HASHES), [np.zeros(0)]
+    for start in range(0, len(one), _PAIRS):
+        pair = (read(some[start : start + _PAIRS], whole) for some in (one, other))
+        shares.append(np.equal(*pair).mean(axis=1))
+    return np.concatenate(shares) >= threshold
 
 
 def _rows(threshold: float) -> int:

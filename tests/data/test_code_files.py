@@ -7,6 +7,7 @@ import pytest
 from stack.config import SourceConfig
 from stack.config.errors import ConfigError, StackError
 from stack.data import files
+from stack.data.cache import open_corpus
 from stack.data.files import list_files, source_files
 from stack.data.parts import Range, cut
 from stack.data.sources import read_documents
@@ -102,6 +103,16 @@ def test_binary_files_and_files_with_long_lines_are_left_out_and_counted(tmp_pat
     ):
         found = set(read_documents(source.model_copy(update=change)))
         assert {one for one in found if "a = 1" not in one} == more
+
+
+def test_how_long_a_line_may_be_is_part_of_what_the_cache_knows_it_by(tree, tmp_path_factory) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    sources = [
+        SourceConfig(kind="code", path=str(tree), max_line_characters=some) for some in (6, 1000, None)
+    ]
+    corpora = [open_corpus(source, ByteTokenizer(), cache) for source in sources]
+    assert len({corpus.key for corpus in corpora}) == 3
+    assert len(corpora[0].num_bytes) < len(corpora[1].num_bytes) == len(corpora[2].num_bytes)
 
 
 def test_what_is_no_tree_or_holds_nothing_is_named(tree: Path) -> None:

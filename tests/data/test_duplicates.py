@@ -142,6 +142,17 @@ def test_where_the_end_of_the_text_is_held_out_what_is_like_it_is_not_trained_on
     assert data.train.num_bytes + data.heldout.num_bytes == len(middle) + len(alike[1])
 
 
+def test_a_document_that_is_cut_and_left_out_counts_on_neither_side(tmp_path: Path) -> None:
+    cut, other = (
+        next(one for n in range(a, 99) if not is_heldout((one := text(n)).encode(), 0.1)) for a in (0, 50)
+    )
+    one, two = source(tmp_path / "one", [cut]), source(tmp_path / "two", [other, cut])
+    data = open_with(tmp_path, one, two, deduplicate="exact", heldout_fraction=0.1)
+    assert [part.num_bytes for part in data.train.parts][1] == len(other)
+    assert [part.num_bytes for part in data.heldout.parts][1] == 0
+    assert data.train.num_bytes + data.heldout.num_bytes == len(cut) + len(other)
+
+
 def test_a_source_that_only_repeats_others_is_named(tmp_path: Path) -> None:
     texts = [text(number) for number in range(10)]
     one, two = (source(tmp_path / name, texts) for name in ("one", "two"))
@@ -232,7 +243,7 @@ def test_every_pair_that_is_near_enough_is_found_and_no_other(threshold: float) 
     for number in range(200):
         share = draw.permutation(minhash.HASHES)[: draw.integers(minhash.HASHES + 1)]
         signatures[200 + number, share] = signatures[number, share]
-    near = minhash.near_earlier(lambda places: signatures[places], 600, threshold)
+    near = minhash.near_earlier(lambda places, columns: signatures[places, columns], 600, threshold)
     agree = (signatures[:200] == signatures[200:400]).mean(axis=1)
     assert not near[:200].any()
     assert not near[400:].any()
@@ -242,10 +253,12 @@ def test_every_pair_that_is_near_enough_is_found_and_no_other(threshold: float) 
 
 
 def test_a_group_of_one_band_is_looked_at_to_its_end() -> None:
-    """Two that are near each other are found though a third that agrees in the same band comes before."""
+    """Two that are near each other are found though others that agree in their one band come before."""
     draw = np.random.default_rng(0)
     signatures = draw.integers(0, 2**32, (9, minhash.HASHES), np.uint32)
     signatures[:, :6] = 7
     signatures[8] = signatures[4]
-    near = minhash.near_earlier(lambda places: signatures[places], 9, 0.8)
+    signatures[8, 6::6] += 1
+    assert (signatures[4] == signatures[8]).mean() > 0.8
+    near = minhash.near_earlier(lambda places, columns: signatures[places, columns], 9, 0.8)
     assert near.tolist() == [False] * 8 + [True]

@@ -60,6 +60,13 @@ def test_the_rows_drawn_up_to_any_place_follow_the_integral_and_any_can_be_asked
     assert [Schedule.of(weights).find(place) for place in (3, 199, 0)] == [found[3], found[199], found[0]]
 
 
+@pytest.mark.parametrize("sources", [2, 8, 9])
+def test_sources_that_are_due_together_come_one_after_another(sources: int) -> None:
+    schedule = Schedule.of([((0, 1.0),)] * sources)
+    found = [schedule.find(place) for place in range(5 * sources)]
+    assert found == [(place % sources, place // sources) for place in range(5 * sources)]
+
+
 def test_the_integral_is_exact_after_a_trillion_rows() -> None:
     schedule = Schedule.of((((0, 1.0), (10**12, 0.0)), 1.0))
     numerator, denominator = schedule.due(0, 10**12)
