@@ -27,7 +27,7 @@ from stack.data import minhash
 from stack.data.atomic import cache_folder, unwritable
 from stack.data.entry import BlockArray, EntryWriter, log, open_entry
 from stack.data.files import source_files
-from stack.data.hugging_face import dataset_identity
+from stack.data.hugging_face import dataset_identity, pinned
 from stack.data.parallel import Threads, Workers
 from stack.data.parts import Part, cut
 from stack.data.sources import SYNTHETIC_BYTES, has_length
@@ -99,6 +99,7 @@ def open_corpus(
         StackError: what the sources raise, a source without text, a cache that can not be written.
     """
     root = cache_folder(cache_dir)
+    source = pinned(source)  # Once: what is read is what the key is of.
     key = _key(source, tokenizer, root, seed, sign)
     folder = root / f"tokens-{key}"
 

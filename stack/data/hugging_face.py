@@ -33,24 +33,27 @@ def dataset_folder(source: SourceConfig) -> Path | None:
     return None
 
 
-def dataset_identity(source: SourceConfig) -> str:
-    """What its content is told by: the commit of a dataset of the Hub; the files of a folder are looked at.
+def pinned(source: SourceConfig) -> SourceConfig:
+    """The source with the commit that its revision stands for now; a folder, and other kinds, as they are.
 
     Raises:
         StackError: no answer from the Hub, or no such dataset.
     """
-    if dataset_folder(source) is not None:
-        return ""
-    revision = source.revision
-    if revision is None or not _COMMIT.fullmatch(revision):
-        _datasets(source)
-        import huggingface_hub
+    if source.kind != "hf" or dataset_folder(source) is not None or _COMMIT.fullmatch(source.revision or ""):
+        return source
+    _datasets(source)
+    import huggingface_hub
 
-        try:
-            revision = huggingface_hub.HfApi().dataset_info(source.path or "", revision=revision).sha
-        except Exception as error:
-            raise _refused(source, error) from error
-    return f"{source.path}@{revision}"
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(source.path or "", revision=source.revision).sha
+    except Exception as error:
+        raise _refused(source, error) from error
+    return source.model_copy(update={"revision": commit})
+
+
+def dataset_identity(source: SourceConfig) -> str:
+    """What its content is told by, once it is pinned; of a folder the content of its files says it."""
+    return "" if dataset_folder(source) is not None else f"{source.path}@{source.revision}"
 
 
 def read_dataset(source: SourceConfig) -> Iterator[str | None]:
@@ -93,13 +96,12 @@ def _datasets(source: SourceConfig) -> Any:
 def _load(datasets: Any, source: SourceConfig) -> Any:
     folder = dataset_folder(source)
     if folder is None:
-        commit = dataset_identity(source).rpartition("@")[2]
         return datasets.load_dataset(
             source.path,
             source.config_name,
             split=source.split,
             streaming=source.streaming,
-            revision=commit,
+            revision=pinned(source).revision,
         )
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return datasets.load_dataset(

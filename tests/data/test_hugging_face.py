@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,6 +153,14 @@ def test_what_is_no_such_dataset_is_one_line(tmp_path, name, streaming) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_the_extra_is_named_where_the_library_is_missing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        StackError, match=r"need the library `datasets`; install the extra: pip install 'stack\[hf\]'"
+    ):
+        list(read_documents(source(tmp_path)))
+
+
 @pytest.mark.full
 def test_a_dataset_of_the_hub_is_known_by_its_commit_and_then_read_without_the_hub(tmp_path: Path) -> None:
     records = "".join(json.dumps({"text": text}) + "\n" for text in WANT).encode()
@@ -171,7 +180,11 @@ def test_a_dataset_of_the_hub_is_known_by_its_commit_and_then_read_without_the_h
         kept = prepare(environment, "kept")
         assert f": {len(WANT):,} documents, " in kept.stdout, kept.stderr
         assert any("train.jsonl" in path for path in asked)
-        streamed = prepare(environment, "streamed", "data.sources.0.streaming=true")
+        assert asked.count("/api/datasets/me/some") == 1, "what is read is what it is known by"
+        asked.clear()
+        pin = f"data.sources.0.revision={COMMIT}"
+        streamed = prepare(environment, "streamed", "data.sources.0.streaming=true", pin)
+        assert "/api/datasets/me/some" not in asked
         assert f": {len(WANT):,} documents, " in streamed.stdout, streamed.stderr
         asked.clear()
         assert prepare(environment, "kept").returncode == 0
@@ -183,7 +196,7 @@ def test_a_dataset_of_the_hub_is_known_by_its_commit_and_then_read_without_the_h
     gone = prepare(environment, "kept")
     assert gone.returncode == 1
     assert gone.stderr.count("\n") == 1
-    pinned = prepare(environment, "kept", f"data.sources.0.revision={COMMIT}")
+    pinned = prepare(environment, "kept", pin)
     assert pinned.stdout.splitlines()[0] == kept.stdout.splitlines()[0], pinned.stderr
     names = [{path.name for path in (tmp_path / cache).glob("tokens-*")} for cache in ("kept", "streamed")]
     assert names[0] == names[1]
