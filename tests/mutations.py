@@ -108,6 +108,27 @@ MUTATIONS = (
         "tests/data/test_packing.py",
     ),
     Mutation(
+        "what is nearly held out trained on",
+        "stack/data/duplicates.py",
+        'np.argsort(~np.concatenate(heldout), kind="stable")',
+        "np.arange(len(np.concatenate(heldout)))",
+        "tests/data/test_duplicates.py",
+    ),
+    Mutation(
+        "shares that jump where they should change",
+        "stack/data/mixture.py",
+        " + change * steps**2",
+        "",
+        "tests/data/test_mixture.py",
+    ),
+    Mutation(
+        "documents of an index run together",
+        "stack/data/token_files.py",
+        "np.union1d(closed, edges[here])",
+        "closed",
+        "tests/data/test_megatron.py",
+    ),
+    Mutation(
         "held-out text trained on",
         "stack/data/packing.py",
         '{"train": ~heldout,',
@@ -312,7 +333,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a line that ends where a range begins is lost",
-        "stack/data/sources.py",
+        "stack/data/records.py",
         "file.seek(max(0, start - 1))",
         "file.seek(start)",
         "tests/data/test_prepare.py",

@@ -1,6 +1,6 @@
 """The config tree and its readers."""
 
-from stack.config.data import DataConfig, SourceConfig
+from stack.config.data import DataConfig, SourceConfig, Weight, weight_at
 from stack.config.errors import ConfigError, StackError
 from stack.config.mesh import AXES, MeshConfig
 from stack.config.model import (
@@ -66,10 +66,12 @@ __all__ = [
     "TargetConfig",
     "TrainConfig",
     "UniLmConfig",
+    "Weight",
     "WordsConfig",
     "dump",
     "load",
     "parse",
     "replace",
     "schema",
+    "weight_at",
 ]

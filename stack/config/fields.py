@@ -143,7 +143,11 @@ def _words(annotation: Any) -> str:
     if origin in (types.UnionType, Union):
         return " or ".join(_words(argument) for argument in arguments)
     if origin is tuple:
-        return f"list of {_words(arguments[0])}s"
+        kinds = dict.fromkeys(_words(argument) for argument in arguments if argument is not Ellipsis)
+        if len(kinds) > 1:
+            return f"[{', '.join(kinds)}]"
+        (inner,) = kinds
+        return f"list of {inner}" if inner.startswith("[") else f"list of {inner}s"
     if hasattr(annotation, "__metadata__"):
         return _words(arguments[0])
     return _WORDS.get(annotation, str(annotation))

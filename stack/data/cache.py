@@ -23,18 +23,24 @@ from rich.progress import (
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
+from stack.data import minhash
 from stack.data.atomic import cache_folder, unwritable
 from stack.data.entry import BlockArray, EntryWriter, log, open_entry
+from stack.data.files import source_files
+from stack.data.hugging_face import dataset_identity, pinned
 from stack.data.parallel import Threads, Workers
 from stack.data.parts import Part, cut
-from stack.data.sources import SYNTHETIC_BYTES, source_files
+from stack.data.sources import SYNTHETIC_BYTES, has_length
 from stack.data.split import document_hash
+from stack.data.token_files import partners
 from stack.data.tokenizer import Tokenizer
 from stack.storage import durable
 
 _FORMAT = 5  # raise it when what is written changes: old entries are then not found
 _COLUMNS = {"offsets": "<i8", "num_bytes": "<i8", "hashes": "<u8"}
 """What is kept per document, a file each."""
+_OF_KIND = {"code": {"max_line_characters"}, "hf": {"config_name", "split"}}
+"""What some kinds of sources say about reading them, beside what all say."""
 _READ_BACK = 1 << 12  # tokens of a part that are decoded again
 _SETTLED_SECONDS = 2  # a file changed more recently may change again within the clock's resolution
 
@@ -61,10 +67,14 @@ class Corpus:
     """[documents] uint64: `split.document_hash` of each document's text."""
     left_out: int
     """Documents without text."""
+    outside: int
+    """Documents that were left out as too short or too long."""
     unknown_tokens: int
     """Tokens that stand for words the tokenizer does not know."""
     changed: float
     """Share of the beginnings of documents, one of every part, that do not come back from their tokens."""
+    signatures: Array | None = None
+    """[documents * minhash.HASHES] uint32: `minhash.signature` of each document's text, where asked for."""
 
 
 def open_corpus(
@@ -75,50 +85,69 @@ def open_corpus(
     seed: int = 0,
     workers: Workers | None = None,
     show_progress: bool = True,
+    sign: bool = False,
     warn: Callable[[str], None] = log,
 ) -> Corpus:
     """The corpus of a source, tokenized by `workers` (a thread per core) unless the cache holds it already.
 
     The key is made of the content of the source's files, not of their names or dates, of what the
     source says about reading them, and of the tokenizer. Whoever asks for the same key meanwhile, in
-    any process, waits and then reads. What is damaged is made again, and `warn` told.
+    any process, waits and then reads. What is damaged is made again, and `warn` told. With `sign` it has the
+    signatures that near-duplicates are found by.
 
     Raises:
         StackError: what the sources raise, a source without text, a cache that can not be written.
     """
     root = cache_folder(cache_dir)
-    key = _key(source, tokenizer, root, seed)
+    source = pinned(source)  # Once: what is read is what the key is of.
+    key = _key(source, tokenizer, root, seed, sign)
     folder = root / f"tokens-{key}"
 
     def write(target: EntryWriter) -> None:
         progress, task = _progress(source, show_progress)
         with progress:
             parts = cut(source, tokenizer, seed)
-            chunks = (workers or Threads()).map(partial(_tokenize, tokenizer), parts)
-            if not _write(_counted(chunks, lambda count: progress.advance(task, count)), tokenizer, target):
-                name = source.path or source.kind
-                raise StackError(f"data.sources: {name} holds no text; give it documents that are not empty")
+            chunks = (workers or Threads()).map(partial(_tokenize, source, tokenizer, sign), parts)
+            counted = _counted(chunks, lambda count: progress.advance(task, count))
+            if not _write(counted, tokenizer, target, sign=sign):
+                raise _without_text(source)
 
     about, arrays = open_entry(folder, write, warn=warn)
     return Corpus(
         key=key,
         fingerprint=about["fingerprint"],
         left_out=about["left_out"],
+        outside=about.get("outside", 0),
         unknown_tokens=about["unknown_tokens"],
         changed=about["changed"],
         **arrays,
     )
 
 
-def _key(source: SourceConfig, tokenizer: Tokenizer, root: Path, seed: int) -> str:
+def _without_text(source: SourceConfig) -> StackError:
+    name = source.path or source.kind
+    if source.min_characters or source.max_characters:
+        return StackError(
+            f"data.sources: {name} holds no text of the length asked for; look at min_characters and"
+            " max_characters"
+        )
+    return StackError(f"data.sources: {name} holds no text; give it documents that are not empty")
+
+
+def _key(source: SourceConfig, tokenizer: Tokenizer, root: Path, seed: int, sign: bool) -> str:
     files = source_files(source)
-    sidecars = [path.with_suffix(".json") for path in files if source.kind == "tokens"]
+    beside = [partner for path in files if source.kind == "tokens" for partner in partners(path)]
+    lengths = source.model_dump(include={"min_characters", "max_characters"}, exclude_none=True)
     parts = {
         "format": _FORMAT,
         "tokenizer": tokenizer.fingerprint,
         "seed": seed if source.kind == "synthetic" else None,
         **source.model_dump(include={"kind", "field", "max_bytes", "encoding"}),
-        "files": _file_digests([*files, *filter(Path.is_file, sidecars)], root),
+        **source.model_dump(include=_OF_KIND.get(source.kind, set())),
+        **lengths,
+        **({"dataset": dataset_identity(source)} if source.kind == "hf" else {}),
+        **({"signatures": minhash.VERSION} if sign else {}),
+        "files": _file_digests([*files, *beside], root),
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -171,19 +200,23 @@ class _Tokenized:
     hashes: np.ndarray
     left_out: int
     """Documents without text among them."""
+    outside: int
+    """Documents that are too short or too long among them."""
     unknown: int
     """Tokens for words the tokenizer does not know."""
     is_changed: bool
     """Whether the beginning of the first document's text does not come back from its tokens."""
+    signatures: np.ndarray | None = None
 
 
-def _tokenize(tokenizer: Tokenizer, part: Part) -> _Tokenized:
+def _tokenize(source: SourceConfig, tokenizer: Tokenizer, sign: bool, part: Part) -> _Tokenized:
     documents, left_out = part.read()
     is_text = bool(documents) and isinstance(documents[0], str)
-    if is_text:
-        texts, ids = documents, tokenizer.encode_batch(documents)
-    else:
-        texts, ids = [tokenizer.decode(document) for document in documents], documents
+    texts = documents if is_text else [tokenizer.decode(document) for document in documents]
+    wanted = [number for number, text in enumerate(texts) if has_length(source, text)]
+    outside = len(texts) - len(wanted)
+    texts, documents = ([some[number] for number in wanted] for some in (texts, documents))
+    ids = tokenizer.encode_batch(texts) if is_text and texts else documents
     encoded = [text.encode() for text in texts]
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     bos, eos = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos], dtype)
@@ -194,8 +227,10 @@ def _tokenize(tokenizer: Tokenizer, part: Part) -> _Tokenized:
         num_bytes=np.array([len(text) for text in encoded], np.int64),
         hashes=np.array([document_hash(text) for text in encoded], np.uint64),
         left_out=left_out,
+        outside=outside,
         unknown=sum(int((document == tokenizer.unknown).sum()) for document in ids),
-        is_changed=is_text and _is_changed(documents[0], ids[0], tokenizer),
+        is_changed=is_text and bool(texts) and _is_changed(texts[0], ids[0], tokenizer),
+        signatures=minhash.signatures(texts) if sign else None,
     )
 
 
@@ -213,18 +248,22 @@ def _counted(chunks: Iterable[_Tokenized], advance: Callable[[int], None]) -> It
         advance(int(chunk.num_bytes.sum()))
 
 
-def _write(chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: EntryWriter) -> bool:
+def _write(
+    chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: EntryWriter, *, sign: bool = False
+) -> bool:
     """Whether there was anything to write."""
     # Written as they come: of a hundred million documents not even the lengths would fit in memory.
     content, end, documents = hashlib.blake2b(digest_size=16), 0, 0
-    left_out, unknown, changed = 0, 0, []
+    left_out, outside, unknown, changed = 0, 0, 0, []
     with ExitStack() as stack:
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
         tokens = stack.enter_context(target.file("tokens", dtype))
         columns = {name: stack.enter_context(target.file(name, dtype)) for name, dtype in _COLUMNS.items()}
         columns["offsets"].write(np.zeros(1))
+        signatures = stack.enter_context(target.file("signatures", "<u4")) if sign else None
         for chunk in chunks:
             left_out += chunk.left_out
+            outside += chunk.outside
             if not len(chunk.lengths):
                 continue
             offsets = end + np.cumsum(chunk.lengths)
@@ -239,6 +278,9 @@ def _write(chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: EntryWrit
                 ("hashes", chunk.hashes),
             ):
                 columns[name].write(values)
+            if signatures is not None:
+                assert chunk.signatures is not None
+                signatures.write(chunk.signatures)
     if not documents:
         return False
     content.update(tokenizer.fingerprint.encode())
@@ -246,6 +288,7 @@ def _write(chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: EntryWrit
         documents=documents,
         fingerprint=content.hexdigest(),
         left_out=left_out,
+        outside=outside,
         unknown_tokens=unknown,
         changed=sum(changed) / len(changed),
     )
@@ -268,6 +311,6 @@ def _progress(source: SourceConfig, show: bool) -> tuple[Progress, TaskID]:
     limits = [source.max_bytes] if source.max_bytes else []
     if source.kind == "synthetic" and not limits:
         limits = [SYNTHETIC_BYTES]
-    elif source.kind in ("python", "text", "jsonl"):
+    elif source.kind in ("python", "text", "code", "jsonl"):
         limits.append(sum(path.stat().st_size for path in source_files(source)))
     return progress, progress.add_task(source.path or source.kind, total=min(limits, default=None))

@@ -9,16 +9,17 @@ from functools import partial
 import numpy as np
 from jaxtyping import Int32, Integer
 
-from stack.config import Config, SourceConfig
+from stack.config import Config, SourceConfig, Weight
 from stack.config.errors import ConfigError
 from stack.data import mixture, packing
 from stack.data.atomic import cache_folder
-from stack.data.cache import Corpus, open_corpus
+from stack.data.cache import open_corpus
+from stack.data.duplicates import Unique, unique_documents
 from stack.data.examples import PLAIN, Examples
 from stack.data.fields import Field
-from stack.data.packing import FIELDS, PackedRows, pack_corpus
+from stack.data.files import describe_names, list_files
+from stack.data.packing import FIELDS, PackedRows, heldout_documents, pack_corpus
 from stack.data.parallel import Threads, Workers
-from stack.data.sources import describe_names, list_files
 from stack.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 UNKNOWN = 1e-3
@@ -30,7 +31,7 @@ class Dataset:
     """The train or the held-out side of all sources; their rows are numbered one source after another."""
 
     parts: tuple[PackedRows, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Weight, ...]
     """Share of each part's rows in training."""
     tokenizer: Tokenizer
     examples: Examples = PLAIN
@@ -157,7 +158,7 @@ def open_data(
     check_vocabulary(tokenizer, config.model.vocab_size)
     made = examples(tokenizer) if examples else PLAIN
     root = cache_folder(data.cache_dir)
-    sources = [source for source in data.sources if source.weight > 0]
+    sources = data.read_sources
     workers = workers or (Threads(data.workers) if data.workers else Threads())
     damage: list[str] = []
     corpora = [
@@ -168,6 +169,7 @@ def open_data(
             seed=config.seed,
             workers=workers,
             show_progress=show_progress,
+            sign=data.deduplicate == "near",
             warn=damage.append,
         )
         for source in sources
@@ -177,6 +179,21 @@ def open_data(
     is_lossless = all(
         corpus.changed == 0 and corpus.unknown_tokens <= UNKNOWN * len(corpus.tokens) for corpus in corpora
     )
+
+    def unique(by_place: bool) -> Sequence[Unique | None]:
+        if data.deduplicate == "none":
+            return [None] * len(corpora)
+
+        def heldout() -> list[np.ndarray]:
+            return [
+                heldout_documents(corpus, data.heldout_fraction, tokenizer.decode, by_place=by_place)
+                for corpus in corpora
+            ]
+
+        side = [data.heldout_fraction, by_place]
+        return unique_documents(
+            corpora, heldout, likeness=data.deduplicate, threshold=data.near_duplicate_similarity, side=side
+        )
 
     def pack(*, by_place: bool) -> tuple[Dataset, Dataset]:
         sides = [
@@ -189,9 +206,10 @@ def open_data(
                 examples=made,
                 by_place=by_place,
                 decode=tokenizer.decode,
+                unique=kept,
                 warn=damage.append,
             )
-            for corpus in corpora
+            for corpus, kept in zip(corpora, unique(by_place), strict=True)
         ]
         side = partial(Dataset, weights=weights, tokenizer=tokenizer, examples=made, is_lossless=is_lossless)
         train, heldout = zip(*sides, strict=True)
@@ -204,6 +222,8 @@ def open_data(
     _check_size(config, train)
     choices = [data.sequence_length, data.packed, data.heldout_fraction, data.shuffle, weights]
     choices += [made.packing] * bool(made.packing)
+    if data.deduplicate != "none":
+        choices += [data.deduplicate, data.near_duplicate_similarity]
     return Data(
         tokenizer=tokenizer,
         train=train,
@@ -213,23 +233,39 @@ def open_data(
             "corpus": digest([corpus.fingerprint for corpus in corpora]),
             "packing": digest(choices),
             "rows": str(packing.VERSION),
-            "order": str(mixture.VERSION),
+            "order": mixture.version(weights),
         },
-        notes=(*damage, *_notes(config, sources, corpora, by_place=by_place)),
+        notes=(*damage, *_notes(config, sources, train.parts, by_place=by_place)),
     )
 
 
 def _notes(
-    config: Config, sources: Sequence[SourceConfig], corpora: Sequence[Corpus], *, by_place: bool
+    config: Config, sources: Sequence[SourceConfig], parts: Sequence[PackedRows], *, by_place: bool
 ) -> Iterator[str]:
     """What is not read as one might think, a line each."""
     tokenizer = config.data.tokenizer
-    for source, corpus in zip(sources, corpora, strict=True):
-        name = source.path or source.kind
+    for source, part in zip(sources, parts, strict=True):
+        corpus, name = part.corpus, source.path or source.kind
         if others := list_files(source).passed_over:
             yield f"data.sources: {name}: {len(others):,} files are not read: {describe_names(others)}"
         if corpus.left_out and source.kind != "python":
-            yield f"data.sources: {name}: {corpus.left_out:,} documents without text are left out"
+            what = "documents without text"
+            if source.kind == "code":
+                what = "files that are empty, binary or have too long a line"
+            yield f"data.sources: {name}: {corpus.left_out:,} {what} are left out"
+        if corpus.outside:
+            bounds = [
+                f"{field}={value}"
+                for field, value in (
+                    ("min_characters", source.min_characters),
+                    ("max_characters", source.max_characters),
+                )
+                if value
+            ]
+            yield f"data.sources: {name}: {corpus.outside:,} documents are left out by {' and '.join(bounds)}"
+        if part.duplicates:
+            nearly = "equal or nearly equal" if config.data.deduplicate == "near" else "equal"
+            yield f"data.deduplicate: {name}: {part.duplicates:,} documents {nearly} to others are left out"
         if corpus.unknown_tokens:
             share = corpus.unknown_tokens / len(corpus.tokens)
             hidden = "; no nats per byte are told, as they would flatter" if share > UNKNOWN else ""
@@ -255,10 +291,11 @@ def _check_size(config: Config, train: Dataset) -> None:
             f" train.batch_size={batch_size};"
             " add text, or lower train.batch_size or data.sequence_length"
         )
-    for part, source in zip(train.parts, (s for s in config.data.sources if s.weight > 0), strict=True):
+    for part, source in zip(train.parts, config.data.read_sources, strict=True):
         if not part.num_rows:
             raise ConfigError(
-                f"data.sources: every document of {source.path or source.kind} is held out;"
+                f"data.sources: every document of {source.path or source.kind} is held out"
+                f"{'' if config.data.deduplicate == 'none' else ' or like others'};"
                 " lower data.heldout_fraction or add documents"
             )
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer
+from jaxtyping import Bool, Int32, Int64, Integer
 
 from stack.data.cache import Array, Corpus
+from stack.data.duplicates import Unique
 from stack.data.entry import EntryWriter, log, open_entry
 from stack.data.examples import PLAIN, Examples, longest
 from stack.data.split import heldout_mask
@@ -54,6 +55,8 @@ class PackedRows:
     """[pieces] int32: input tokens of a piece."""
     cut: Cut | None = None
     """Where a document lies on both sides, its part on this one."""
+    duplicates: int = 0
+    """Documents of the corpus that are on neither side, being like others."""
 
     @property
     def num_rows(self) -> int:
@@ -134,6 +137,7 @@ def pack_corpus(
     examples: Examples = PLAIN,
     by_place: bool = False,
     decode: Callable[[np.ndarray], str] | None = None,
+    unique: Unique | None = None,
     warn: Callable[[str], None] = log,
 ) -> tuple[PackedRows, PackedRows]:
     """The train and the held-out rows of a corpus; the index is made once and kept under `root`.
@@ -148,6 +152,7 @@ def pack_corpus(
         by_place: hold out the end of the text, wherever documents end, instead of documents by hash.
         decode: the tokenizer's, which counts the bytes of a document that lies on both sides; `by_place`
             needs it.
+        unique: the documents that are kept; by default all.
         warn: told of a damaged index, which is made again.
 
     Raises:
@@ -164,6 +169,7 @@ def pack_corpus(
         heldout_fraction,
         *["by_place"] * by_place,
         *[examples.packing] * bool(examples.packing),
+        *([unique.key] if unique else []),
     ]
     key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     folder = root / f"rows-{key}"
@@ -172,6 +178,7 @@ def pack_corpus(
         offsets = corpus.offsets[:]
         heldout = heldout_mask(corpus.hashes[:], heldout_fraction)
         chosen = {"train": ~heldout, "heldout": heldout}
+        kept = unique.choose() if unique else np.ones(len(heldout), bool)
         cuts = dict.fromkeys(chosen, Cut((0, int(corpus.offsets[-1])), 0))
         if by_place:
             assert decode is not None
@@ -179,28 +186,48 @@ def pack_corpus(
         for side, cut in cuts.items():
             low, high = cut.bounds
             inside = (offsets[1:] > low + 1) & (offsets[:-1] + 1 < high)
-            documents = np.flatnonzero(inside if by_place else chosen[side])
+            on_side = np.flatnonzero(inside if by_place else chosen[side])
+            beyond = cut.bytes_beyond
+            if beyond and not kept[on_side[-1 if side == "train" else 0]]:  # The one that is cut.
+                beyond = 0
+            documents = on_side[kept[on_side]]
             start = np.maximum(offsets[documents], low)
             end = np.minimum(offsets[documents + 1], high)
             start, length = _cut(start, end, most)
             room = examples.room(length)
             order, row_offsets = _rows(room, sequence_length) if packed else _one_each(length)
-            target.whole(f"{side}-cut", [low, high, cut.bytes_beyond])
+            target.whole(f"{side}-cut", [low, high, beyond])
             target.whole(f"{side}-documents", documents)
             target.whole(f"{side}-row_offsets", row_offsets)
             target.whole(f"{side}-piece_start", start[order])
             target.whole(f"{side}-piece_length", length[order].astype(np.int32))
-        target.finish()
+        target.finish(duplicates=int((~kept).sum()))
 
-    _, arrays = open_entry(folder, write, warn=warn)
+    about, arrays = open_entry(folder, write, warn=warn)
 
     def side(name: str) -> PackedRows:
         mine = {key.removeprefix(f"{name}-"): array for key, array in arrays.items() if key.startswith(name)}
         low, high, beyond = mine.pop("cut").tolist()
         cut = Cut((low, high), beyond) if by_place else None
-        return PackedRows(corpus=corpus, sequence_length=sequence_length, cut=cut, **mine)
+        return PackedRows(
+            corpus=corpus,
+            sequence_length=sequence_length,
+            cut=cut,
+            duplicates=about.get("duplicates", 0),
+            **mine,
+        )
 
     return side("train"), side("heldout")
+
+
+def heldout_documents(
+    corpus: Corpus, fraction: float, decode: Callable[[np.ndarray], str], *, by_place: bool
+) -> Bool[np.ndarray, " documents"]:
+    """Which documents of a corpus are held out, in whole or in part; see `pack_corpus`."""
+    if not by_place:
+        return heldout_mask(corpus.hashes[:], fraction)
+    low, _ = _cut_at_place(corpus, fraction, decode)["heldout"].bounds
+    return corpus.offsets[1:] > low + 1
 
 
 def _cut_at_place(corpus: Corpus, fraction: float, decode: Callable[[np.ndarray], str]) -> dict[str, Cut]:

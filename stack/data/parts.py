@@ -16,16 +16,12 @@ import numpy as np
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
-from stack.data.sources import (
-    is_packed,
-    raw_documents,
-    read_file,
-    read_lines,
-    read_row_groups,
-    row_group_bytes,
-    source_files,
-    until,
-)
+from stack.data.array_records import read_array_records, record_count
+from stack.data.files import source_files
+from stack.data.parquet_files import read_row_groups, row_group_bytes
+from stack.data.records import read_lines
+from stack.data.sources import raw_documents, read_file, until
+from stack.data.text_files import is_packed
 from stack.data.token_files import read_token_documents
 from stack.data.tokenizer import Tokenizer
 
@@ -87,7 +83,7 @@ class Range:
     source: SourceConfig
     files: tuple[File, ...]
     start: int = 0
-    """The byte in which the first line begins, or the first group of rows; of one file alone."""
+    """The byte in which the first line begins, or the first group of rows or record; of one file alone."""
     stop: int | None = None
     """The same of what comes after the last; None: these files are read whole."""
 
@@ -96,7 +92,7 @@ class Range:
         """Where it lies."""
         first, *others = self.files
         if self.stop is not None:
-            unit = "bytes" if self.source.kind == "jsonl" else "row groups"
+            unit = {"jsonl": "bytes", "parquet": "row groups"}.get(self.source.kind, "records")
             return f"{first.path}, {unit} {self.start:,} to {self.stop:,}"
         return f"{first.path} and {len(others):,} files after it" if others else str(first.path)
 
@@ -113,6 +109,8 @@ class Range:
                 yield from read_file(self.source, file.path)
             elif self.source.kind == "jsonl":
                 yield from read_lines(self.source, file.path, self.start, self.stop)
+            elif self.source.kind == "arrayrecord":
+                yield from read_array_records(self.source, file.path, self.start, self.stop)
             else:
                 yield from read_row_groups(self.source, file.path, range(self.start, self.stop))
 
@@ -129,7 +127,7 @@ def cut(source: SourceConfig, tokenizer: Tokenizer, seed: int) -> Iterator[Part]
     name = source.path or source.kind
     if source.kind == "tokens":
         yield from _texts(name, read_token_documents(source, tokenizer))
-    elif source.kind in ("python", "synthetic") or source.max_bytes is not None:
+    elif source.kind in ("python", "synthetic", "hf") or source.max_bytes is not None:
         yield from _texts(name, until(raw_documents(source, seed), source))
     else:
         yield from _together(source, map(_file, source_files(source)))
@@ -155,7 +153,9 @@ def _together(source: SourceConfig, files: Iterable[File]) -> Iterator[Part]:
 
 def _is_small(source: SourceConfig, file: File) -> bool:
     # What is packed may hold any amount.
-    return file.size <= _BYTES and source.kind != "parquet" and not is_packed(file.path)
+    if source.kind in ("parquet", "arrayrecord") or is_packed(file.path):
+        return False
+    return file.size <= _BYTES
 
 
 def _alone(source: SourceConfig, file: File) -> Iterator[Part]:
@@ -163,6 +163,12 @@ def _alone(source: SourceConfig, file: File) -> Iterator[Part]:
     if source.kind == "jsonl" and not is_packed(file.path) and _has_lines(source.encoding):
         for start in range(0, file.size, _BYTES):
             yield Range(source=source, files=(file,), start=start, stop=min(start + _BYTES, file.size))
+        return
+    if source.kind == "arrayrecord":
+        count = record_count(file.path)
+        step = min(_MOST, max(1, count * _BYTES // file.size))
+        for start in range(0, count, step):
+            yield Range(source=source, files=(file,), start=start, stop=min(start + step, count))
         return
     sizes = row_group_bytes(source, file.path) if source.kind == "parquet" else []
     if not sizes or max(sizes) > _LARGE_GROUP:

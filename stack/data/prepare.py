@@ -31,8 +31,7 @@ def prepare(
         data = open_data(config, examples=examples, workers=None if ray is None else RayTasks())
     seconds = time.monotonic() - start
     root = cache_folder(config.data.cache_dir)
-    used = (source for source in config.data.sources if source.weight > 0)
-    for source, part in zip(used, data.train.parts, strict=True):
+    for source, part in zip(config.data.read_sources, data.train.parts, strict=True):
         corpus = part.corpus
         size = int(corpus.num_bytes[:].sum()) / 1e6
         yield (

@@ -13,7 +13,7 @@ from stack.config import Config
 from stack.config.errors import StackError
 from stack.data import Data, open_data
 from stack.data.examples import TRAINING
-from stack.data.mixture import training_order
+from stack.data.mixture import Schedule, training_order
 from stack.data.tokenizer import Tokenizer
 from stack.objectives import build
 from stack.storage import durable
@@ -68,7 +68,7 @@ class Source:
     rows: tuple[int, int]
     """To train on, and held out."""
     asked: float
-    """Share of the rows in training that the weights ask for, of the first row."""
+    """Share of the rows counted that the weights ask for."""
     drawn: float
     """Share that it has among the rows counted."""
 
@@ -113,7 +113,7 @@ def examine(config: Config, *, rows: int = 3) -> DataReport:
     some = np.unique(np.linspace(0, len(numbers) - 1, min(MOST_ROWS, len(numbers))).astype(np.int64))
     batch = made(numbers[some], some)
     labels = (batch["labels"] >= 0).sum(1)
-    names = [_name(source) for source in config.data.sources if source.weight > 0]
+    names = [_name(source) for source in config.data.read_sources]
     bounds = np.cumsum([0, *(part.num_rows for part in train.parts)])
     show = np.arange(min(rows, len(numbers)))
     shown = made(numbers[show], show)
@@ -153,12 +153,13 @@ def _name(source: Any) -> str:
 
 
 def _sources(data: Data, names: Sequence[str], drawn: np.ndarray) -> Iterator[Source]:
-    weights = np.array(data.train.weights, float)
+    schedule = Schedule.of(data.train.weights)
     for number, (name, part, held) in enumerate(
         zip(names, data.train.parts, data.heldout.parts, strict=True)
     ):
         corpus = part.corpus
         lengths = np.diff(corpus.offsets[:]) - 2
+        asked, whole = schedule.due(number, len(drawn))
         quantiles = np.quantile(lengths, (0, 0.5, 0.9, 0.99, 1), method="nearest").astype(int)
         yield Source(
             name=name,
@@ -167,7 +168,7 @@ def _sources(data: Data, names: Sequence[str], drawn: np.ndarray) -> Iterator[So
             megabytes=float(corpus.num_bytes[:].sum()) / 1e6,
             lengths=tuple(quantiles.tolist()),
             rows=(part.num_rows, held.num_rows),
-            asked=float(weights[number] / weights.sum()),
+            asked=asked / whole / len(drawn),
             drawn=float((drawn == number).mean()),
         )
 

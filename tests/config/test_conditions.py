@@ -65,6 +65,8 @@ def other_value(section: Any, path: str) -> Any:
     if sections_of(kind):
         first = next(iter(kind.model_fields))
         return {first: other_value(kind, first)}
+    if get_origin(kind) is tuple:
+        return ["other"]
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != default)
     match kind:
@@ -155,8 +157,8 @@ def test_an_axis_that_is_not_built_is_refused_as_such(field):
         (
             {"data": {"sources": [{"path": "a"}]}},
             (
-                "data.sources.0: path='a' is not read with kind=python; remove it, or set kind=text, jsonl, "
-                "parquet or tokens"
+                "data.sources.0: path='a' is not read with kind=python; remove it, or set kind=text, code, "
+                "jsonl, parquet, arrayrecord, hf or tokens"
             ),
         ),
         (

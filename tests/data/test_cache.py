@@ -201,7 +201,7 @@ def chunks(number: int) -> Iterator[cache._Tokenized]:
         hashes = np.arange(first, first + 1000, dtype=np.uint64)
         tokens = np.tile(np.array([256, 7, 256], np.uint16), 1000)
         columns = {"tokens": tokens, "lengths": lengths, "num_bytes": lengths - 2, "hashes": hashes}
-        yield cache._Tokenized(**columns, left_out=0, unknown=0, is_changed=False)
+        yield cache._Tokenized(**columns, left_out=0, outside=0, unknown=0, is_changed=False)
 
 
 def test_what_is_kept_per_document_goes_to_disk_as_it_comes(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from stack.objectives.causal import Causal
 
 def config(folder: Path, cache: str) -> Config:
     sources = [{"kind": "synthetic", "max_bytes": 36_000}, {"kind": "text", "path": str(folder / "text")}]
-    data = {"sources": sources, "sequence_length": 64, "heldout_fraction": 0.1}
+    data = {"sources": sources, "sequence_length": 64, "heldout_fraction": 0.1, "deduplicate": "near"}
     return Config.model_validate({"data": data | {"cache_dir": str(folder / cache)}})
 
 

@@ -25,6 +25,7 @@ def make_corpus(lengths: list[int]) -> Corpus:
     offsets = np.cumsum([0, *lengths])
     return Corpus(
         left_out=0,
+        outside=0,
         unknown_tokens=0,
         changed=0.0,
         key=str(lengths),

@@ -14,8 +14,11 @@ import pytest
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
+from stack.data.files import _folders, list_files, source_files
+from stack.data.parquet_files import row_group_bytes
 from stack.data.parts import cut
-from stack.data.sources import TEXT_DOCUMENT_CHARACTERS, _folders, list_files, read_documents, source_files
+from stack.data.sources import read_documents
+from stack.data.text_files import TEXT_DOCUMENT_CHARACTERS, zstd
 from stack.data.tokenizer import ByteTokenizer
 
 
@@ -116,13 +119,65 @@ def test_records_are_read_whatever_the_letters_of_the_name_and_compressed(tmp_pa
         ("b.ndjson", open),
         ("c.jsonl.gz", gzip.open),
         ("d.jsonl.xz", lzma.open),
+        ("dd.jsonl.zst", zstd.open),
     ):
         with opener(tmp_path / name, "wt") as file:
             file.write(json.dumps({"text": name}) + "\n")
     (tmp_path / "e.json").write_text("{}")
-    assert read("jsonl", tmp_path) == ["a.JSONL", "b.ndjson", "c.jsonl.gz", "d.jsonl.xz"]
+    assert read("jsonl", tmp_path) == ["a.JSONL", "b.ndjson", "c.jsonl.gz", "d.jsonl.xz", "dd.jsonl.zst"]
     files = list_files(SourceConfig(kind="jsonl", path=str(tmp_path)))
     assert [file.name for file in files.passed_over] == ["e.json"]
+
+
+def test_zstandard_is_read_with_several_frames_and_a_wide_window(tmp_path: Path) -> None:
+    wide: dict[int, int] = {
+        zstd.CompressionParameter.window_log: 28,
+        zstd.CompressionParameter.enable_long_distance_matching: 1,
+    }
+    compressor = zstd.ZstdCompressor(options=wide)
+    # What does not tell its size keeps its whole window.
+    frame = compressor.compress(b"a wide window\n") + compressor.flush()
+    (tmp_path / "a.txt.zst").write_bytes(frame + zstd.compress("and zwölf\n".encode()))
+    with pytest.raises(zstd.ZstdError):
+        zstd.decompress(frame)
+    assert read("text", tmp_path / "a.txt.zst") == ["a wide window\nand zwölf\n"]
+
+
+def test_a_field_may_lie_inside_others(tmp_path: Path) -> None:
+    records = [
+        {"meta": {"text": "one", "turns": [{"said": "x"}, {"said": "y"}]}},
+        {"meta": {"text": None, "turns": [{"said": "z"}, None]}},
+        {"meta": None},
+        {"meta.text": "a name before a path", "meta": {"turns": [0, {"said": "w"}]}},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert read("jsonl", path, field="meta.text") == ["one", "a name before a path"]
+    assert read("jsonl", path, field="meta.turns.1.said") == ["y", "w"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records[:3]), tmp_path / "a.parquet")
+    source = SourceConfig(kind="parquet", path=str(tmp_path), field="meta.text")
+    assert list(read_documents(source)) == ["one"]
+    assert [part.read() for part in cut(source, ByteTokenizer(), 0)] == [(["one"], 2)]
+
+
+def test_a_parquet_column_behind_nested_ones_is_measured_itself(tmp_path: Path) -> None:
+    large = [{"inside": {"a": str(i) * 1000, "b": str(i) * 1000}, "text": str(i)} for i in range(100)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(large), tmp_path / "a.parquet")
+    sizes = {
+        field: row_group_bytes(SourceConfig(kind="parquet", path="x", field=field), tmp_path / "a.parquet")[0]
+        for field in ("text", "inside.a")
+    }
+    assert sizes["text"] < 1000 < sizes["inside.a"]
+
+
+def test_documents_too_short_or_too_long_are_left_out(tmp_path: Path) -> None:
+    for number, text in enumerate(("äö", "äöü", "äöüß", "äöüß€")):
+        (tmp_path / f"{number}.txt").write_text(text)
+    assert read("text", tmp_path, min_characters=3, max_characters=4) == ["äöü", "äöüß"]
+    assert read("text", tmp_path, max_characters=2) == ["äö"]
+    assert read("text", tmp_path, min_characters=5) == ["äöüß€"]
+    # What is left out was read.
+    assert read("text", tmp_path, min_characters=3, max_bytes=5) == ["äöü"]
 
 
 def test_max_bytes_ends_with_the_document_that_reaches_it(tmp_path: Path) -> None:
@@ -250,6 +305,48 @@ BAD_INPUT: dict[str, tuple[str, str, Callable[[Path], object], dict[str, str], s
         lambda path: path.write_bytes(gzip.compress(b"text " * 1000)[:-10]),
         {},
         r"a\.txt\.gz: not a whole \.gz file",
+    ),
+    "truncated zstandard": (
+        "jsonl",
+        "a.jsonl.zst",
+        lambda path: path.write_bytes(zstd.compress(b'{"text": "a"}' * 1000)[:-4]),
+        {},
+        r"a\.jsonl\.zst: not a whole \.zst file",
+    ),
+    "no zstandard": (
+        "text",
+        "a.txt.zst",
+        lambda path: path.write_bytes(b"text"),
+        {},
+        r"a\.txt\.zst: not a whole \.zst file",
+    ),
+    "field that is not in another": (
+        "jsonl",
+        "a.jsonl",
+        lambda path: path.write_text('{"meta": {"text": "x"}}\n{"meta": {"body": "x", "id": 1}}'),
+        {"field": "meta.text"},
+        r"a\.jsonl:2: no field 'meta\.text'; fields present in 'meta': body, id; set field to one of them",
+    ),
+    "field of a list that is too short": (
+        "jsonl",
+        "a.jsonl",
+        lambda path: path.write_text('{"turns": ["x"]}'),
+        {"field": "turns.1"},
+        r"a\.jsonl:1: no field 'turns\.1'; 'turns' is a list of 1",
+    ),
+    "field of a text": (
+        "jsonl",
+        "a.jsonl",
+        lambda path: path.write_text('{"text": "x"}'),
+        {"field": "text.body"},
+        r"a\.jsonl:1: no field 'text\.body'; 'text' holds a str",
+    ),
+    "column that is not in another": (
+        "parquet",
+        "a.parquet",
+        lambda path: pyarrow.parquet.write_table(pyarrow.table({"meta": [{"body": "x"}]}), path),
+        {"field": "meta.text"},
+        r"a\.parquet: no column 'meta\.text'; columns present in 'meta': body; set",
     ),
     "no gzip": (
         "text",

@@ -64,6 +64,14 @@ def test_what_is_counted_is_what_is_there(folder):
     assert report.epochs == pytest.approx(800 / sum(source.rows[0] for source in report.sources))
 
 
+def test_a_weight_that_changes_is_asked_for_on_the_whole(folder):
+    tree = config(folder).replace("data.sources.1.weight=[[0, 0.0], [800, 2.0]]")
+    report = examine(tree, rows=0)
+    # From 1 : 0 to 1 : 2, in a straight line of shares.
+    assert [source.asked for source in report.sources] == pytest.approx([2 / 3, 1 / 3], abs=1e-6)
+    assert abs(report.sources[1].drawn - 1 / 3) < 0.01
+
+
 def test_packing_is_that_of_the_rows_that_are_drawn(folder):
     tree = config(folder, "span_corruption")
     report, objective = examine(tree), build(tree)

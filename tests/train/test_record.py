@@ -7,6 +7,7 @@ import pytest
 
 from stack.config import Config, ConfigError, StackError
 from stack.config.fields import flatten
+from stack.data.mixture import version
 from stack.train.record import _IDENTITY, Record, compare, extension, rate, schedule_note, version_note
 
 DATA = {"tokenizer": "aa" * 16, "corpus": "bb" * 16, "packing": "cc" * 16, "rows": "1", "order": "1"}
@@ -98,6 +99,13 @@ def test_every_field_is_of_the_run_or_free() -> None:
 )
 def test_how_a_run_is_run_is_free(override) -> None:
     assert told(override) == []
+
+
+def test_a_weight_that_changes_is_told_with_its_points_and_the_order() -> None:
+    order = DATA | {"order": version([1.0, ((0, 1.0), (9, 2.0))])}
+    with pytest.raises(StackError) as error:
+        told("data.sources.0.weight=[[0, 1], [9, 2]]", data=order)
+    assert "data.sources.0.weight 1.0 -> [[0, 1.0], [9, 2.0]], data.order 1 -> 1.1;" in str(error.value)
 
 
 @pytest.mark.parametrize(
