@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import wandb_server
 from tiny_runs import config, run, start, wait_for_step
@@ -320,6 +321,15 @@ def test_nothing_is_imported_or_started_for_a_run_that_is_not_tracked(tmp_path) 
     code = "import sys, stack.train.watch.tracking.listener; print({'wandb', 'mlflow'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_only_process_0_tells(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    one = Run(tmp_path, "tracking.wandb=offline")
+    one.start()
+    assert one.save(1).keys() == {"history", "history_digest"}
+    one.end()
+    assert not one.folder.exists()
 
 
 def test_a_project_without_a_service_is_refused() -> None:
