@@ -37,6 +37,8 @@ ELSEWHERE = {
 README, DATA, PLANNER = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "planner.md"
 LAUNCH, WEIGHTS = ROOT / "docs" / "launch.md", ROOT / "docs" / "hugging_face.md"
 OBJECTIVES = ROOT / "docs" / "objectives.md"
+
+TRACKING = ROOT / "docs" / "tracking.md"
 _WORDS = ("stack ", "uv ", "launch/", "sbatch ", "source ", ".ci/", "python3.12 ")
 
 
@@ -181,3 +183,18 @@ def test_the_commands_of_the_page_on_launching_run(folder) -> None:
 def test_the_commands_of_the_page_on_objectives_run(folder) -> None:
     (block,) = (block for language, block in blocks(OBJECTIVES) if language == "sh")
     assert "⟦<extra_id_0>" in run(block, folder)
+
+
+@pytest.mark.full
+def test_the_page_on_tracking_runs(folder) -> None:
+    """What needs no server and is run nowhere else; the listener as it stands there, of a shorter run."""
+    few = f"{_FEW} model.num_layers=1 eval.batches=2 sample.at_end=false"
+    (command,) = (command for command in commands(TRACKING) if "offline" in command)
+    run(f"{command} {few}", folder)
+    assert list((folder / "runs" / "later" / "wandb").glob("offline-run-*/run-*.wandb"))
+    (snippet,) = (block for language, block in blocks(TRACKING) if language == "python")
+    shorter = ", ".join(f'"{override}"' for override in few.split())
+    (folder / "heard.py").write_text(snippet.replace('"name=heard"', f'"name=heard", {shorter}'))
+    run("python heard.py", folder)
+    lines = (folder / "best.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["20", "40"]

@@ -29,6 +29,7 @@ from stack.config.optimizer import GroupConfig, OptimizerConfig, ScheduleConfig
 from stack.config.reading import dump, load, parse, replace, schema
 from stack.config.stability import StabilityConfig
 from stack.config.target import TargetConfig
+from stack.config.tracking import TrackingConfig
 from stack.config.train import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
 from stack.config.tree import Config
 
@@ -64,6 +65,7 @@ __all__ = [
     "StabilityConfig",
     "StackError",
     "TargetConfig",
+    "TrackingConfig",
     "TrainConfig",
     "UniLmConfig",
     "Weight",

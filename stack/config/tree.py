@@ -14,6 +14,7 @@ from stack.config.optimizer import OptimizerConfig
 from stack.config.section import Section
 from stack.config.stability import StabilityConfig
 from stack.config.target import TargetConfig
+from stack.config.tracking import TrackingConfig
 from stack.config.train import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
 
 
@@ -57,6 +58,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
+    tracking: TrackingConfig = TrackingConfig()
     target: TargetConfig | None = None
     """The machine it is planned for; see its fields."""
 

@@ -18,6 +18,8 @@ _EXTRAS = {
     "parquet": "pyarrow",
     "hf": "safetensors",
     "tracking": "tensorboardx",
+    "wandb": "wandb",
+    "mlflow": "mlflow-skinny",
     "notebook": "matplotlib",
 }
 

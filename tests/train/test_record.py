@@ -73,6 +73,7 @@ def test_every_field_is_of_the_run_or_free() -> None:
         *(f"mesh.{axis}" for axis in type(Config().mesh).model_fields),
         *(f"eval.{name}" for name in type(Config().eval).model_fields),
         *(f"sample.{name}" for name in type(Config().sample).model_fields),
+        *(f"tracking.{name}" for name in type(Config().tracking).model_fields),
         *(f"checkpoint.{name}" for name in type(Config().checkpoint).model_fields),
         *("train.steps", "train.accumulation", "train.remat", "train.offload_optimizer"),
         *("train.stop_after_minutes", "stability.most_in_row", "stability.then", "stability.save_batches"),

@@ -17,6 +17,7 @@ from stack.train.watch.metrics import MetricsLog
 from stack.train.watch.plan import Plan
 from stack.train.watch.progress import Progress
 from stack.train.watch.speed import Speedometer
+from stack.train.watch.tracking.listener import Tracking
 
 
 def show_progress(listeners: Sequence[Listener]) -> Listeners:
@@ -28,7 +29,7 @@ def show_progress(listeners: Sequence[Listener]) -> Listeners:
 def standard_listeners(
     program: Program, devices: Sequence[jax.Device], folder: Path, *, resolved: bool
 ) -> tuple[Listener, ...]:
-    """Speed, the plan's figures, bad steps, where time goes, and the log: each adds to what the next hears.
+    """Speed, plan, bad steps, where time goes, the log and who follows it: each adds to what the next hears.
 
     Args:
       program: of the run.
@@ -43,4 +44,5 @@ def standard_listeners(
         BadSteps(config),
         Goodput(folder, time.time() - (time.monotonic() - environment.STARTED)),
         MetricsLog(folder, every=config.train.log_every, tensorboard=config.train.tensorboard),
+        Tracking(config, folder),
     )
