@@ -143,7 +143,7 @@ def _prompt_file(name: str) -> str:
 def import_weights(arguments: argparse.Namespace) -> None:
     """Makes a run of a model that comes from elsewhere."""
     environment.import_jax()
-    from stack.interop.importing import load_weights
+    from stack.transfer.importing import load_weights
     from stack.parallel.processes import first, together
 
     with together():
@@ -158,7 +158,7 @@ def export_run(arguments: argparse.Namespace) -> None:
     if form != "hf":
         raise ConfigError(f"--to {form}: there is only hf, as in --to hf FOLDER")
     environment.import_jax()
-    from stack.interop.exporting import export
+    from stack.transfer.exporting import export
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
 

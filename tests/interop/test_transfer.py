@@ -20,10 +20,10 @@ from stack.cli import main
 from stack.config import Config, DecoderConfig
 from stack.data.tokenizer import ByteTokenizer, load_tokenizer
 from stack.interop import hugging_face_files
-from stack.interop.exporting import export
+from stack.transfer.exporting import export
 from stack.interop.hugging_face import config_from_hf, params_from_hf
 from stack.interop.hugging_face_files import config_to_hf
-from stack.interop.importing import load_weights
+from stack.transfer.importing import load_weights
 from stack.interop.safetensors_folder import INDEX, SINGLE, open_folder
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "qwen3_window")
