@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from stack.config.errors import ConfigError, StackError
 from stack.parallel import mesh as meshes
 from stack.step import state as states
+from stack.train import starting
 from stack.train.bits import different_leaves
 from stack.train.checkpoint.checkpoints import Checkpoints
 
@@ -41,10 +42,18 @@ def replay(trainer: "Trainer", step: int) -> Iterator[str]:
         state = trainer.ledger.restore(
             checkpoints, whole, data=lambda: trainer.data.fingerprint, warn=notes.append, below=step
         )
-        yield from notes
         first = trainer.ledger.position.step
         begun = f"the checkpoint of step {first:,}" if state is not None else "the seed"
-        state = states.init(trainer.program) if state is None else state
+        if state is None:
+            state, origin = starting.begin(trainer.program, trainer.tokenizer, warn=notes.append)
+            begun = starting.describe(origin) or begun
+            recorded = checkpoints.extra(checkpoints.newest_first()[0]).get("origin") if origin else origin
+            if recorded != origin:
+                raise StackError(
+                    f"{origin['source']} has other weights than this run began with (digest"
+                    f" {origin['digest']}, not {recorded and recorded['digest']}); restore them"
+                )
+        yield from notes
         state = states.completed(trainer.program, state)
         recorded = {one["step"]: one for one in trainer.history.records if one["kind"] == "train"}
         compared, problems = 0, []
