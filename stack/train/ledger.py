@@ -21,12 +21,10 @@ from stack.train import record as records
 from stack.train.checkpoint.checkpoints import Checkpoints
 from stack.train.checkpoint.manifest import DamagedError, place
 from stack.train.record import Record
+from stack.train.weights import origin
 
 TOKENIZER = "tokenizer"
 """The folder, within a run's, of the tokenizer it was trained with."""
-
-ORIGIN = "init_from.json"
-"""The file, within a run's folder, that says where its first parameters came from."""
 
 
 class Ledger:
@@ -169,7 +167,7 @@ class Ledger:
             tokenizer.save(self._folder / TOKENIZER)
             durable.write_text(self._folder / "data.json", json.dumps(dict(data), indent=2) + "\n")
             if self.origin:
-                durable.write_text(self._folder / ORIGIN, json.dumps(dict(self.origin), indent=2) + "\n")
+                durable.write_text(self._folder / origin.FILE, json.dumps(dict(self.origin), indent=2) + "\n")
         except OSError as error:
             raise StackError(
                 f"{self._folder} cannot be written: {error.strerror}; set output_dir to a folder that can"

@@ -12,6 +12,7 @@ from stack.step import state as states
 from stack.train import starting
 from stack.train.bits import different_leaves
 from stack.train.checkpoint.checkpoints import Checkpoints
+from stack.train.weights.origin import describe
 
 if TYPE_CHECKING:
     from stack.train.trainer import Trainer
@@ -46,7 +47,7 @@ def replay(trainer: "Trainer", step: int) -> Iterator[str]:
         begun = f"the checkpoint of step {first:,}" if state is not None else "the seed"
         if state is None:
             state, origin = starting.begin(trainer.program, trainer.tokenizer, warn=notes.append)
-            begun = starting.describe(origin) or begun
+            begun = describe(origin) or begun
             recorded = checkpoints.extra(checkpoints.newest_first()[0]).get("origin") if origin else origin
             if recorded != origin:
                 raise StackError(

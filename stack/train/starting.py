@@ -77,14 +77,6 @@ def begin_with(
     return states.init(program, params), origin
 
 
-def describe(origin: Mapping[str, Any]) -> str:
-    """Where the first parameters of a run came from, in a line; empty if from the seed."""
-    if not origin:
-        return ""
-    taken = f"{origin['taken']} of {origin['parameters']} parameter arrays"
-    return f"{taken} from {origin['source']} (digest {origin['digest']})"
-
-
 def _first_sound[T](program: Program, use: Callable[[Source], T], warn: Callable[[str], None]) -> T:
     """What the first weights give that are not damaged."""
     damaged: list[str] = []

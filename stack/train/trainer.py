@@ -155,6 +155,7 @@ class Trainer:
         self._listeners = show_progress(self._given) if progress else Listeners(self._given)
         if self.mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
+        starting.check(self.program, self.ledger.store, lambda: self.tokenizer)
         stop = Stop(self.config.train.stop_after_minutes)
         with (
             guard_memory(self.config, list(self.mesh.devices.flat)),
@@ -164,7 +165,6 @@ class Trainer:
             self._heartbeat.watching(),
         ):
             self.ledger.check_resume()
-            starting.check(self.program, self.ledger.store, lambda: self.tokenizer)
             while self._rolls_back(stop):
                 pass
             if jax.process_count() > 1:  # The first may still be writing the history that all read.

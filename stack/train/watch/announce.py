@@ -10,8 +10,8 @@ from rich.text import Text
 from stack.data.dataset import Data
 from stack.step import state as states
 from stack.step.program import Program
-from stack.train import starting
 from stack.train.ledger import Ledger
+from stack.train.weights.origin import describe
 
 
 def introduce(program: Program, data: Data, folder: Path, ledger: Ledger) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def introduce(program: Program, data: Data, folder: Path, ledger: Ledger) -> dic
         "rows": ledger.position.rows,
         "steps": config.train.steps,
         "parameters": program.num_parameters,
-        "weights": starting.describe(ledger.origin),
+        "weights": describe(ledger.origin),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device",
         "zero": layout.zero,
