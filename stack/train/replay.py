@@ -1,7 +1,7 @@
 """A step done once more, and compared with what the run had: is it the program, or the machine?"""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +48,7 @@ def replay(trainer: "Trainer", step: int) -> Iterator[str]:
         if state is None:
             state, origin = starting.begin(trainer.program, trainer.tokenizer, warn=notes.append)
             begun = describe(origin) or begun
-            recorded = checkpoints.extra(checkpoints.newest_first()[0]).get("origin") if origin else origin
-            if recorded != origin:
-                raise StackError(
-                    f"{origin['source']} has other weights than this run began with (digest"
-                    f" {origin['digest']}, not {recorded and recorded['digest']}); restore them"
-                )
+            _check_same_weights(checkpoints, origin)
         yield from notes
         state = states.completed(trainer.program, state)
         recorded = {one["step"]: one for one in trainer.history.records if one["kind"] == "train"}
@@ -97,4 +92,15 @@ def replay(trainer: "Trainer", step: int) -> Iterator[str]:
         raise StackError(
             f"step {step:,} is not what it was: on the same machine, mesh and versions that means broken"
             " hardware or a kernel that is not deterministic; on others rounding may differ"
+        )
+
+
+def _check_same_weights(checkpoints: Checkpoints, origin: Mapping[str, Any]) -> None:
+    """Refuses weights that are no longer those the run began with."""
+    step = checkpoints.latest()
+    then = {} if step is None else checkpoints.extra(step).get("origin", {})
+    if step is not None and then.get("digest") != origin.get("digest"):
+        raise StackError(
+            f"{origin['source']} has other weights than this run began with (digest {origin['digest']}, not"
+            f" {then.get('digest')}); restore them"
         )
