@@ -100,7 +100,7 @@ def _check_same_weights(checkpoints: Checkpoints, origin: Mapping[str, Any]) -> 
     step = checkpoints.latest()
     then = {} if step is None else checkpoints.extra(step).get("origin", {})
     if step is not None and then.get("digest") != origin.get("digest"):
-        raise StackError(
-            f"{origin['source']} has other weights than this run began with (digest {origin['digest']}, not"
-            f" {then.get('digest')}); restore them"
+        now, before = (
+            f"{one.get('source', 'the seed')} (digest {one.get('digest')})" for one in (origin, then)
         )
+        raise StackError(f"{now} has other weights than this run began with, of {before}; restore those")

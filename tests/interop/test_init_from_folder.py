@@ -188,15 +188,3 @@ def test_another_family_is_refused_by_the_fields_that_make_it_so(saved) -> None:
     )
     with pytest.raises(StackError, match=told):
         begin(config)
-
-
-def digest_here(config: Config) -> str:
-    made = Trainer(config)
-    return starting.begin(made.program, made.tokenizer, lambda _: None)[1]["digest"]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("golden", ["llama"], indirect=True)
-def test_two_processes_read_the_same(saved, run_processes) -> None:
-    told = run_processes(digest_here, config_of(saved, "mesh.data=2", "mesh.tensor=2"), devices=2)
-    assert told == [digest_here(config_of(saved, "mesh.fsdp=8"))] * 2

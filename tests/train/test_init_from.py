@@ -19,6 +19,7 @@ from stack.train import starting
 from stack.train.checkpoint.checkpoints import Checkpoints, named_leaves
 from stack.train.replay import replay
 from stack.train.watch.listeners import Listener
+from stack.transfer.exporting import export
 
 QUICK = ("data.heldout_fraction=0",)
 AVERAGE = ("optimizer.ema_decay=0.9", "optimizer.frozen=[position.*]")
@@ -261,6 +262,7 @@ def test_a_run_goes_on_without_its_weights_as_the_unbroken_one(folder, words) ->
     assert saved_state(folder, "broken") == saved_state(folder, "whole")
     steps, losses = whole.history.curve("loss")
     assert broken.history.curve("loss") == (steps, losses)
+    assert whole.state is not None
     frozen = flatten_dict(whole.state["frozen"], sep=".")
     assert all(
         (np.asarray(leaf) == saved(folder, "base")[f"params.{name}"]).all() for name, leaf in frozen.items()
@@ -323,7 +325,7 @@ def test_a_replay_begins_where_the_run_did(folder) -> None:
     assert last == "every bit is the same"
     shutil.rmtree(source / "checkpoints/4")
     told = (
-        r"runs/origin at step 2 has other weights than this run began with \(digest \w+, not \w+\); restore"
+        r"origin at step 2 \(digest \w+\) has other weights than this run began with, of \S+origin at step 4 "
     )
     with pytest.raises(StackError, match=told):
         list(replay(trainer(folder, "again", *options), 2))
@@ -350,20 +352,24 @@ def test_killed_before_its_first_checkpoint_it_begins_with_its_weights_again(fol
     assert killed.history.curve("loss") == calm.history.curve("loss")
 
 
-def digest_here(folder: Path, where: str, *overrides: str) -> tuple[str, int]:
-    """In one of several processes: what a run began with, and the bytes of shards that lie here."""
-    made = Trainer(config(folder, "new", f"init_from={where}", *overrides))
-    starting.check(made.program, made.ledger.store, lambda: made.tokenizer)
-    state, origin = starting.begin(made.program, made.tokenizer, lambda _: None)
-    kernel = state["params"]["layers"]["mlp"]["up"]["kernel"]
-    return origin["digest"], sum(shard.data.size for shard in kernel.addressable_shards)
+def digests_here(folder: Path, *overrides: str) -> list[tuple[str, int]]:
+    """What runs begin with, and how many numbers of a kernel lie here."""
+    told = []
+    for where in ("runs/base", "exported"):
+        made = Trainer(config(folder, "new", f"init_from={folder}/{where}", *overrides))
+        state, origin = starting.begin(made.program, made.tokenizer, lambda _: None)
+        kernel = state["params"]["layers"]["mlp"]["up"]["kernel"]
+        told.append((origin["digest"], sum(shard.data.size for shard in kernel.addressable_shards)))
+    return told
 
 
 @pytest.mark.full
 def test_two_processes_begin_with_the_same_each_with_its_shards(folder, words, run_processes) -> None:
-    overrides = (words, "model.vocab_size=260", "model.max_length=40", "mesh.data=2", "mesh.fsdp=2")
-    where = f"{folder}/runs/base"
-    told = run_processes(digest_here, folder, where, *overrides, devices=2)
-    alone, _ = digest_here(folder, where, *overrides, "mesh.fsdp=4")
-    size = 32 * 4 * 32
-    assert told == [(alone, size)] * 2
+    """And with a checkpoint as with what was exported of it."""
+    base = Trainer.from_run(folder / "runs/base", devices=jax.devices()[:1])
+    list(export(base, folder / "exported"))
+    overrides = (words, "model.vocab_size=260", "model.max_length=40", "mesh.data=2")
+    told = run_processes(digests_here, folder, *overrides, "mesh.fsdp=2", devices=2)
+    alone = digests_here(folder, *overrides, "mesh.fsdp=4")
+    assert told == [[(alone[0][0], 32 * 4 * 32)] * 2] * 2
+    assert alone[1][0] == alone[0][0]
