@@ -118,7 +118,8 @@ def _place(weights: Weights, path: str, sharding: NamedSharding) -> jax.Array:
 def _spread(
     read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: NamedSharding
 ) -> jax.Array:
-    return jax.make_array_from_callback(shape, sharding, lambda index: read(index or ()))
+    # Once for all devices that hold the same part.
+    return jax.make_array_from_callback(shape, sharding, cache(lambda index: read(index or ())))
 
 
 @cache

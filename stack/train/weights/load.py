@@ -1,5 +1,6 @@
 """Weights onto the mesh: every process reads what lies on its devices."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -71,6 +72,7 @@ def _with_words(
 ) -> jax.Array:
     """A table of words: old rows, new ones at the mean, and padding."""
 
+    @cache
     def make(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         (first, last), *rest = box_of(index, like.shape)
@@ -90,6 +92,7 @@ def _with_rows(source: Source, name: str, initial: jax.Array) -> jax.Array:
     shards = {box_of(shard.index, initial.shape): shard.data for shard in initial.addressable_shards}
     rows = source.shapes[name][0]
 
+    @cache
     def make(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         (first, last), *rest = box = box_of(index, initial.shape)
