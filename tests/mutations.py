@@ -345,6 +345,48 @@ MUTATIONS = (
         "        self.__dict__.update(state)",
         "tests/data/test_prepare.py",
     ),
+    Mutation(
+        "weights go before their average",
+        "stack/train/weights/saved.py",
+        '_PARTS = ("params", "frozen", "ema")',
+        '_PARTS = ("ema", "params", "frozen")',
+        "tests/train/test_init_from.py",
+    ),
+    Mutation(
+        "new words at the sum over all rows",
+        "stack/train/weights/load.py",
+        "(total / max(1, rows.sum()))",
+        "(total / source.shapes[name][0])",
+        "tests/train/test_init_from.py",
+    ),
+    Mutation(
+        "later positions are zero",
+        "stack/train/weights/load.py",
+        "table = np.array(shards[box])",
+        "table = np.zeros_like(shards[box])",
+        "tests/train/test_init_from.py",
+    ),
+    Mutation(
+        "init_from may change",
+        "stack/train/record.py",
+        '*("seed", "init_from", "model"',
+        '*("seed", "model"',
+        "tests/train/test_record.py",
+    ),
+    Mutation(
+        "a parallel decoder takes the weights of a decoder",
+        "stack/train/weights/match.py",
+        '_FAMILY = ("kind", "position"',
+        '_FAMILY = ("position"',
+        "tests/train/test_init_from.py",
+    ),
+    Mutation(
+        "a part of a tensor is read from its beginning",
+        "stack/interop/hugging_face.py",
+        "source[(slice(first, last),",
+        "source[(slice(0, last - first),",
+        "tests/interop/test_init_from_folder.py",
+    ),
 )
 
 _NOTHING = 5  # The status of pytest where a tier of a file has no test.

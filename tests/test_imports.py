@@ -19,9 +19,9 @@ FLOORS = (
     ("objectives",),
     ("step",),
     ("evaluation", "inference"),
-    ("planner",),
+    ("planner", "interop"),
     ("train",),
-    ("doctor", "interop", "launch", "report"),
+    ("doctor", "launch", "report", "transfer"),
     ("cli",),
     ("__init__", "__main__"),
 )

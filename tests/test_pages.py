@@ -18,6 +18,8 @@ SHORTER = {
     _QUICKSTART: _FEW,
     f"{_QUICKSTART} name=deeper train.steps=300 model.num_layers=6": _FEW,
     "stack train runs/quickstart train.steps=800": "train.steps=50",
+    f"{_QUICKSTART} name=chat init_from=runs/quickstart data.tokenizer=chat/tokenizer.json"
+    " model.vocab_size=259 train.steps=100": _FEW,
     "launch/local.sh -n 2 -d 2 configs/quickstart.yaml name=two": _FEW,
 }
 """What is added to a command that takes long; it shortens, and changes nothing else."""
@@ -35,6 +37,7 @@ ELSEWHERE = {
 """Commands that are not run here, and why or where else."""
 
 README, DATA, PLANNER = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "planner.md"
+INIT_FROM = ROOT / "docs" / "init_from.md"
 LAUNCH, WEIGHTS = ROOT / "docs" / "launch.md", ROOT / "docs" / "hugging_face.md"
 OBJECTIVES = ROOT / "docs" / "objectives.md"
 
@@ -102,7 +105,9 @@ def test_every_page_of_the_list_is_linked() -> None:
 
 def test_what_is_shortened_or_left_out_is_on_a_page() -> None:
     written = {
-        command.removeprefix("uv run ") for page in (README, DATA, PLANNER) for command in commands(page)
+        command.removeprefix("uv run ")
+        for page in (README, DATA, PLANNER, INIT_FROM)
+        for command in commands(page)
     }
     for command in (*SHORTER, *ELSEWHERE):
         assert command.removeprefix("uv run ") in written, command
@@ -137,6 +142,18 @@ def test_the_commands_of_the_page_on_hugging_face_run(folder) -> None:
     outputs = [run(command, folder) for command in some]
     assert len(outputs) == 3
     assert outputs[2].startswith("def ")
+
+
+@pytest.mark.full
+def test_the_commands_of_the_page_on_init_from_run(folder) -> None:
+    """After those of the README, whose run they take."""
+    if not (folder / "runs" / "quickstart").exists():
+        run(_QUICKSTART, folder)
+    shutil.rmtree(folder / "runs" / "chat", ignore_errors=True)
+    outputs = [run(command, folder) for command in commands(INIT_FROM) if "chat" in command]
+    assert len(outputs) == 3
+    for told in ("weights   11 of 11 parameter arrays", "embed.table: 257 -> 259 words, 2 new, at the mean"):
+        assert told in outputs[1]
 
 
 @pytest.mark.full

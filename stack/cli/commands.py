@@ -143,8 +143,8 @@ def _prompt_file(name: str) -> str:
 def import_weights(arguments: argparse.Namespace) -> None:
     """Makes a run of a model that comes from elsewhere."""
     environment.import_jax()
-    from stack.interop.importing import load_weights
     from stack.parallel.processes import first, together
+    from stack.transfer.importing import load_weights
 
     with together():
         for line in load_weights(arguments.folder, arguments.to, arguments.rest):
@@ -158,9 +158,9 @@ def export_run(arguments: argparse.Namespace) -> None:
     if form != "hf":
         raise ConfigError(f"--to {form}: there is only hf, as in --to hf FOLDER")
     environment.import_jax()
-    from stack.interop.exporting import export
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
+    from stack.transfer.exporting import export
 
     with together():
         trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
@@ -262,6 +262,14 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
     config = load(arguments.config, arguments.rest)
     tokenizer = train_bpe(config.data, arguments.vocab_size, arguments.out, seed=config.seed)
     print(f"{arguments.out}: {tokenizer.vocab_size} words")
+
+
+def extend_tokenizer(arguments: argparse.Namespace) -> None:
+    """Adds words to a tokenizer."""
+    from stack.data.words import extend
+
+    for line in extend(arguments.tokenizer, arguments.out, special=arguments.special, words=arguments.word):
+        print(line)
 
 
 def prepare_data(arguments: argparse.Namespace) -> None:

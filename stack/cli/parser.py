@@ -187,6 +187,17 @@ def _parser() -> tuple[_Parser, list[str]]:
     tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="words to learn")
     tokenizer.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
 
+    extend = _verb(
+        data_verbs, "extend", commands.extend_tokenizer, "add words to a tokenizer, after those it has"
+    )
+    extend.add_argument("tokenizer", metavar="TOKENIZER", help="a tokenizer.json, or bytes")
+    for option, text in (
+        ("special", "a token that no text can forge, as <|user|>; may be repeated"),
+        ("word", "a word that is found in any text; may be repeated"),
+    ):
+        extend.add_argument(f"--{option}", action="append", default=[], metavar="WORD", help=text)
+    extend.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
+
     prepare = _verb(
         data_verbs, "prepare", commands.prepare_data, "tokenize and pack a config's sources before a run"
     )

@@ -46,6 +46,10 @@ class Config(Section):
     """Where run folders are made."""
     seed: NonNegativeInt = 0
     """The one seed of initialisation, data order and dropout."""
+    init_from: str | None = None
+    """Whose parameters a new run begins with: the folder of a run (its newest checkpoint), one checkpoint
+    (`runs/gpt/checkpoints/100`), or a folder of Hugging Face safetensors; null: those of the seed. A run that
+    goes on reads it no more."""
     model: AnyModel = DecoderConfig()
     """What is trained, by `kind`."""
     objective: AnyObjective = CausalConfig()

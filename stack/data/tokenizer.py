@@ -92,6 +92,10 @@ class Tokenizer(Protocol):
         """The id of one token as the vocabulary writes it, None if there is none."""
         ...
 
+    def words(self) -> dict[int, str]:
+        """Every token by its id, as the vocabulary writes it; bytes as a byte-level BPE does (GPT-2)."""
+        ...
+
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
         """The text of ids; special tokens leave nothing, broken UTF-8 leaves U+FFFD."""
         ...
@@ -133,6 +137,15 @@ class ByteTokenizer:
             return self.vocab_size + BYTE_MARKS.index(text)
         encoded = text.encode()
         return encoded[0] if len(encoded) == 1 else None
+
+    def words(self) -> dict[int, str]:
+        """A letter for every byte, and the end of document."""
+        # Those that print are their own.
+        prints = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in prints]
+        letters = {byte: chr(byte) for byte in prints}
+        letters |= {byte: chr(256 + number) for number, byte in enumerate(others)}
+        return letters | {self.eos: END_OF_DOCUMENT}
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
         """The text of ids; see `Tokenizer`."""
@@ -196,6 +209,10 @@ class HuggingFaceTokenizer:
         """The id of one token as the vocabulary writes it, None if there is none."""
         return self.model.token_to_id(text)
 
+    def words(self) -> dict[int, str]:
+        """Every token by its id."""
+        return {number: word for word, number in self.model.get_vocab(with_added_tokens=True).items()}
+
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
         """The text of ids; see `Tokenizer`. Ids of a padded vocabulary's unused words are passed over."""
         return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
@@ -247,7 +264,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise StackError(f"data.tokenizer: {path} is not a Hugging Face tokenizer.json: {error}") from error
     _take_all_as_text(model)
-    bos, eos = _document_marks(model, path)
+    bos, eos = document_marks(model, path)
     content = f"{model.to_str()} {bos} {eos}".encode()
     return HuggingFaceTokenizer(
         model=model,
@@ -334,11 +351,16 @@ def train_bpe(data: DataConfig, vocab_size: int, path: str | Path, *, seed: int 
                     yield text
 
     model.train_from_iterator(documents(), trainer)
-    _write(target, model.to_str(pretty=True))
+    write_file(target, model.to_str(pretty=True))
     return load_tokenizer(str(path))
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Writes a file of a tokenizer, and the folder it is in.
+
+    Raises:
+        StackError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.write_text(path, text)
@@ -346,8 +368,8 @@ def _write(path: Path, text: str) -> None:
         raise StackError(f"{path}: cannot be written: {error.strerror}; give another path") from error
 
 
-def _document_marks(model: "tokenizers.Tokenizer", path: Path) -> tuple[int, int]:
-    """Ids of begin and end of document."""
+def document_marks(model: "tokenizers.Tokenizer", path: Path) -> tuple[int, int]:
+    """Ids of begin and end of document, of a tokenizer that lies at a path."""
     special = {token.content: i for i, token in model.get_added_tokens_decoder().items() if token.special}
     named = _named_marks(path.with_name("tokenizer_config.json"))
     ids = {}

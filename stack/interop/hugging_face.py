@@ -37,7 +37,7 @@ def params_from_hf(state: Mapping[str, Any], config: DecoderConfig) -> dict[str,
     """
     weights = Weights(state, config)
     params: dict[str, Any] = {}
-    for path in weights.paths:
+    for path in weights.shapes:
         layers = weights.layers(path)
         whole = np.stack([weights.read(path, layer) for layer in layers]) if layers else weights.read(path)
         *parents, last = path.split("/")
@@ -66,16 +66,31 @@ class Weights:
         _check_names("the checkpoint", names=set(self._sources), expected=expected)
 
     @property
-    def paths(self) -> list[str]:
-        """The parameters, as `layers/mlp/up/kernel`."""
-        return list(self._leaves)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters, as `layers/mlp/up/kernel`, each with its shape: layers stacked, tables padded."""
+        return {path: leaf.shape(self._config) for path, leaf in self._leaves.items()}
+
+    def check(self) -> None:
+        """Compares type and shape of every tensor, and reads none.
+
+        Raises:
+            StackError: as `read`.
+        """
+        for leaf in self._leaves.values():
+            for name in leaf.names(self._config):
+                leaf.slice_of(_tensor(self._state, self._sources[name]), name)
 
     def layers(self, path: str) -> range:
         """The layers of a parameter; none if it is of no layer."""
         return range(self._config.num_layers if self._leaves[path].stacked else 0)
 
-    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+    def read(self, path: str, layer: int | None = None, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A parameter, or what one layer has of it, float32; tables with their padding.
+
+        Args:
+            path: of the parameter.
+            layer: its number; None: the parameter is of none.
+            index: the part to read, of what would be read without it.
 
         Raises:
             StackError: a shape that does not fit, or a tensor that is not of 16 to 64-bit floats or not
@@ -83,12 +98,17 @@ class Weights:
         """
         leaf = self._leaves[path]
         name = leaf.names(self._config)[layer or 0]
-        shape = leaf.shape(self._config)
-        whole = np.zeros(shape[1:] if leaf.stacked else shape, np.float32)
+        source = leaf.slice_of(_tensor(self._state, self._sources[name]), name)
+        shape = leaf.shape(self._config)[1 if leaf.stacked else 0 :]
+        places = [part.indices(size) for part, size in zip(index, shape, strict=False)]
+        box = [(start, stop) for start, stop, _ in places] + [(0, size) for size in shape[len(places) :]]
+        some = np.zeros([stop - start for start, stop in box], np.float32)
+        (first, last), *rest = box
+        last = max(first, min(last, len(source)))  # From there on it is padding.
         with np.errstate(over="ignore"):
-            whole[: leaf.slice_shape[0]] = leaf.read(_tensor(self._state, self._sources[name]), name)
-        _check_finite(name, whole)
-        return whole
+            some[: last - first] = source[(slice(first, last), *(slice(*part) for part in rest))]
+        _check_finite(name, some)
+        return some
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,8 +223,8 @@ class _Leaf:
         width = self.matrix[-1]
         return tensor[..., self.part * width : (self.part + 1) * width]
 
-    def read(self, tensor: np.ndarray, name: str) -> np.ndarray:
-        """One slice of the leaf."""
+    def slice_of(self, tensor: np.ndarray, name: str) -> np.ndarray:
+        """One slice of the leaf: a view of the tensor."""
         _check_shape(name, shape=tensor.shape, expected=self.tensor_shape)
         return self.part_of(tensor).reshape(self.slice_shape)
 

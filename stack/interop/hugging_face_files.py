@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from stack.config import Config, DecoderConfig, RopeConfig
-from stack.data.tokenizer import END_OF_DOCUMENT, FILE, Tokenizer, load_tokenizer
+from stack.data.tokenizer import FILE, Tokenizer, load_tokenizer
+from stack.data.words import bytes_as_bpe
 from stack.inference.text import end_tokens
 from stack.interop.hugging_face import family_of
 
@@ -60,7 +61,7 @@ def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) 
     _write_json(folder / "config.json", model)
     _write_json(folder / "generation_config.json", generation)
     if tokenizer.fingerprint == "bytes":
-        _write_bytes_tokenizer(folder)
+        bytes_as_bpe().save(str(folder / FILE))
         tokenizer = load_tokenizer(str(folder / FILE))
     tokenizer.save(folder)
     _begin_texts(folder / FILE, tokenizer.bos)
@@ -140,25 +141,6 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
         options |= {} if rope.whole_channels else {"truncate": False}
         options |= {} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}
     return options
-
-
-def _write_bytes_tokenizer(folder: Path) -> None:
-    """Bytes as a tokenizer.json: a byte-level BPE of 256 letters and no merges (GPT-2, section 2.2)."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    # A letter of its own for every byte; those that print are their own.
-    prints = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in prints]
-    letters = {byte: chr(byte) for byte in prints}
-    letters |= {byte: chr(256 + number) for number, byte in enumerate(others)}
-    words = {letter: byte for byte, letter in letters.items()} | {END_OF_DOCUMENT: 256}
-    model = tokenizers.Tokenizer(models.BPE(vocab=words, merges=[]))
-    # The libraries' classes fill these properties although their types do not say so.
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyrefly: ignore
-    model.decoder = decoders.ByteLevel()  # pyrefly: ignore
-    model.add_special_tokens([END_OF_DOCUMENT])
-    model.save(str(folder / FILE))
 
 
 def _begin_texts(path: Path, bos: int) -> None:

@@ -16,6 +16,7 @@ from stack.train.checkpoint.manifest import (
     unreadable,
     verify,
 )
+from stack.train.weights.origin import describe
 
 
 def store_of(run: str) -> Store:
@@ -85,6 +86,8 @@ def show_lines(run: str, step: int | None = None) -> Iterator[str]:
     yield f"rows      {record['rows']:,} of the training sequence used"
     if record["skipped"]:
         yield f"skipped   {', '.join(f'{start:,} to {stop:,}' for start, stop in record['skipped'])}"
+    if told := describe(record.get("origin", {})):
+        yield f"weights   {told} at first"
     for one in record["accepted"]:
         yield f"accepted  {one['field']} {one['old']} -> {one['new']} at step {one['step']:,}"
     yield f"versions  {', '.join(f'{name} {version}' for name, version in record['versions'].items())}"

@@ -1,11 +1,13 @@
 """What a run folder says of a run: where it stands, its losses, its config."""
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stack.config import Config, StackError, load
 from stack.config.fields import flatten
@@ -13,6 +15,7 @@ from stack.config.paths import expand
 from stack.storage.store import Store
 from stack.train.checkpoint.manifest import DamagedError, place, read_manifest, saved_steps, unreadable
 from stack.train.watch.metrics import FILE, History
+from stack.train.weights import origin
 
 _ALIVE_SECONDS = 120.0
 """A run that has written within this time may still be running."""
@@ -29,6 +32,8 @@ class Run:
     """Steps of those that are committed, ascending."""
     checkpoint_bytes: int
     """Of all of them that can be read."""
+    origin: Mapping[str, Any]
+    """Of its first parameters; see `stack.train.weights.origin`."""
     idle_seconds: float | None
     """Since it last wrote its history; None: it never did."""
 
@@ -94,8 +99,18 @@ def read_run(path: str | Path) -> Run:
         history=History.read(folder) if history.is_file() else History(records=[]),
         checkpoints=tuple(saved),
         checkpoint_bytes=sum(_size(store, step) for step in saved),
+        origin=_origin(folder / origin.FILE),
         idle_seconds=max(0.0, time.time() - history.stat().st_mtime) if history.is_file() else None,
     )
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        origin.describe(told)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StackError(f"{path} is not what was written: {error!r}; restore it, or delete it") from error
+    return told
 
 
 def _size(store: Store, step: int) -> int:

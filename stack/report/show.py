@@ -6,6 +6,7 @@ from typing import Any
 
 from stack.config import Config
 from stack.report.runs import Run, config_differences
+from stack.train.weights.origin import describe
 
 WIDTH = 120
 """Columns of a table at most."""
@@ -48,6 +49,7 @@ def as_dict(run: Run) -> dict[str, Any]:
         "best_heldout_step": best and best[0],
         "tokens_per_second": run.median("tokens_per_second"),
         "mfu_causal": run.median("mfu_causal"),
+        "init_from": dict(run.origin) or None,
         "checkpoints": list(run.checkpoints),
         "checkpoint_bytes": run.checkpoint_bytes,
     }
@@ -76,6 +78,8 @@ def _one(run: Run, *, plain: bool) -> list[str]:
         ("state", run.state),
         ("tokens", f"{tokens:,} seen, padding too"),
     ]
+    if run.origin:
+        rows.append(("weights", f"{describe(run.origin)} at first"))
     if run.loss is not None:
         rows.append(("loss", f"{run.loss:.4f} in training, from {losses[0]:.4f} at step {steps[0]:,}"))
         rows.append(("", sparkline(losses, plain=plain)))

@@ -4,6 +4,7 @@ Nothing is ever whole on one host: abstract shapes first, then shardings, then `
 into place.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from stack.parallel import mesh as meshes
 from stack.step import guard
-from stack.step.program import Program
+from stack.step.program import Path, Program
 
 State = dict[str, Any]
 """{"params": ..., "opt_state": ..., "step": int32 scalar, "guard": see `guard.Guard`}; the optimizer's
@@ -57,24 +58,27 @@ def completed(program: Program, state: State) -> State:
     return state
 
 
-def init_params(program: Program) -> dict:
-    """Parameters from the seed.
+def init_params(program: Program, some: Collection[Path] | None = None) -> dict:
+    """Parameters from the seed, or some of them; the same bits either way.
 
     The one place under automatic sharding: with explicit axes each random array would be typed whole
     before it is split, here the compiler makes only the shard that is asked for.
     """
     auto = automatic(concrete(program))
-    shardings = jax.tree.map(lambda leaf: NamedSharding(auto, leaf.sharding.spec), program.parameters)
+    likes = flatten_dict(program.parameters)
+    wanted = unflatten_dict({path: like for path, like in likes.items() if some is None or path in some})
+    shardings = jax.tree.map(lambda leaf: NamedSharding(auto, leaf.sharding.spec), wanted)
 
     def init() -> dict:
-        return nnx.to_pure_dict(nnx.state(program.make_model()))
+        params = flatten_dict(nnx.to_pure_dict(nnx.state(program.make_model())))
+        return unflatten_dict({path: params[path] for path in flatten_dict(wanted)})
 
     # It runs once: on a CPU, LLVM would optimise for longer (3.8 s) than the whole thing takes (0.8 s).
     on_cpu = auto.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else {}
     with meshes.use(auto):
         params = jax.jit(init, out_shardings=shardings, compiler_options=options)()
-    return jax.tree.map(lambda array, like: retype(array, like.sharding), params, program.parameters)
+    return jax.tree.map(lambda array, like: retype(array, like.sharding), params, wanted)
 
 
 def abstract(program: Program) -> State:

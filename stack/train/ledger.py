@@ -10,16 +10,18 @@ import numpy as np
 
 from stack.config import Config, StackError, dump
 from stack.config.document import framed
+from stack.config.paths import expand
 from stack.config.reading import RUN_CONFIG
 from stack.data.dataset import digest
 from stack.data.position import Position
-from stack.data.tokenizer import Tokenizer
+from stack.data.tokenizer import Tokenizer, load_tokenizer
 from stack.step.state import MAY_BE_NEW, State
 from stack.storage import durable
 from stack.train import record as records
 from stack.train.checkpoint.checkpoints import Checkpoints
 from stack.train.checkpoint.manifest import DamagedError, place
 from stack.train.record import Record
+from stack.train.weights import origin
 
 TOKENIZER = "tokenizer"
 """The folder, within a run's, of the tokenizer it was trained with."""
@@ -38,6 +40,8 @@ class Ledger:
         """
         self.store = place(config, folder)
         self.position = Position()
+        self.origin: Mapping[str, Any] = {}
+        """Of its first parameters; see `Record.origin`."""
         self._config = config
         self._folder = folder
         self._accept = tuple(accept)
@@ -107,6 +111,7 @@ class Ledger:
             entries = [one | {"step": step} for one in accepted]
             self._record = replace(record, accepted=[*record.accepted, *entries])
             self.position = self._without(record.position(step))
+            self.origin = record.origin
             return state
         if damaged:
             raise StackError(
@@ -115,6 +120,23 @@ class Ledger:
             )
         self.position = self._without(Position())
         return None
+
+    def check_own_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuses a config that names another tokenizer than the run's own; its file may be gone.
+
+        Args:
+          tokenizer: the run's own, or the one named if it has none yet.
+
+        Raises:
+          StackError: it does.
+        """
+        named = self._config.data.tokenizer
+        is_here = named == "bytes" or expand(named).is_file()
+        if is_here and load_tokenizer(named).fingerprint != tokenizer.fingerprint:
+            raise StackError(
+                f"{self._folder}: the run began with another tokenizer than data.tokenizer={named} is now;"
+                " restore it, or start a new run under another name"
+            )
 
     def check_data(self, data: Mapping[str, str]) -> None:
         """Refuses to evaluate a run on other data than it was made for.
@@ -144,6 +166,8 @@ class Ledger:
             durable.write_text(self._folder / RUN_CONFIG, framed(dump(self._config)))
             tokenizer.save(self._folder / TOKENIZER)
             durable.write_text(self._folder / "data.json", json.dumps(dict(data), indent=2) + "\n")
+            if self.origin:
+                durable.write_text(self._folder / origin.FILE, json.dumps(dict(self.origin), indent=2) + "\n")
         except OSError as error:
             raise StackError(
                 f"{self._folder} cannot be written: {error.strerror}; set output_dir to a folder that can"
@@ -159,6 +183,7 @@ class Ledger:
             skipped=position.skipped,
             accepted=() if self._record is None else self._record.accepted,
             listeners=kept,
+            origin=self.origin,
         )
 
     def leave_out(self, first: int, last: int) -> int:

@@ -11,7 +11,7 @@ from stack.step.optimizer import schedule
 from stack.versions import RECORDED, installed_version
 
 _IDENTITY = (
-    *("seed", "model", "objective", "optimizer", "data"),
+    *("seed", "init_from", "model", "objective", "optimizer", "data"),
     *("train.batch_size", "train.grad_reduce_dtype"),
     *("stability.spike_deviations", "stability.spike_window"),
 )
@@ -40,6 +40,8 @@ _CONTENT = {
 }
 """What a fingerprint's parts are called: the last two are how this version of Stack makes rows of documents,
 and orders them."""
+_BEFORE = {"init_from": None}
+"""What a config that does not say it began with."""
 _VERSIONS = ("rows", "order")
 """Those that were not always recorded, and were 1 then."""
 
@@ -60,6 +62,8 @@ class Record:
     """Differences it went on with: step, field, old, new."""
     listeners: Mapping[str, Any] = field(default_factory=dict)
     """What they wanted kept."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Of its first parameters, as `starting.begin` tells it; empty: from the seed."""
     versions: Mapping[str, str | None] = field(
         default_factory=lambda: {name: installed_version(name) for name in RECORDED}
     )
@@ -105,7 +109,7 @@ def compare(
     wanted = _READ if reading else _IDENTITY
     found: list[tuple[str, str, str]] = [
         (name, old, new)
-        for name, old, new in differences(record.config, config.model_dump(mode="json"))
+        for name, old, new in differences(_BEFORE | dict(record.config), config.model_dump(mode="json"))
         if _is_below(name, wanted) and (not _is_below(name, _FREE) or name.endswith(".weight"))
     ]
     content = {part: name for part, name in _CONTENT.items() if data is not None and part in data}

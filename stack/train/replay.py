@@ -1,7 +1,7 @@
 """A step done once more, and compared with what the run had: is it the program, or the machine?"""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from stack.config.errors import ConfigError, StackError
 from stack.parallel import mesh as meshes
 from stack.step import state as states
+from stack.train import starting
 from stack.train.bits import different_leaves
 from stack.train.checkpoint.checkpoints import Checkpoints
+from stack.train.weights.origin import describe
 
 if TYPE_CHECKING:
     from stack.train.trainer import Trainer
@@ -41,10 +43,13 @@ def replay(trainer: "Trainer", step: int) -> Iterator[str]:
         state = trainer.ledger.restore(
             checkpoints, whole, data=lambda: trainer.data.fingerprint, warn=notes.append, below=step
         )
-        yield from notes
         first = trainer.ledger.position.step
         begun = f"the checkpoint of step {first:,}" if state is not None else "the seed"
-        state = states.init(trainer.program) if state is None else state
+        if state is None:
+            state, origin = starting.begin(trainer.program, trainer.tokenizer, warn=notes.append)
+            begun = describe(origin) or begun
+            _check_same_weights(checkpoints, origin)
+        yield from notes
         state = states.completed(trainer.program, state)
         recorded = {one["step"]: one for one in trainer.history.records if one["kind"] == "train"}
         compared, problems = 0, []
@@ -88,3 +93,14 @@ def replay(trainer: "Trainer", step: int) -> Iterator[str]:
             f"step {step:,} is not what it was: on the same machine, mesh and versions that means broken"
             " hardware or a kernel that is not deterministic; on others rounding may differ"
         )
+
+
+def _check_same_weights(checkpoints: Checkpoints, origin: Mapping[str, Any]) -> None:
+    """Refuses weights that are no longer those the run began with."""
+    step = checkpoints.latest()
+    then = {} if step is None else checkpoints.extra(step).get("origin", {})
+    if step is not None and then.get("digest") != origin.get("digest"):
+        now, before = (
+            f"{one.get('source', 'the seed')} (digest {one.get('digest')})" for one in (origin, then)
+        )
+        raise StackError(f"{now} has other weights than this run began with, of {before}; restore those")

@@ -37,6 +37,7 @@ from stack.step import state as states
 from stack.step.guard import all_finite
 from stack.step.step import compiler_options, eval_step, train_step
 from stack.train import record as records
+from stack.train import starting
 from stack.train.checkpoint.checkpoints import Checkpoints
 from stack.train.checkpoint.manifest import saved_steps
 from stack.train.heartbeat import Heartbeat
@@ -154,6 +155,7 @@ class Trainer:
         self._listeners = show_progress(self._given) if progress else Listeners(self._given)
         if self.mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
+        starting.check(self.program, self.ledger.store, lambda: self.tokenizer)
         stop = Stop(self.config.train.stop_after_minutes)
         with (
             guard_memory(self.config, list(self.mesh.devices.flat)),
@@ -198,7 +200,7 @@ class Trainer:
                 ending.check(self)
             notes = self._begin(checkpoints)
             first = self.ledger.position.step
-            about = introduce(self.program, self.data, self.folder, self.ledger.position)
+            about = introduce(self.program, self.data, self.folder, self.ledger)
             told = self._listeners.on_start(about | {"kept": self.ledger.kept})
             self._warn((*notes, *self.data.notes))
             # Its checkpoint may be newer than its evaluation: they are saved first.
@@ -275,27 +277,17 @@ class Trainer:
         notes: list[str] = []
         whole = states.abstract(self.program)
         check_same(self.config, self.data.fingerprint)
-        self._check_tokenizer()
+        self.ledger.check_own_tokenizer(self.tokenizer)
         self.state = self.ledger.restore(
             checkpoints, whole, data=lambda: self.data.fingerprint, warn=notes.append
         )
         if self.state is None:
-            self.state = states.init(self.program)
+            self.state, self.ledger.origin = starting.begin(self.program, self.tokenizer, warn=notes.append)
         else:
             self.state = states.completed(self.program, self.state)
         if jax.process_index() == 0:  # Last: what could not go on leaves the folder as it was.
             self.ledger.write(self.data.fingerprint, self.tokenizer)
         return notes
-
-    def _check_tokenizer(self) -> None:
-        """Refuses a config that names another tokenizer than the run's own; its file may be gone."""
-        named = self.config.data.tokenizer
-        is_here = named == "bytes" or expand(named).is_file()
-        if is_here and load_tokenizer(named).fingerprint != self.tokenizer.fingerprint:
-            raise StackError(
-                f"{self.folder}: the run began with another tokenizer than data.tokenizer={named} is now;"
-                " restore it, or start a new run under another name"
-            )
 
     def _train(self, checkpoints: Checkpoints, stop: Stop) -> None:
         config = self.config

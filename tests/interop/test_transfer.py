@@ -11,44 +11,27 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+from model_folders import save, write_tokenizer
 from safetensors import safe_open
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 
 from stack import StackError, Trainer
 from stack.cli import main
 from stack.config import Config, DecoderConfig
 from stack.data.tokenizer import ByteTokenizer, load_tokenizer
 from stack.interop import hugging_face_files
-from stack.interop.exporting import export
 from stack.interop.hugging_face import config_from_hf, params_from_hf
 from stack.interop.hugging_face_files import config_to_hf
-from stack.interop.importing import load_weights
 from stack.interop.safetensors_folder import INDEX, SINGLE, open_folder
+from stack.transfer.exporting import export
+from stack.transfer.importing import load_weights
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "qwen3_window")
-
-
-def write_tokenizer(folder: Path, words: int) -> None:
-    vocabulary = {f"w{number}": number for number in range(words - 1)} | {"<|endoftext|>": words - 1}
-    model = tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="w0"))
-    model.pre_tokenizer = Whitespace()
-    model.add_special_tokens(["<|endoftext|>"])
-    model.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture
 def saved(tmp_path, golden) -> Path:
     """What `save_pretrained` writes: config.json and model.safetensors, with a tokenizer."""
     return save(tmp_path / "saved", golden)
-
-
-def save(folder: Path, golden, weights=None) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(golden.config))
-    safetensors.numpy.save_file(weights or golden.weights, folder / SINGLE)
-    write_tokenizer(folder, 61)
-    return folder
 
 
 def bring_in(folder: Path, run: Path, *overrides: str, devices: int = 1) -> Trainer:

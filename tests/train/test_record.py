@@ -26,6 +26,7 @@ def told(*overrides: str, data: dict[str, str] = DATA, **options: Any) -> list[d
     ("override", "change"),
     [
         ("seed=1", "seed 0 -> 1"),
+        ("init_from=runs/x", "init_from null -> runs/x"),
         ("model.rope.theta=500000", "model.rope.theta 10000.0 -> 500000.0"),
         ("model.norm_epsilon=1e-6", "model.norm_epsilon 1e-05 -> 1e-06"),
         ("model.mlp=swiglu", "model.mlp gelu_tanh -> swiglu"),
@@ -154,6 +155,15 @@ def test_a_field_that_is_new_in_this_version_changes_nothing() -> None:
     config = CONFIG.model_dump(mode="json")
     del config["model"]["logit_softcap"]
     assert compare(Record(config=config, data=DATA, rows=8), CONFIG, DATA, place="runs/x") == []
+
+
+def test_a_run_that_was_recorded_before_weights_could_be_named_began_without_them() -> None:
+    config = CONFIG.model_dump(mode="json")
+    del config["init_from"]
+    old = Record(config=config, data=DATA, rows=8)
+    assert compare(old, CONFIG, DATA, place="runs/x") == []
+    with pytest.raises(StackError, match=r"init_from null -> runs/y"):
+        compare(old, CONFIG.replace("init_from=runs/y"), DATA, place="runs/x")
 
 
 def test_accepting_what_is_no_field_is_refused_and_what_is_the_same_is_not() -> None:

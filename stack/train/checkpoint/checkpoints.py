@@ -11,17 +11,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from stack.config.errors import StackError
 from stack.config.train import CheckpointConfig
 from stack.parallel import messages
 from stack.storage.store import Store
+from stack.train.checkpoint.agreement import all_or_none, text_of_first
 from stack.train.checkpoint.budget import Budget
 from stack.train.checkpoint.manifest import (
     NAME,
-    DamagedError,
     File,
     Manifest,
     read_manifest,
@@ -31,7 +29,8 @@ from stack.train.checkpoint.manifest import (
 from stack.train.checkpoint.reading import Reader, lay_out
 from stack.train.checkpoint.writing import Writer
 
-_READER_BYTES = 2 << 30
+READER_BYTES = 2 << 30
+"""Of host memory, to read with."""
 _runs = itertools.count()
 
 
@@ -64,7 +63,7 @@ class Checkpoints:
         self._config = config
         self._saved_step: int | None = None
         self._pending: Future[Saved] | None = None
-        self._budget = Budget(_READER_BYTES if config is None else int(config.host_memory_gb * 1e9))
+        self._budget = Budget(READER_BYTES if config is None else int(config.host_memory_gb * 1e9))
         self._outcomes: list[Saved] = []
         self.failure: str | None = None
         """Why the last save that ended has failed, if it did."""
@@ -152,7 +151,7 @@ class Checkpoints:
 
     def newest_first(self) -> list[int]:
         """The same from the newest on, as process 0 sees them: a shared file system may show others less."""
-        steps = json.loads(_from_first(lambda: json.dumps(self.steps()[::-1])))
+        steps = json.loads(text_of_first(lambda: json.dumps(self.steps()[::-1])))
         return [int(step) for step in steps]
 
     def latest(self) -> int | None:
@@ -195,13 +194,13 @@ class Checkpoints:
             arrays = reader.read(wanted)
             self.bytes_read = reader.bytes_read
 
-        _all_or_none(read)
+        all_or_none(read)
         laid_out = [lay_out(arrays[name], like.sharding) for name, like in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), laid_out)
 
     def holds(self, step: int, abstract_state: dict[str, Any]) -> bool:
         """Whether the checkpoint of a step has these parts of a state, of these shapes and types."""
-        leaves, wanted = self._agreed(step).leaves, named_leaves(abstract_state)
+        leaves, wanted = self.manifest(step).leaves, named_leaves(abstract_state)
         return all(leaves.get(name) == (str(leaf.dtype), leaf.shape) for name, leaf in wanted.items())
 
     def extra(self, step: int) -> dict[str, Any]:
@@ -211,7 +210,7 @@ class Checkpoints:
             DamagedError: it is not as it was written.
             StackError: no such checkpoint.
         """
-        return self._agreed(step).extra
+        return self.manifest(step).extra
 
     def close(self) -> None:
         """Waits for the last save and ends the threads."""
@@ -232,10 +231,10 @@ class Checkpoints:
                 if outcome.error is not None:
                     error.add_note(outcome.error)
 
-    def _agreed(self, step: int) -> Manifest:
-        """The manifest, if every process can read it; else all raise."""
+    def manifest(self, step: int) -> Manifest:
+        """What a checkpoint says of itself, if every process can read it; else all raise, as `extra`."""
         found: list[Manifest] = []
-        _all_or_none(lambda: found.append(self._manifest(step)))
+        all_or_none(lambda: found.append(self._manifest(step)))
         return found[0]
 
     def _manifest(self, step: int) -> Manifest:
@@ -356,50 +355,6 @@ def named_leaves(tree: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
-
-
-def _from_first(tell: Callable[[], str]) -> str:
-    """What process 0 makes of it, or the error it meets, on every process."""
-    if jax.process_count() == 1:
-        return tell()
-    text, failure = "", None
-    if jax.process_index() == 0:
-        try:
-            text = f" {tell()}"
-        except StackError as error:
-            text, failure = f"!{error}", error
-    size = int(multihost_utils.broadcast_one_to_all(np.int64(len(text.encode()))))
-    data = np.frombuffer(text.encode(), np.uint8) if text else np.zeros(size, np.uint8)
-    text = bytes(multihost_utils.broadcast_one_to_all(data)).decode()
-    if text.startswith("!"):
-        raise failure or StackError(text[1:])
-    return text[1:]
-
-
-def _all_or_none(read: Callable[[], None]) -> None:
-    """Does something on every process; where one fails all raise, the others what it says.
-
-    Raises:
-        DamagedError: a file is damaged.
-        StackError: another failure.
-    """
-    failure: StackError | None = None
-    try:
-        read()
-    except StackError as error:
-        failure = error
-    except OSError as error:
-        failure = StackError(f"{error.filename}: {error.strerror}; check the disk or the store")
-    if jax.process_count() > 1:
-        kinds = multihost_utils.process_allgather(
-            np.int32(0 if failure is None else 1 if isinstance(failure, DamagedError) else 2)
-        ).reshape(-1)
-        if failure is None and kinds.any():
-            process = int(np.flatnonzero(kinds)[0])
-            kind = DamagedError if kinds[process] == 1 else StackError
-            failure = kind(f"process {process} could not read the checkpoint; it says why")
-    if failure is not None:
-        raise failure
 
 
 def _differences(saved: Mapping[str, tuple[str, tuple[int, ...]]], wanted: Mapping[str, Any]) -> str:

@@ -73,14 +73,19 @@ class Reader:
         """A box of an array on each device that holds it."""
         held = self._budget.take(boxes.size(box) * like.dtype.itemsize)
         try:
-            values = _empty([stop - start for start, stop in box], like.dtype)
-            for file, piece in self._pieces.get(name, ()):
-                outer = _box(piece)
-                if (both := boxes.overlap(box, outer)) is not None:  # () of a scalar.
-                    self._read_piece(file, piece, both, values, boxes.within(both, box))
+            values = self.read_box(name, box, like.dtype)
             return jax.block_until_ready([jax.device_put(values, _on(like, device)) for device in devices])
         finally:
             self._budget.give(held)
+
+    def read_box(self, name: str, box: boxes.Box, dtype: np.dtype) -> np.ndarray:
+        """A box of an array, of the type it was saved in, on this host; raises what `read` does."""
+        values = _empty([stop - start for start, stop in box], dtype)
+        for file, piece in self._pieces.get(name, ()):
+            outer = _box(piece)
+            if (both := boxes.overlap(box, outer)) is not None:  # () of a scalar.
+                self._read_piece(file, piece, both, values, boxes.within(both, box))
+        return values
 
     def _read_piece(
         self, file: str, piece: Piece, box: boxes.Box, values: np.ndarray, index: tuple[slice, ...]

@@ -8,22 +8,24 @@ from typing import Any
 from rich.text import Text
 
 from stack.data.dataset import Data
-from stack.data.position import Position
 from stack.step import state as states
 from stack.step.program import Program
+from stack.train.ledger import Ledger
+from stack.train.weights.origin import describe
 
 
-def introduce(program: Program, data: Data, folder: Path, position: Position) -> dict[str, Any]:
+def introduce(program: Program, data: Data, folder: Path, ledger: Ledger) -> dict[str, Any]:
     """What is known of a run when it starts, for all who listen."""
     config, layout, mesh = program.config, program.layout, states.concrete(program)
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
     return {
         "name": config.name,
         "folder": str(folder),
-        "step": position.step,
-        "rows": position.rows,
+        "step": ledger.position.step,
+        "rows": ledger.position.rows,
         "steps": config.train.steps,
         "parameters": program.num_parameters,
+        "weights": describe(ledger.origin),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device",
         "zero": layout.zero,
@@ -40,6 +42,7 @@ def introduction(info: Mapping[str, Any]) -> Text:
     rows = {
         "run": f"{info['name']}, {info['steps']:,} steps{taken} of {info['batch_tokens']:,} tokens",
         "model": f"{info['parameters']:,} parameters; {info['attention']}",
+        "weights": info.get("weights"),
         "data": f"{info['train_tokens']:,} tokens, {info['heldout_tokens']:,} held out",
         "devices": f"{info['devices']}; mesh {info['mesh']}; zero {info['zero']}",
         "planned": info.get("planned"),

@@ -1,31 +1,22 @@
 """A folder of transformers as a run: its weights straight onto the mesh, and a first checkpoint of them."""
 
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from stack.config import Config, ConfigError, DecoderConfig, StackError
+from stack.config import Config, ConfigError, StackError
 from stack.config.paths import expand
 from stack.data.dataset import digest
 from stack.data.tokenizer import FILE
-from stack.interop.hugging_face import Weights, config_from_hf
-from stack.interop.safetensors_folder import open_folder
-from stack.step import state as states
+from stack.train import starting
 from stack.train.checkpoint.checkpoints import Checkpoints
 from stack.train.lock import only_writer
 from stack.train.record import Record
 from stack.train.trainer import Trainer
+from stack.train.weights.folder import CONFIG, Folder
 
 _FREE = {
     *("dtype", "attention", "scan_unroll", "vocab_multiple"),
@@ -64,17 +55,17 @@ def load_weights(
         raise StackError(f"{target} exists; give a run that does not, or delete it")
     if jax.process_count() > 1:  # The first makes it when all have looked.
         multihost_utils.sync_global_devices("the folder of an import")
-    state = open_folder(source)
-    config = _config(source, target, overrides)
-    assert isinstance(config.model, DecoderConfig)
-    weights = Weights(state, config.model)
+    weights = Folder(source)
+    config = _config(weights, source, target, overrides)
     trainer = Trainer(config, devices=devices)
     tokenizer = trainer.tokenizer
-    likes: dict[str, Any] = dict(flatten_dict(trainer.program.parameters, sep="/"))
-    arrays = {tuple(path.split("/")): _place(weights, path, likes[path].sharding) for path in weights.paths}
-    trainer.state = states.init(trainer.program, unflatten_dict(arrays))
+    notes: list[str] = []
+    trainer.state, origin = starting.begin_with(trainer.program, weights, tokenizer, notes.append)
+    trainer.ledger.origin = origin
     words = {"tokenizer": digest(tokenizer.fingerprint)}
-    record = Record(config={"model": config.model_dump(mode="json")["model"]}, data=words, rows=0)
+    record = Record(
+        config={"model": config.model_dump(mode="json")["model"]}, data=words, rows=0, origin=origin
+    )
     with only_writer(trainer.folder), Checkpoints(trainer.ledger.store, config.checkpoint) as checkpoints:
         checkpoints.save(0, trainer.state, record.as_dict())
         checkpoints.wait()
@@ -83,22 +74,13 @@ def load_weights(
         if jax.process_index() == 0:
             trainer.ledger.write(words, tokenizer)
     program = trainer.program
-    yield f"imported  {source}: {program.num_parameters:,} parameters in {len(state):,} tensors"
+    yield f"imported  {source}: {program.num_parameters:,} parameters in {weights.num_tensors:,} tensors"
     yield f"run       {trainer.folder} at step 0; {program.attention}"
+    yield from (f"note      {note}" for note in notes)
 
 
-def _config(source: Path, target: Path, overrides: Sequence[str]) -> Config:
-    path = source / "config.json"
-    try:
-        keys = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise StackError(f"{path} cannot be read: {error.strerror}; give a folder that has it") from error
-    except (ValueError, RecursionError) as error:
-        raise StackError(f"{path} is no JSON: {error}; fetch it again") from error
-    try:
-        model = config_from_hf(keys)
-    except StackError as error:
-        raise StackError(f"{path}: {error}") from None
+def _config(weights: Folder, source: Path, target: Path, overrides: Sequence[str]) -> Config:
+    model = weights.config
     tokenizer = source / FILE
     given = any(word.startswith("data.tokenizer=") for word in overrides)
     if not given and not tokenizer.is_file():
@@ -119,33 +101,5 @@ def _config(source: Path, target: Path, overrides: Sequence[str]) -> Config:
     then, now = model.model_dump(), config.model.model_dump()
     for name in now.keys() - _FREE:
         if now[name] != then.get(name):
-            raise ConfigError(f"model.{name} is what {path} says; leave it out")
+            raise ConfigError(f"model.{name} is what {source / CONFIG} says; leave it out")
     return config
-
-
-def _place(weights: Weights, path: str, sharding: NamedSharding) -> jax.Array:
-    """A parameter as it lies at rest, layer after layer."""
-    layers = weights.layers(path)
-    if not layers:
-        return _spread(weights.read(path), sharding)
-    assert isinstance(sharding.mesh, Mesh), "arrays are made on devices"
-    auto = states.automatic(sharding.mesh)
-    first = weights.read(path, 0)
-    whole, one = NamedSharding(auto, sharding.spec), NamedSharding(auto, P(*sharding.spec[1:]))
-    shape = (len(layers), *first.shape)
-    array = jax.jit(partial(jnp.zeros, shape, jnp.float32), out_shardings=whole)()
-    for layer in layers:
-        array = _put(whole)(array, _spread(weights.read(path, layer) if layer else first, one), layer)
-    return states.retype(array, sharding)
-
-
-def _spread(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-
-
-@cache
-def _put(whole: NamedSharding) -> Callable[..., jax.Array]:
-    def put(array: jax.Array, layer: jax.Array, number: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(array, layer, number, 0)
-
-    return jax.jit(put, donate_argnums=0, out_shardings=whole)

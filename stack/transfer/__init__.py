@@ -1,0 +1,1 @@
+"""Runs made of models from elsewhere, and written for elsewhere."""
