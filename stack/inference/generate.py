@@ -283,7 +283,7 @@ def _append(settings: _Settings, params: dict, padding: jax.Array, bucket: int, 
         model = gather_module(model, layout)
 
     def append(progress: _Progress, tokens: jax.Array, first: jax.Array | int) -> _Progress:
-        queries, window = tokens.shape[1], config.sliding_window
+        queries, window = tokens.shape[1], config.window
         mask = caches.mask(padding, first=first, queries=queries, slots=slots, window=window)
         output, cache = model.decode(tokens, mask, run, cache=progress.cache, slot=first)
         scores = logits(
