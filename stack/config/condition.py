@@ -26,7 +26,7 @@ class Condition:
     values: tuple[str | bool | int, ...] = ()
     """With which of its values they are read; empty where `unless` says it."""
     unless: int | None = None
-    """The one value of a number with which they are not read: null, or one below those with which they are."""
+    """The one value of a number with which they are not read; null, or below those with which they are."""
 
     def is_met(self, section: BaseModel) -> bool:
         """Whether the fields are read in this section."""

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from stack.layers.parameter import parameter
 
-
 Kind = Literal["layernorm", "rmsnorm", "rmsnorm_zero_centered"]
 
 

@@ -22,7 +22,6 @@ from stack.models.protocol import Output
 from stack.models.stack import Execution, run_layers, stack_layers
 from stack.parallel.zero import gather_at_use
 
-
 type State = tuple[Cache | None, jax.Array | None]
 """What each layer has of its own: its cache, and whether it has the window, where not all have."""
 
@@ -58,9 +57,7 @@ class Decoder(nnx.Module):
           batch: tokens, positions and segments, [batch, length] int32, as the causal objective names them.
           run: how.
         """
-        mask = row_mask(
-            batch["segments"], batch["positions"], packed=run.packed, window=self.config.window
-        )
+        mask = row_mask(batch["segments"], batch["positions"], packed=run.packed, window=self.config.window)
         return self._run(batch["tokens"], batch["positions"], mask, run, None, 0)[0]
 
     def decode(

@@ -26,7 +26,7 @@ from stack.interop.hugging_face_files import config_to_hf
 from stack.interop.importing import load_weights
 from stack.interop.safetensors_folder import INDEX, SINGLE, open_folder
 
-FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "qwen3_window")
+FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "qwen3_window", "gemma2", "gemma3")
 
 
 def write_tokenizer(folder: Path, words: int) -> None:
