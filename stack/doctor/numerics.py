@@ -118,6 +118,8 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
         "mlp_bias": False,
         "tied_embeddings": False,
         "sliding_window": 7,
+        "attention_pattern": ("local", "global"),
+        "local_rope": {"theta": 100.0},
     },
     "palm": {
         "kind": "parallel_decoder",

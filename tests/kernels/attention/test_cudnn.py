@@ -50,13 +50,16 @@ def inputs(layout, *, packed, head_dim=HEAD_DIM):
     return (query, key, key), abstract_mask(place, packed=packed)
 
 
-@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("window", [None, 16, "of some layers"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_output_and_gradients_are_split_as_the_inputs(layout, packed, window):
     arrays, mask = inputs(layout, packed=packed)
 
     def run(query, key, value, mask):
-        return attend(query, key, value, dataclasses.replace(mask, window=window), layout, kernel="cudnn")
+        told = {"window": window}
+        if window == "of some layers":
+            told = {"window": 16, "local": mask.query_positions[0, 0] > 0}
+        return attend(query, key, value, dataclasses.replace(mask, **told), layout, kernel="cudnn")
 
     def total(*inputs):
         return run(*inputs).astype(jnp.float32).sum()
@@ -87,10 +90,12 @@ def test_each_device_computes_its_own_rows_and_heads(layout):
     assert key == (rows, LENGTH, KV_HEADS // layout.size("tensor"), HEAD_DIM)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize(
+    ("window", "local"), [(None, None), (1, None), (5, None), (5, True), (5, False)], ids=str
+)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["causal", "full", "prefix"])
-def test_what_is_asked_of_cudnn_is_what_xla_computes(monkeypatch, kind, packed, window):
+def test_what_is_asked_of_cudnn_is_what_xla_computes(monkeypatch, kind, packed, window, local):
     """JAX answers the same call without cuDNN; only the kernel itself is left out."""
     draw = np.random.default_rng(0).normal
     query = jnp.asarray(draw(size=(2, 12, 4, 8)), jnp.float32)
@@ -101,6 +106,8 @@ def test_what_is_asked_of_cudnn_is_what_xla_computes(monkeypatch, kind, packed, 
     mask = row_mask(segments, positions, packed=packed, kind=kind, window=window)
     if kind == "prefix":
         mask = dataclasses.replace(mask, prefix=(positions < 3) & (segments > 0))
+    if local is not None:
+        mask = dataclasses.replace(mask, local=jnp.asarray(local))
     ask = partial(attend, query, key, value, mask, ONE_DEVICE)
 
     answer = jax.nn.dot_product_attention
