@@ -64,8 +64,8 @@ class BlockConfig(Section):
     """A stack of transformer blocks, of whatever model."""
 
     conditions = (
-        Condition(fields=("rope", "local_rope"), other="position", values=("rotary",)),
-        Condition(fields=("attention_pattern", "local_rope"), other="sliding_window"),
+        Condition(fields=("rope", "local_rope_theta"), other="position", values=("rotary",)),
+        Condition(fields=("attention_pattern", "local_rope_theta"), other="sliding_window"),
     )
 
     max_length: PositiveInt = 1024
@@ -98,8 +98,9 @@ class BlockConfig(Section):
     """How position enters: a learned table added to the embedding, or rotated queries and keys."""
     rope: RopeConfig = RopeConfig()
     """Read when position is `rotary`."""
-    local_rope: RopeConfig | None = None
-    """Rotation of the layers with a window; null: as the others (Gemma 3, arXiv 2503.19786)."""
+    local_rope_theta: PositiveFloat | None = None
+    """Base of the layers with a window, whose wavelengths are not stretched (Gemma 3, arXiv 2503.19786);
+    null: they rotate as the others."""
     qkv_bias: bool = True
     """Biases on queries, keys and values: GPT-2 and Qwen 2 have them, Llama and Qwen 3 not."""
     out_bias: bool = True

@@ -119,7 +119,7 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
         "tied_embeddings": False,
         "sliding_window": 7,
         "attention_pattern": ("local", "global"),
-        "local_rope": {"theta": 100.0},
+        "local_rope_theta": 100.0,
     },
     "palm": {
         "kind": "parallel_decoder",

@@ -332,12 +332,12 @@ def family_of(config: DecoderConfig) -> str:
 
 def _required(config: DecoderConfig, family: str) -> dict[str, Any]:
     """What a model of a family has, where another value would have no key there."""
-    required: dict[str, Any] = {"mlp_bias": False, "out_bias": config.qkv_bias, "local_rope": None}
+    required: dict[str, Any] = {"mlp_bias": False, "out_bias": config.qkv_bias, "local_rope_theta": None}
     if family.startswith("gemma"):
         required |= {"norm": "rmsnorm_zero_centered", "norm_placement": "both", "mlp": "geglu"}
         required |= {"scale_embedding": True, "attention_scale": _attention_scale(config)}
         if family == "gemma3_text":  # Its class has the key and does not read it.
-            required |= {"attention_softcap": None, "local_rope": config.local_rope}
+            required |= {"attention_softcap": None, "local_rope_theta": config.local_rope_theta}
         return required
     required |= {"norm": "rmsnorm", "norm_placement": "pre", "mlp": "swiglu", "scale_embedding": False}
     required |= {"attention_scale": None, "attention_softcap": None, "logit_softcap": None}

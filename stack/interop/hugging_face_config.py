@@ -189,12 +189,12 @@ def _gemma3(keys: ConfigReader) -> DecoderConfig:
             "sliding_window_pattern", "and layer_types contradict each other; keep the right one"
         )
     windows = _windows(keys, window=keys.optional_integer("sliding_window", 4096), kinds=kinds)
-    rope, local_rope = _gemma3_ropes(keys, shared["max_length"])
+    rope, local = _gemma3_ropes(keys, shared["max_length"])
     return DecoderConfig(
         **shared,
         qk_norm=True,
         rope=rope,
-        local_rope=local_rope if windows and local_rope != rope else None,
+        local_rope_theta=local.theta if windows and local != rope else None,
         **windows,
     )
 
@@ -264,10 +264,13 @@ def _gemma3_ropes(keys: ConfigReader, max_length: int) -> tuple[RopeConfig, Rope
     if both:
         both.refuse_the_rest()
     whole = [groups[_GLOBAL], keys.section("rope_scaling", aliases=_TYPE)]
-    return (
-        _one_rope(whole, keys, max_length, theta=1_000_000.0),
-        _one_rope([groups[_LOCAL]], keys, max_length, beside="rope_local_base_freq"),
-    )
+    rope = _one_rope(whole, keys, max_length, theta=1_000_000.0)
+    local = _one_rope([groups[_LOCAL]], keys, max_length, beside="rope_local_base_freq")
+    if local.scaling != "none" and local != rope:
+        raise keys.error(
+            "rope_parameters", "stretches sliding_attention by itself, which Stack does not have"
+        )
+    return rope, local
 
 
 def _one_rope(

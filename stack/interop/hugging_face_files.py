@@ -151,20 +151,15 @@ def _gemma(config: DecoderConfig, family: str) -> dict[str, Any]:
     every = [*config.local_layers, False].index(False) + 1
     if list(config.local_layers) == [(layer + 1) % every > 0 for layer in range(config.num_layers)]:
         keys["sliding_window_pattern"] = every
-    local = config.local_rope or config.rope
-    if local.scaling == "none":
-        return keys | {"rope_local_base_freq": local.theta}
-    ropes = {"full_attention": config.rope, "sliding_attention": local}
-    del keys["rope_theta"], keys["rope_scaling"]
-    return keys | {"rope_parameters": {kind: _rope_parameters(rope) for kind, rope in ropes.items()}}
+    if config.local_rope_theta or config.rope.scaling == "none":
+        return keys | {"rope_local_base_freq": config.local_rope_theta or config.rope.theta}
+    # Of both kinds, which only versions 5 have a place for.
+    rope = {"rope_theta": keys.pop("rope_theta")} | keys.pop("rope_scaling")
+    return keys | {"rope_parameters": {"full_attention": rope, "sliding_attention": rope}}
 
 
 def _layer_types(config: DecoderConfig) -> list[str]:
     return ["sliding_attention" if local else "full_attention" for local in config.local_layers]
-
-
-def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
-    return {"rope_theta": rope.theta} | (_rope_scaling(rope) or {"rope_type": "default"})
 
 
 def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:

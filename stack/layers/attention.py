@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Key
 
-from stack.config import BlockConfig
+from stack.config import BlockConfig, RopeConfig
 from stack.kernels.attention import Choice, Mask, Request, attend, choose
 from stack.layers.dropout import ATTENTION, dropout
 from stack.layers.linear import Linear
@@ -108,9 +108,9 @@ class Attention(nnx.Module):
 def _rotation(config: BlockConfig, mask: Mask) -> tuple[Float32[Array, " half"], jax.Array | float]:
     """Radians per position and amplitude of a layer, by whether its mask has a window."""
     whole = frequencies(config.rope, config.head_width), amplitude(config.rope)
-    if config.local_rope is None or mask.window is None:
+    if config.local_rope_theta is None or mask.window is None:
         return whole
-    local = frequencies(config.local_rope, config.head_width), amplitude(config.local_rope)
+    local = frequencies(RopeConfig(theta=config.local_rope_theta), config.head_width), 1.0
     return local if mask.local is None else jax.tree.map(partial(jnp.where, mask.local), local, whole)
 
 

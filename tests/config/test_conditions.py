@@ -196,6 +196,6 @@ def test_sequence_parallelism_waits_for_a_tensor_axis_that_takes_what_is_left():
 
 def test_a_table_is_inherited_with_the_fields():
     assert {field for condition in DecoderConfig.conditions for field in condition.fields} == {
-        *("rope", "local_rope", "attention_pattern"),
+        *("rope", "local_rope_theta", "attention_pattern"),
         "position_init_std",
     }

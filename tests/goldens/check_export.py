@@ -54,7 +54,7 @@ TEXTS = {
     "gpt2": {},
     "llama": LLAMA,
     "gemma2": GEMMA | {"attention_softcap": 20.0, "logit_softcap": 10.0},
-    "gemma3": GEMMA | {"qk_norm": True, "rope": {"theta": 1e6}, "local_rope": {"theta": 1e4}},
+    "gemma3": GEMMA | {"qk_norm": True, "rope": {"theta": 1e6}, "local_rope_theta": 1e4},
 }
 
 

@@ -43,7 +43,7 @@ FAMILIES = {
         mlp_bias=False,
         sliding_window=6,
         attention_pattern=["local", "global"],
-        local_rope={"theta": 100.0},
+        local_rope_theta=100.0,
         attention_softcap=3.0,
         logit_softcap=5.0,
     ),

@@ -72,6 +72,11 @@ def test_a_window_holds_for_the_layers_that_are_told(config, options, window, la
         (GEMMA_3, {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters.rope_theta=5.0 is not a key"),
         (
             GEMMA_3,
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_parameters=.* stretches sliding_attention by itself, which Stack does not have",
+        ),
+        (
+            GEMMA_3,
             {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}},
             "rope_parameters.sliding_attention.rope_theta=5.0 and rope_local_base_freq beside it name one",
         ),
@@ -116,7 +121,7 @@ GEMMA_3_HERE = GEMMA_2_HERE.model_copy(
         "mlp_dim": 6912,
         "qk_norm": True,
         "rope": RopeConfig(theta=1_000_000),
-        "local_rope": RopeConfig(theta=10_000),
+        "local_rope_theta": 10_000.0,
         "sliding_window": 512,
         "attention_pattern": (*["local"] * 5, "global"),
         "attention_softcap": None,
@@ -145,7 +150,7 @@ def test_gemma_3_as_transformers_5_writes_it():
     newer["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
     scaled = RopeConfig(theta=1_000_000, scaling="linear", factor=8.0)
     assert config_from_hf(newer).rope == scaled
-    assert config_from_hf(newer).local_rope == RopeConfig(theta=10_000)
+    assert config_from_hf(newer).local_rope_theta == 10_000
     assert config_from_hf(GEMMA_3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}).rope == scaled
 
 
@@ -159,15 +164,15 @@ def test_absent_keys_of_gemma_have_the_defaults_of_transformers():
     assert (three.max_length, three.window, kinds(three)) == (131072, 4096, "lllllgl")
     assert (two.attention_softcap, two.logit_softcap) == (50.0, 30.0)
     assert (three.attention_softcap, three.logit_softcap) == (None, None)
-    assert (two.rope.theta, two.local_rope) == (10_000, None)
-    assert three.local_rope is not None
-    assert (three.rope.theta, three.local_rope.theta) == (1_000_000, 10_000)
+    assert (two.rope.theta, two.local_rope_theta) == (10_000, None)
+    assert (three.rope.theta, three.local_rope_theta) == (1_000_000, 10_000)
     for model in (two, three):
         assert (model.kv_heads, model.head_width, model.attention_scale) == (4, 256, None)
         assert model.tied_embeddings
 
 
-LOCAL = {"local_rope": {"theta": 100.0}}
+LOCAL = {"local_rope_theta": 100.0}
+LINEAR = {"rope": {"scaling": "linear", "factor": 8.0}}
 
 
 @pytest.mark.parametrize(
@@ -177,8 +182,8 @@ LOCAL = {"local_rope": {"theta": 100.0}}
         {"qk_norm": True, "attention_softcap": None},
         {"qk_norm": True, "attention_softcap": None, "num_layers": 8, "qkv_bias": True, "out_bias": True},
         {"qk_norm": True, "attention_softcap": None, "attention_pattern": ["global", "local"]} | LOCAL,
-        {"qk_norm": True, "attention_softcap": None, "rope": {"scaling": "linear", "factor": 8.0}} | LOCAL,
-        {"qk_norm": True, "attention_softcap": None, "local_rope": {"scaling": "linear", "factor": 2.0}},
+        {"qk_norm": True, "attention_softcap": None} | LINEAR | LOCAL,
+        {"qk_norm": True, "attention_softcap": None, "local_rope_theta": None} | LINEAR,
         {"sliding_window": None, "attention_pattern": ["local"], "logit_softcap": None},
         {"attention_pattern": ["local"], "attention_scale": 144**-0.5, "tied_embeddings": False},
     ],
@@ -201,8 +206,8 @@ def test_gemma_survives_the_way_out_and_in(change):
             r"attention_scale=0.07: transformers' Gemma 2 has attention_scale=0.07001",
         ),
         (
-            {"local_rope": {"theta": 5.0}},
-            "local_rope=theta=5.0 .*: transformers' Gemma 2 has local_rope=None",
+            LOCAL,
+            "local_rope_theta=100.0: transformers' Gemma 2 has local_rope_theta=None",
         ),
         ({"qk_norm": True}, "attention_softcap=50.0: transformers' Gemma 3 has attention_softcap=None"),
         ({"norm": "rmsnorm"}, "model.*: transformers' Mistral has attention_pattern="),

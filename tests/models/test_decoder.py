@@ -51,7 +51,7 @@ FAMILIES = {
         norm_placement="both",
         mlp="geglu",
         position="rotary",
-        local_rope={"theta": 100.0},
+        local_rope_theta=100.0,
         num_kv_heads=2,
         qkv_bias=False,
         out_bias=False,
@@ -142,16 +142,14 @@ def test_the_rotation_of_a_layer_is_that_of_its_kind():
         config = FAMILIES["gemma"].model_copy(update=changes)
         return hidden_states(config)(TOKENS, whole, np.ones_like(whole))
 
-    one, other = RopeConfig(theta=100.0), RopeConfig(theta=10_000.0)
-    local = {"attention_pattern": ("local",)}
-    np.testing.assert_array_equal(
-        run(**local, rope=other, local_rope=one), run(**local, rope=one, local_rope=None)
-    )
-    full = {"sliding_window": None, "attention_pattern": ("local",)}
-    np.testing.assert_array_equal(run(**full, rope=other, local_rope=one), run(**full, rope=other))
-    mixed = run(rope=other, local_rope=one)
-    assert (mixed != run(rope=one, local_rope=None)).any()
-    assert (mixed != run(rope=other, local_rope=None)).any()
+    one, other, local = RopeConfig(theta=100.0), RopeConfig(theta=10_000.0), {"attention_pattern": ("local",)}
+    plain = {"rope": one, "local_rope_theta": None}
+    np.testing.assert_array_equal(run(**local, rope=other), run(**local, **plain))
+    full = local | {"sliding_window": None}
+    np.testing.assert_array_equal(run(**full, rope=one), run(**full, **plain))
+    mixed = run(rope=other)
+    assert (mixed != run(**plain)).any()
+    assert (mixed != run(rope=other, local_rope_theta=None)).any()
 
 
 @pytest.mark.parametrize(
