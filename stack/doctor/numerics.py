@@ -41,8 +41,9 @@ PARTS: dict[str, frozenset[str]] = {
 }
 """THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other."""
 
-Family = Literal["gpt", "llama", "palm"]
-"""Models that go through the matrix; `palm`, of parallel blocks, through the parts and some pairs."""
+Family = Literal["gpt", "llama", "palm", "gemma"]
+"""Models that go through the matrix; through some pairs `palm`, of parallel blocks, and `gemma`, with windows
+of some layers and norms on both sides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +119,6 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
         "mlp_bias": False,
         "tied_embeddings": False,
         "sliding_window": 7,
-        "attention_pattern": ("local", "global"),
-        "local_rope_theta": 100.0,
     },
     "palm": {
         "kind": "parallel_decoder",
@@ -130,6 +129,22 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
         "qkv_bias": False,
         "out_bias": False,
         "mlp_bias": False,
+    },
+    "gemma": {
+        "num_layers": 3,
+        "norm": "rmsnorm_zero_centered",
+        "norm_placement": "both",
+        "mlp": "geglu",
+        "position": "rotary",
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
+        "sliding_window": 5,
+        "attention_pattern": ("local", "global"),
+        "local_rope_theta": 100.0,
+        "attention_softcap": 2.0,
+        "logit_softcap": 10.0,
+        "scale_embedding": True,
     },
 }
 

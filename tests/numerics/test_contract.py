@@ -22,8 +22,9 @@ from stack.doctor.numerics import (
 
 EVERYDAY: dict[Family, set[str]] = {
     "gpt": {"fsdp zero 2"},
-    "llama": {"data + fsdp zero 3", "fsdp zero 1 + accumulation"},
+    "llama": {"data + fsdp zero 3"},
     "palm": {"fsdp zero 3 + tensor sequence parallel"},
+    "gemma": {"fsdp zero 1 + accumulation"},
 }
 PAIRS = {
     "fsdp zero 1 + accumulation",
@@ -47,7 +48,7 @@ def matrix():
             id=f"{family}: {cell.name}",
             marks=[] if everyday(cell, family) else [pytest.mark.full],
         )
-        for family in (*FAMILIES, "palm")
+        for family in (*FAMILIES, "palm", "gemma")
         for cell in cells()
         if family in FAMILIES or cell.name in PAIRS
     ]
