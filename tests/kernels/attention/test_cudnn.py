@@ -145,9 +145,17 @@ def test_the_gpu_that_is_traced_for_limits_the_heads_and_not_the_one_here():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "windows"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"sliding_window": 32, "attention_pattern": ["local", "global"], "position": "rotary"}),
+    ],
+    ids=["one document", "packed", "windows of some layers"],
+)
 @pytest.mark.usefixtures("quick_gpu_compiler")
-def test_the_compiled_step_calls_cudnn_both_ways_and_gathers_no_batch(packed):
+def test_the_compiled_step_calls_cudnn_both_ways_and_gathers_no_batch(packed, windows):
     rows, length, tensor = 96, 160, 2
     config = Config(
         model=DecoderConfig(
@@ -159,6 +167,7 @@ def test_the_compiled_step_calls_cudnn_both_ways_and_gathers_no_batch(packed):
             head_dim=152,
             max_length=length,
             attention="cudnn",
+            **windows,
         ),
         data=DataConfig(sequence_length=length, packed=packed),
         mesh=MeshConfig(data=2, fsdp=4, tensor=tensor, zero=3),
