@@ -208,8 +208,8 @@ MUTATIONS = (
     Mutation(
         "embedded words not scaled",
         "stack/models/decoder.py",
-        "x = x * jnp.asarray(math.sqrt(config.embed_dim), dtype)",
-        "pass",
+        "math.sqrt(config.embed_dim) if config.scale_embedding else None",
+        "None",
         "tests/interop/test_hugging_face_numerics.py",
     ),
     Mutation(

@@ -38,7 +38,8 @@ class Decoder(nnx.Module):
         words = partial(
             Embedding, ("vocab", config.padded_vocab_size), config.embed_dim, used=config.vocab_size
         )
-        self.embed = words(std=config.init_std, rngs=rngs)
+        scale = math.sqrt(config.embed_dim) if config.scale_embedding else None
+        self.embed = words(std=config.init_std, scale=scale, rngs=rngs)
         self.position = _positions(config, rngs) if config.position == "learned" else None
         make = partial(_make_layer, self.block, config)
         self.layers = stack_layers(make, config.num_layers, rngs=rngs)
@@ -92,8 +93,6 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         embed = gather_at_use(self.embed, layout)
         x = embed(tokens, layout, dtype)
-        if config.scale_embedding:
-            x = x * jnp.asarray(math.sqrt(config.embed_dim), dtype)
         if self.position is not None:
             x = x + gather_at_use(self.position, layout)(positions, layout, dtype)
         if run.keys is not None:
