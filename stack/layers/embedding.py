@@ -35,7 +35,7 @@ class Embedding(nnx.Module):
     def __call__(
         self, ids: Int[Array, "batch length"], layout: Layout, dtype: jnp.dtype
     ) -> Float[Array, "batch length embed"]:
-        """[batch, length] int32 -> [batch, residual_length, embed] in `dtype`, to which `scale` is rounded."""
+        """[batch, length] int32 -> [batch, residual_length, embed] in `dtype`, as is the scale."""
         rows = lookup(self.table[...].astype(dtype), ids, layout)
         rows = rows if self.scale is None else rows * jnp.asarray(self.scale, dtype)
         return layout.shard(rows, "batch", "residual_length", "embed")
