@@ -225,7 +225,7 @@ class LanguageConfig(BlockConfig):
 
 
 class DecoderConfig(LanguageConfig):
-    """A decoder of the GPT-2 / Turing-NLG family or of the Llama / Qwen family."""
+    """A decoder of the GPT-2 / Turing-NLG family or of the Llama / Qwen / Gemma family."""
 
     implementation: ClassVar[str] = "stack.models.decoder:Decoder"
     """The class that computes it, as `module:class`: config imports no model."""
