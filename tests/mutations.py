@@ -82,8 +82,8 @@ MUTATIONS = (
     Mutation(
         "YaRN's factor of queries and keys ignored",
         "stack/layers/attention.py",
-        "amplitude=amplitude(config.rope)",
-        "amplitude=1.0",
+        "config.head_width), amplitude(config.rope)",
+        "config.head_width), 1.0",
         "tests/interop/test_hugging_face_numerics.py",
     ),
     Mutation(
@@ -211,6 +211,34 @@ MUTATIONS = (
         "abs(distance) < self.window",
         "abs(distance) <= self.window",
         "tests/kernels",
+    ),
+    Mutation(
+        "every layer has the window",
+        "stack/kernels/attention/mask.py",
+        "near | ~self.local",
+        "near",
+        "tests/kernels",
+    ),
+    Mutation(
+        "one rotation for all layers",
+        "stack/layers/attention.py",
+        "if config.local_rope_theta is None or mask.window is None:",
+        "if True:",
+        "tests/models/test_decoder.py",
+    ),
+    Mutation(
+        "embedded words not scaled",
+        "stack/models/decoder.py",
+        "math.sqrt(config.embed_dim) if config.scale_embedding else None",
+        "None",
+        "tests/interop/test_hugging_face_numerics.py",
+    ),
+    Mutation(
+        "all layers planned with the window",
+        "stack/models/cost.py",
+        "(config.num_layers - local, None)",
+        "(config.num_layers - local, config.window)",
+        "tests/models/test_cost.py",
     ),
     Mutation(
         "rotation the wrong way",

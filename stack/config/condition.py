@@ -26,7 +26,7 @@ class Condition:
     values: tuple[str | bool | int, ...] = ()
     """With which of its values they are read; empty where `unless` says it."""
     unless: int | None = None
-    """The one value of a number with which they are not read; it lies below those with which they are."""
+    """The one value of a number with which they are not read; null, or below those with which they are."""
 
     def is_met(self, section: BaseModel) -> bool:
         """Whether the fields are read in this section."""
@@ -37,7 +37,7 @@ class Condition:
     def remedy(self) -> str:
         """What makes the fields read, as a user would set it."""
         if not self.values:
-            return f"{self.other} > {self.unless}"
+            return self.other if self.unless is None else f"{self.other} > {self.unless}"
         *others, last = map(_word, self.values)
         return f"{self.other}=" + " or ".join([", ".join(others), last] if others else [last])
 

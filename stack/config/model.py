@@ -63,7 +63,10 @@ class RopeConfig(Section):
 class BlockConfig(Section):
     """A stack of transformer blocks, of whatever model."""
 
-    conditions = (Condition(fields=("rope",), other="position", values=("rotary",)),)
+    conditions = (
+        Condition(fields=("rope", "local_rope_theta"), other="position", values=("rotary",)),
+        Condition(fields=("attention_pattern", "local_rope_theta"), other="sliding_window"),
+    )
 
     max_length: PositiveInt = 1024
     """Longest sequence in tokens: rows of a learned position table, limit of generation."""
@@ -79,8 +82,9 @@ class BlockConfig(Section):
     """Width of a head; null: embed_dim / num_heads."""
     mlp_dim: PositiveInt | None = None
     """Width inside the MLP; null: 4 x embed_dim."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation of attention, of the MLP and at the end; `rmsnorm` has no bias."""
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_zero_centered"] = "layernorm"
+    """Normalisation of attention, of the MLP and at the end; `rmsnorm` has no bias, `rmsnorm_zero_centered`
+    multiplies by 1 + scale, from scale 0 on (Gemma)."""
     norm_placement: Literal["pre", "post", "both"] = "pre"
     """Where a block normalises: `pre`, what attention and MLP read (GPT-2, Llama); `post`, the residual
     stream after each is added (BERT, arXiv 1810.04805); `both`, what they read and what they give (Gemma 2,
@@ -94,6 +98,9 @@ class BlockConfig(Section):
     """How position enters: a learned table added to the embedding, or rotated queries and keys."""
     rope: RopeConfig = RopeConfig()
     """Read when position is `rotary`."""
+    local_rope_theta: PositiveFloat | None = None
+    """Base of the layers with a window, whose wavelengths are not stretched (Gemma 3, arXiv 2503.19786);
+    null: they rotate as the others."""
     qkv_bias: bool = True
     """Biases on queries, keys and values: GPT-2 and Qwen 2 have them, Llama and Qwen 3 not."""
     out_bias: bool = True
@@ -104,6 +111,11 @@ class BlockConfig(Section):
     """RMSNorm of every query and key head before the rotation (Qwen 3, arXiv 2302.05442)."""
     sliding_window: PositiveInt | None = None
     """Each token sees this many tokens, itself included (arXiv 2310.06825); null: all before it."""
+    attention_pattern: tuple[Literal["local", "global"], ...] = Field(
+        default=("local",), min_length=1, strict=False
+    )
+    """Which layers have the window, from the first on; it repeats, and may end anywhere. [local, global] is
+    Gemma 2, five local and one global Gemma 3."""
     attention_scale: PositiveFloat | None = None
     """What scores are multiplied by; null: 1 / sqrt(head width). T5 has 1."""
     attention_softcap: PositiveFloat | None = None
@@ -141,6 +153,17 @@ class BlockConfig(Section):
         return self.mlp_dim or 4 * self.embed_dim
 
     @property
+    def window(self) -> int | None:
+        """Tokens seen where a layer has the window; None: no layer has one."""
+        return self.sliding_window if any(self.local_layers) else None
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has the window."""
+        pattern = self.attention_pattern if self.sliding_window else ("global",)
+        return tuple(pattern[layer % len(pattern)] == "local" for layer in range(self.num_layers))
+
+    @property
     def gated(self) -> bool:
         """Whether the MLP has a gate."""
         return self.mlp in ("swiglu", "geglu")
@@ -155,6 +178,8 @@ class BlockConfig(Section):
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}")
         if self.position == "rotary" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.head_width}; set head_dim")
+        if "local" not in self.attention_pattern:
+            raise ValueError("attention_pattern has no local layer; set sliding_window=null instead")
         if self.attention == "cudnn":
             if self.attention_dropout:
                 raise ValueError("attention=cudnn has no dropout; set attention_dropout=0 or attention=xla")
@@ -186,6 +211,9 @@ class LanguageConfig(BlockConfig):
     zero, masked and never trained or exported."""
     tied_embeddings: bool = True
     """The output projection is the embedding table (arXiv 1608.05859)."""
+    scale_embedding: bool = False
+    """Multiply embedded words by sqrt(embed_dim), in the compute dtype (arXiv 1706.03762, section 3.4;
+    Gemma)."""
     logit_softcap: PositiveFloat | None = None
     """Logits become c x tanh(logit / c) (Gemma 2, arXiv 2408.00118); null: as they are."""
     embedding_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -200,7 +228,7 @@ class LanguageConfig(BlockConfig):
 
 
 class DecoderConfig(LanguageConfig):
-    """A decoder of the GPT-2 / Turing-NLG family or of the Llama / Qwen family."""
+    """A decoder of the GPT-2 / Turing-NLG family or of the Llama / Qwen / Gemma family."""
 
     implementation: ClassVar[str] = "stack.models.decoder:Decoder"
     """The class that computes it, as `module:class`: config imports no model."""

@@ -53,9 +53,10 @@ PARTS: dict[str, frozenset[str]] = {
 }
 """THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other."""
 
-Family = Literal["gpt", "llama", "palm", "bert"]
-"""Models that go through the matrix; those made of the first two's layers through the parts and some pairs:
-`palm`, of parallel blocks, and `bert`, an encoder of UniLM's masks with norms behind its sums."""
+Family = Literal["gpt", "llama", "palm", "gemma", "bert"]
+"""Models that go through the matrix; those made of the first two's layers through the parts or some pairs:
+`palm`, of parallel blocks; `gemma`, with windows of some layers and norms on both sides; and `bert`, an
+encoder of UniLM's masks with norms behind its sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,22 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
         "attention_softcap": 2.0,
         "num_types": 4,
         "first_position": 2,
+    },
+    "gemma": {
+        "num_layers": 3,
+        "norm": "rmsnorm_zero_centered",
+        "norm_placement": "both",
+        "mlp": "geglu",
+        "position": "rotary",
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
+        "sliding_window": 5,
+        "attention_pattern": ("local", "global"),
+        "local_rope_theta": 100.0,
+        "attention_softcap": 2.0,
+        "logit_softcap": 10.0,
+        "scale_embedding": True,
     },
 }
 _OBJECTIVES: dict[Family, type[WordsConfig]] = {"bert": UniLmConfig}

@@ -286,7 +286,7 @@ def _append(settings: _Settings, params: dict, padding: jax.Array, bucket: int, 
         model = gather_module(model, layout)
 
     def append(progress: _Progress, tokens: jax.Array, first: jax.Array | int) -> _Progress:
-        queries, window = tokens.shape[1], config.sliding_window
+        queries, window = tokens.shape[1], config.window
         prefix = bucket if settings.reads_both_ways else 0
         mask = caches.mask(padding, first=first, queries=queries, slots=slots, window=window, prefix=prefix)
         output, cache = model.decode(tokens, mask, run, cache=progress.cache, slot=first)

@@ -56,9 +56,9 @@ class ConfigReader:
             return float(value)
         raise self.error(key, "must be a finite number")
 
-    def optional_number(self, key: str) -> float | None:
+    def optional_number(self, key: str, default: float | None = None) -> float | None:
         """A finite number, or null."""
-        return None if self._value(key, None) is None else self.number(key)
+        return None if self._value(key, default) is None else self.number(key, default)
 
     def boolean(self, key: str, default: bool) -> bool:
         """True or false."""

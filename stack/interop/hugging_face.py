@@ -1,4 +1,4 @@
-"""Weights of Hugging Face transformers, in and out: GPT-2, Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3.
+"""Weights of Hugging Face transformers, in and out: GPT-2, Llama, Mistral, Qwen and Gemma.
 
 A state dict is a mapping from names, as transformers writes them, to arrays; it may read lazily (every
 array is asked for by name and dropped after it is copied). Only numpy is needed here.
@@ -20,7 +20,15 @@ __all__ = ["Tensor", "Weights", "config_from_hf", "family_of", "params_from_hf",
 
 # What float32 holds the meaning of; 8-bit floats and integers mean something only with a scale.
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-_TITLES = {"gpt2": "GPT-2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen 2", "qwen3": "Qwen 3"}
+_TITLES = {
+    "gpt2": "GPT-2",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen 2",
+    "qwen3": "Qwen 3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+}
 # Constants that older checkpoints carry beside the weights: causal masks and rotary wavelengths.
 _BUFFER = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 
@@ -276,7 +284,15 @@ def _llama_leaves(config: DecoderConfig) -> list[_Leaf]:
     ):
         full_name = f"model.layers.{{}}.{name}"
         leaves += _linear(f"layers/{path}", full_name, inputs, outputs, bias=bias, transposed=True)
-    norms = [("attention_norm", "input_layernorm", width), ("mlp_norm", "post_attention_layernorm", width)]
+    norms = [("attention_norm", "input_layernorm", width)]
+    if config.norm_placement == "both":
+        norms += [
+            ("attention_out_norm", "post_attention_layernorm", width),
+            ("mlp_norm", "pre_feedforward_layernorm", width),
+            ("mlp_out_norm", "post_feedforward_layernorm", width),
+        ]
+    else:
+        norms.append(("mlp_norm", "post_attention_layernorm", width))
     if config.qk_norm:
         norms += [
             ("attention/query_norm", "self_attn.q_norm", head),
@@ -324,28 +340,7 @@ def family_of(config: DecoderConfig) -> str:
         StackError: none does.
     """
     family = _family(config)
-    required: dict[str, Any] = {"kind": "decoder", "attention_softcap": None, "logit_softcap": None}
-    required |= {"norm_placement": "pre", "attention_scale": None}
-    if family == "gpt2":
-        required |= {
-            "norm": "layernorm",
-            "gated": False,
-            "qkv_bias": True,
-            "out_bias": True,
-            "mlp_bias": True,
-        }
-        required |= {"qk_norm": False, "sliding_window": None, "kv_heads": config.num_heads}
-        required |= {"head_width": config.embed_dim // config.num_heads}
-    else:
-        required |= {"norm": "rmsnorm", "mlp": "swiglu"}
-        if family == "qwen3":
-            required |= {"out_bias": config.qkv_bias, "mlp_bias": False}
-        elif family == "qwen2":
-            required |= {"mlp_bias": False}
-        elif family == "mistral":
-            required |= {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
-        else:
-            required |= {"out_bias": config.qkv_bias, "sliding_window": None}
+    required = {"kind": "decoder"} | _required(config, family)
     for field, value in required.items():
         if getattr(config, field) != value:
             theirs = f"transformers' {_TITLES[family]} has {field}={value}"
@@ -355,10 +350,48 @@ def family_of(config: DecoderConfig) -> str:
     return family
 
 
+def _required(config: DecoderConfig, family: str) -> dict[str, Any]:
+    """What a model of a family has, where another value would have no key there."""
+    required: dict[str, Any] = {"mlp_bias": False, "out_bias": config.qkv_bias, "local_rope_theta": None}
+    if family.startswith("gemma"):
+        required |= {"norm": "rmsnorm_zero_centered", "norm_placement": "both", "mlp": "geglu"}
+        required |= {"scale_embedding": True, "attention_scale": _attention_scale(config)}
+        if family == "gemma3_text":  # Its class has the key and does not read it.
+            required |= {"attention_softcap": None, "local_rope_theta": config.local_rope_theta}
+        return required
+    required |= {"norm": "rmsnorm", "norm_placement": "pre", "mlp": "swiglu", "scale_embedding": False}
+    required |= {"attention_scale": None, "attention_softcap": None, "logit_softcap": None}
+    match family:
+        case "gpt2":
+            required |= {"norm": "layernorm", "mlp": config.mlp, "gated": False}
+            required |= {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+            required |= {"qk_norm": False, "sliding_window": None, "kv_heads": config.num_heads}
+            required |= {"head_width": config.embed_dim // config.num_heads}
+        case "llama":
+            required |= {"mlp_bias": config.mlp_bias, "sliding_window": None}
+        case "mistral":
+            required = {"qkv_bias": False, "attention_pattern": ("local",)} | required
+        case "qwen2":
+            required |= {"out_bias": False}
+    return required
+
+
+def _attention_scale(config: DecoderConfig) -> float | None:
+    """The nearest that is 1 / sqrt(a whole number)."""
+    return config.attention_scale and query_pre_attn_scalar(config) ** -0.5
+
+
+def query_pre_attn_scalar(config: DecoderConfig) -> int:
+    """Of Gemma: scores are divided by its root."""
+    return config.head_width if config.attention_scale is None else max(1, round(config.attention_scale**-2))
+
+
 def _family(config: DecoderConfig) -> str:
     """The one that a model is nearest to."""
     if config.position == "learned":
         return "gpt2"
+    if config.norm == "rmsnorm_zero_centered":
+        return "gemma3_text" if config.qk_norm else "gemma2"
     if config.qk_norm:
         return "qwen3"
     if config.qkv_bias and not config.out_bias:

@@ -1,12 +1,12 @@
-"""Configs of Hugging Face transformers: GPT-2, Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3.
+"""Configs of Hugging Face transformers: GPT-2, Llama, Mistral, Qwen and Gemma.
 
 One rule holds for every key of a `config.json`: it is read, or it is known not to change what the model
-computes, or it is refused by name. A key means what it means to transformers 5.23; two keys that
+computes, or it is refused by name. A key means what it means to transformers 5.24; two keys that
 contradict each other are refused, as its versions do not agree on which one wins.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stack.config import DecoderConfig, RopeConfig
@@ -41,6 +41,10 @@ _HARMLESS = frozenset(
     )
 )
 """Keys that change no number of a causal language model, at any value."""
+
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_KINDS = {_LOCAL: "local", _GLOBAL: "global"}
+_TYPE = {"rope_type": "type"}
 
 _ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -115,7 +119,7 @@ def _gpt2(keys: ConfigReader) -> DecoderConfig:
 def _llama(keys: ConfigReader) -> DecoderConfig:
     attention_bias = keys.boolean("attention_bias", False)
     return DecoderConfig(
-        **_rotary(keys, max_length=2048),
+        **_swiglu(keys, max_length=2048),
         num_kv_heads=keys.optional_integer("num_key_value_heads"),
         head_dim=keys.optional_integer("head_dim"),
         qkv_bias=attention_bias,
@@ -126,7 +130,7 @@ def _llama(keys: ConfigReader) -> DecoderConfig:
 
 def _mistral(keys: ConfigReader) -> DecoderConfig:
     return DecoderConfig(
-        **_rotary(keys, max_length=131072),
+        **_swiglu(keys, max_length=131072),
         num_kv_heads=keys.optional_integer("num_key_value_heads", 8),
         head_dim=keys.optional_integer("head_dim"),
         qkv_bias=False,
@@ -138,48 +142,103 @@ def _mistral(keys: ConfigReader) -> DecoderConfig:
 
 def _qwen2(keys: ConfigReader) -> DecoderConfig:
     return DecoderConfig(
-        **_rotary(keys, max_length=32768),
+        **_swiglu(keys, max_length=32768),
         num_kv_heads=keys.optional_integer("num_key_value_heads", 32),
         head_dim=keys.optional_integer("head_dim"),
         qkv_bias=True,
         out_bias=False,
         mlp_bias=False,
-        sliding_window=_sliding_window(keys),
+        **_qwen_windows(keys),
     )
 
 
 def _qwen3(keys: ConfigReader) -> DecoderConfig:
     attention_bias = keys.boolean("attention_bias", False)
     return DecoderConfig(
-        **_rotary(keys, max_length=32768),
+        **_swiglu(keys, max_length=32768),
         num_kv_heads=keys.optional_integer("num_key_value_heads", 32),
         head_dim=keys.integer("head_dim", 128),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=False,
         qk_norm=True,
-        sliding_window=_sliding_window(keys),
+        **_qwen_windows(keys),
     )
 
 
-def _rotary(keys: ConfigReader, *, max_length: int) -> dict[str, Any]:
+def _gemma2(keys: ConfigReader) -> DecoderConfig:
+    shared = _gemma(keys, max_length=8192, logit_softcap=30.0)
+    return DecoderConfig(
+        **shared,
+        rope=_rope(keys, shared["max_length"]),
+        attention_softcap=keys.optional_number("attn_logit_softcapping", 50.0),
+        **_windows(
+            keys,
+            window=keys.optional_integer("sliding_window", 4096),
+            kinds=[_GLOBAL if layer % 2 else _LOCAL for layer in range(shared["num_layers"])],
+        ),
+    )
+
+
+def _gemma3(keys: ConfigReader) -> DecoderConfig:
+    shared = _gemma(keys, max_length=131072, logit_softcap=None)
+    every = keys.integer("sliding_window_pattern", 6)
+    kinds = [_LOCAL if (layer + 1) % every else _GLOBAL for layer in range(shared["num_layers"])]
+    if keys.has("sliding_window_pattern") and keys.words("layer_types", tuple(_KINDS)) not in (None, kinds):
+        raise keys.error(
+            "sliding_window_pattern", "and layer_types contradict each other; keep the right one"
+        )
+    windows = _windows(keys, window=keys.optional_integer("sliding_window", 4096), kinds=kinds)
+    rope, local = _gemma3_ropes(keys, shared["max_length"])
+    return DecoderConfig(
+        **shared,
+        qk_norm=True,
+        rope=rope,
+        local_rope_theta=local.theta if windows and local != rope else None,
+        **windows,
+    )
+
+
+def _gemma(keys: ConfigReader, *, max_length: int, logit_softcap: float | None) -> dict[str, Any]:
+    """What both Gemmas share, with the family's defaults of the context and the cap."""
+    attention_bias = keys.boolean("attention_bias", False)
+    keys.word("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    head_dim, divisor = keys.integer("head_dim", 256), keys.integer("query_pre_attn_scalar", 256)
+    return _rotary(keys, max_length=max_length, tied=True) | {
+        "num_kv_heads": keys.integer("num_key_value_heads", 4),
+        "head_dim": head_dim,
+        "norm": "rmsnorm_zero_centered",
+        "norm_placement": "both",
+        "mlp": "geglu",
+        "qkv_bias": attention_bias,
+        "out_bias": attention_bias,
+        "mlp_bias": False,
+        "attention_scale": None if divisor == head_dim else divisor**-0.5,
+        "logit_softcap": keys.optional_number("final_logit_softcapping", logit_softcap),
+        "scale_embedding": True,
+    }
+
+
+def _swiglu(keys: ConfigReader, *, max_length: int) -> dict[str, Any]:
     """What Llama, Mistral and Qwen share, with the family's default of the context."""
-    max_length = keys.integer("max_position_embeddings", max_length)
     # ACT2FN has SiLU under both names.
     keys.word("hidden_act", ("silu", "swish"), "silu")
+    shared = _rotary(keys, max_length=max_length, tied=False)
+    return shared | {"norm": "rmsnorm", "mlp": "swiglu", "rope": _rope(keys, shared["max_length"])}
+
+
+def _rotary(keys: ConfigReader, *, max_length: int, tied: bool) -> dict[str, Any]:
+    """What all but GPT-2 share, with the family's defaults of the context and of tied embeddings."""
     return {
         "vocab_size": keys.integer("vocab_size"),
-        "max_length": max_length,
+        "max_length": keys.integer("max_position_embeddings", max_length),
         "num_layers": keys.integer("num_hidden_layers"),
         "embed_dim": keys.integer("hidden_size"),
         "num_heads": keys.integer("num_attention_heads"),
         "mlp_dim": keys.integer("intermediate_size"),
-        "norm": "rmsnorm",
         "norm_epsilon": keys.number("rms_norm_eps", 1e-6),
-        "mlp": "swiglu",
         "position": "rotary",
-        "rope": _rope(keys, max_length),
-        "tied_embeddings": keys.boolean("tie_word_embeddings", False),
+        "tied_embeddings": keys.boolean("tie_word_embeddings", tied),
         "attention_dropout": keys.number("attention_dropout", 0.0),
         "init_std": keys.number("initializer_range", 0.02),
         "scale_residual_init": False,
@@ -191,21 +250,52 @@ def _rope(keys: ConfigReader, max_length: int) -> RopeConfig:
 
     transformers 4 reads the second alone, and 5 the second first, so where both are there they must agree.
     """
+    sections = [keys.section(key, aliases=_TYPE) for key in ("rope_parameters", "rope_scaling")]
+    return _one_rope(sections, keys, max_length)
+
+
+def _gemma3_ropes(keys: ConfigReader, max_length: int) -> tuple[RopeConfig, RopeConfig]:
+    """Of the layers that see all and of those with a window.
+
+    In `rope_parameters` each has its group (transformers 5); before, `rope_scaling` was of the former.
+    """
+    both = keys.section("rope_parameters")
+    groups = {kind: both.section(kind, aliases=_TYPE) if both else None for kind in _KINDS}
+    if both:
+        both.refuse_the_rest()
+    whole = [groups[_GLOBAL], keys.section("rope_scaling", aliases=_TYPE)]
+    rope = _one_rope(whole, keys, max_length, theta=1_000_000.0)
+    local = _one_rope([groups[_LOCAL]], keys, max_length, beside="rope_local_base_freq")
+    if local.scaling != "none" and local != rope:
+        raise keys.error(
+            "rope_parameters", "stretches sliding_attention by itself, which Stack does not have"
+        )
+    return rope, local
+
+
+def _one_rope(
+    sections: Sequence[ConfigReader | None],
+    keys: ConfigReader,
+    max_length: int,
+    *,
+    theta: float = 10_000.0,
+    beside: str = "rope_theta",
+) -> RopeConfig:
+    """The rotation that every group of options describes, with the base's default and name beside them."""
     keys.require("partial_rotary_factor", 1.0, None)
-    sections = (
-        keys.section(key, aliases={"rope_type": "type"}) for key in ("rope_parameters", "rope_scaling")
-    )
     groups = [options for options in sections if options] or [ConfigReader({})]
-    ropes = [_rope_of(options, keys, max_length) for options in groups]
+    ropes = [_rope_of(options, keys, max_length, theta, beside) for options in groups]
     if ropes[0] != ropes[-1]:
         raise keys.error("rope_scaling", "and rope_parameters describe two rotations; keep the right one")
     return ropes[0]
 
 
-def _rope_of(options: ConfigReader, keys: ConfigReader, max_length: int) -> RopeConfig:
+def _rope_of(
+    options: ConfigReader, keys: ConfigReader, max_length: int, theta: float, beside: str
+) -> RopeConfig:
     """The rotation that one group of options describes, with what stands beside them."""
     options.require("partial_rotary_factor", 1.0)
-    theta = _inside_or_beside(ConfigReader.number, options, keys, "rope_theta", 10_000.0)
+    theta = _inside_or_beside(ConfigReader.number, options, keys, "rope_theta", theta, beside=beside)
     match options.word("rope_type", ("default", "linear", "llama3", "yarn"), "default"):
         case "llama3":
             rope = RopeConfig(
@@ -242,40 +332,54 @@ def _rope_of(options: ConfigReader, keys: ConfigReader, max_length: int) -> Rope
 
 
 def _inside_or_beside[Number](
-    read: Callable[..., Number], options: ConfigReader, keys: ConfigReader, key: str, *default: Number
+    read: Callable[..., Number],
+    options: ConfigReader,
+    keys: ConfigReader,
+    key: str,
+    *default: Number,
+    beside: str | None = None,
 ) -> Number:
     """A number that transformers looks for in the options, then beside them; both must agree."""
-    values = {read(reader, key) for reader in (options, keys) if reader.has(key)}
+    places = (options, key), (keys, beside or key)
+    values = {read(reader, name) for reader, name in places if reader.has(name)}
     if len(values) > 1:
-        raise options.error(key, f"and {key} beside it name one thing; keep the right one")
+        raise options.error(key, f"and {beside or key} beside it name one thing; keep the right one")
     return values.pop() if values else read(options, key, *default)
 
 
-def _sliding_window(keys: ConfigReader) -> int | None:
-    """Qwen's window, which must hold for every layer or for none: Stack's layers are alike."""
+def _qwen_windows(keys: ConfigReader) -> dict[str, Any]:
+    """Qwen's window, of the layers from one on where `layer_types` does not say."""
     num_layers = keys.integer("num_hidden_layers")
-    first = keys.integer("max_window_layers", 28, least=0)
+    first = min(keys.integer("max_window_layers", 28, least=0), num_layers)
     window = keys.optional_integer("sliding_window", 4096)
     if not keys.boolean("use_sliding_window", False):
         window = None
-    kinds = keys.words("layer_types", ("full_attention", "sliding_attention"))
-    if kinds is None:
-        sliding = 0 if window is None else max(0, num_layers - first)
-    elif len(kinds) != num_layers:
-        raise keys.error("layer_types", f"has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
-    else:
-        sliding = kinds.count("sliding_attention")
-    if sliding not in (0, num_layers):
-        raise StackError(
-            "Hugging Face config: layer_types mixes sliding and full attention, which Stack does not have; "
-            "set use_sliding_window=false without layer_types if the text is shorter than the window"
-        )
-    if sliding and window is None:
+    first = num_layers if window is None else first
+    return _windows(keys, window=window, kinds=[_GLOBAL] * first + [_LOCAL] * (num_layers - first))
+
+
+def _windows(keys: ConfigReader, *, window: int | None, kinds: list[str]) -> dict[str, Any]:
+    """The window and the layers that have it, as `layer_types` says, or else `kinds`."""
+    num_layers = len(kinds)
+    given = keys.words("layer_types", tuple(_KINDS))
+    if given is not None and len(given) != num_layers:
+        raise keys.error("layer_types", f"has {len(given)} entries, but num_hidden_layers is {num_layers}")
+    pattern = [_KINDS[kind] for kind in (kinds if given is None else given)]
+    if "local" not in pattern:
+        return {}
+    if window is None:
         raise keys.error(
-            "layer_types",
-            "needs a window, but use_sliding_window is false or sliding_window null; keep the right one",
+            "sliding_window" if given is None else "layer_types",
+            "needs a window, but sliding_window is null or use_sliding_window false; keep the right one",
         )
-    return window if sliding else None
+    return {"sliding_window": window, "attention_pattern": _shortest(pattern)}
+
+
+def _shortest(pattern: list[str]) -> list[str]:
+    """What repeats, where it may end anywhere."""
+    lengths = range(1, len(pattern) + 1)
+    length = next(n for n in lengths if all(kind == pattern[i % n] for i, kind in enumerate(pattern)))
+    return pattern[:length]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,6 +395,9 @@ class _Family:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Key -> its other name: transformers' `attribute_map`, turned round."""
 
+
+# How transformers keeps keys and values, and what it makes of `sliding_window_pattern`.
+_CACHE = frozenset(["cache_implementation", "_sliding_window_pattern"])
 
 _FAMILIES = {
     "gpt2": _Family(
@@ -339,4 +446,24 @@ _FAMILIES = {
         },
     ),
     "qwen3": _Family(read=_qwen3, neutral={"architectures": (None, ["Qwen3ForCausalLM"], ["Qwen3Model"])}),
+    "gemma2": _Family(
+        read=_gemma2,
+        neutral={
+            "architectures": (None, ["Gemma2ForCausalLM"], ["Gemma2Model"]),
+            "use_bidirectional_attention": (None, False),
+            # Read nowhere; `hidden_activation` is.
+            "hidden_act": ("gelu_pytorch_tanh",),
+        },
+        harmless=_CACHE,
+    ),
+    "gemma3_text": _Family(
+        read=_gemma3,
+        neutral={
+            "architectures": (None, ["Gemma3ForCausalLM"], ["Gemma3TextModel"]),
+            "use_bidirectional_attention": (None, False),
+            # transformers has the key and caps nothing.
+            "attn_logit_softcapping": (None,),
+        },
+        harmless=_CACHE,
+    ),
 }

@@ -8,7 +8,7 @@ from stack.config import Config, DecoderConfig, RopeConfig
 from stack.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from stack.data.words import bytes_as_bpe
 from stack.inference.text import end_tokens
-from stack.interop.hugging_face import family_of
+from stack.interop.hugging_face import family_of, query_pre_attn_scalar
 
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -16,6 +16,8 @@ _ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
 
 
@@ -26,7 +28,10 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         StackError: transformers has no model for it.
     """
     family = family_of(config)
-    keys = _gpt2(config) if family == "gpt2" else _llama(config, family)
+    if family == "gpt2":
+        keys = _gpt2(config)
+    else:
+        keys = _gemma(config, family) if family.startswith("gemma") else _llama(config, family)
     return {
         "model_type": family,
         "architectures": [_ARCHITECTURES[family]],
@@ -95,8 +100,9 @@ def _gpt2(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _llama(config: DecoderConfig, family: str) -> dict[str, Any]:
-    keys: dict[str, Any] = {
+def _rotary(config: DecoderConfig) -> dict[str, Any]:
+    """What all but GPT-2 share."""
+    return {
         "max_position_embeddings": config.max_length,
         "hidden_size": config.embed_dim,
         "intermediate_size": config.mlp_width,
@@ -104,21 +110,57 @@ def _llama(config: DecoderConfig, family: str) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
-        "hidden_act": "silu",
         "rms_norm_eps": config.norm_epsilon,
         "attention_dropout": config.attention_dropout,
         "rope_theta": config.rope.theta,
         "rope_scaling": _rope_scaling(config.rope),
     }
-    window = config.sliding_window
+
+
+def _llama(config: DecoderConfig, family: str) -> dict[str, Any]:
+    keys = _rotary(config) | {"hidden_act": "silu"}
+    window = config.window
     if family == "mistral":
         return keys | {"sliding_window": window}
     if family != "qwen2":
         keys["attention_bias"] = config.qkv_bias
     if family == "llama":
         return keys | {"mlp_bias": config.mlp_bias}
-    # Of all layers, from the first on.
-    return keys | {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+    if window is None:
+        return keys | {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 0}
+    keys |= {"use_sliding_window": True, "sliding_window": window, "layer_types": _layer_types(config)}
+    # Of which layer on, for versions that do not know `layer_types`.
+    return keys | {"max_window_layers": config.local_layers.index(True)}
+
+
+def _gemma(config: DecoderConfig, family: str) -> dict[str, Any]:
+    keys = _rotary(config) | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": config.qkv_bias,
+        "query_pre_attn_scalar": query_pre_attn_scalar(config),
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+        # A number there must be, also where no layer has a window.
+        "sliding_window": config.window or config.max_length,
+        "layer_types": _layer_types(config),
+        # Else it is 0, and that row of the embedding gets no gradient where it is read.
+        "pad_token_id": None,
+    }
+    if family == "gemma2":
+        return keys
+    # Before `layer_types` every n-th layer saw all.
+    every = [*config.local_layers, False].index(False) + 1
+    if list(config.local_layers) == [(layer + 1) % every > 0 for layer in range(config.num_layers)]:
+        keys["sliding_window_pattern"] = every
+    if config.local_rope_theta or config.rope.scaling == "none":
+        return keys | {"rope_local_base_freq": config.local_rope_theta or config.rope.theta}
+    # Of both kinds, which only versions 5 have a place for.
+    rope = {"rope_theta": keys.pop("rope_theta")} | keys.pop("rope_scaling")
+    return keys | {"rope_parameters": {"full_attention": rope, "sliding_attention": rope}}
+
+
+def _layer_types(config: DecoderConfig) -> list[str]:
+    return ["sliding_attention" if local else "full_attention" for local in config.local_layers]
 
 
 def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:

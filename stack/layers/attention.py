@@ -4,11 +4,12 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Float32, Key
 
-from stack.config import BlockConfig
+from stack.config import BlockConfig, RopeConfig
 from stack.kernels.attention import Choice, Mask, Request, attend, choose
 from stack.layers.dropout import ATTENTION, dropout
 from stack.layers.linear import Linear
@@ -38,8 +39,9 @@ class Attention(nnx.Module):
         self.key = linear(embed, kv_heads)
         self.value = linear(embed, kv_heads)
         self.out = Linear(heads, embed, std=residual_std(config), bias=config.out_bias, rngs=rngs)
-        self.query_norm = Norm("rmsnorm", width, config.norm_epsilon) if config.qk_norm else None
-        self.key_norm = Norm("rmsnorm", width, config.norm_epsilon) if config.qk_norm else None
+        norm = partial(Norm, "rmsnorm" if config.norm == "layernorm" else config.norm, width)
+        self.query_norm = norm(config.norm_epsilon) if config.qk_norm else None
+        self.key_norm = norm(config.norm_epsilon) if config.qk_norm else None
 
     def __call__(
         self,
@@ -70,12 +72,8 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if config.position == "rotary":
-            turn = partial(
-                rotate,
-                positions=mask.query_positions,
-                radians=frequencies(config.rope, config.head_width),
-                amplitude=amplitude(config.rope),
-            )
+            radians, factor = _rotation(config, mask)
+            turn = partial(rotate, positions=mask.query_positions, radians=radians, amplitude=factor)
             query, key = turn(query), turn(key)
         query, key, value = (checkpoint_name(projected, "qkv_proj") for projected in (query, key, value))
         if cache is not None:
@@ -105,6 +103,15 @@ class Attention(nnx.Module):
             drop=drop,
         )
         return self.out(y, layout, ("batch", "residual_length", "embed")), cache
+
+
+def _rotation(config: BlockConfig, mask: Mask) -> tuple[Float32[Array, " half"], jax.Array | float]:
+    """Radians per position and amplitude of a layer, by whether its mask has a window."""
+    whole = frequencies(config.rope, config.head_width), amplitude(config.rope)
+    if config.local_rope_theta is None or mask.window is None:
+        return whole
+    local = frequencies(RopeConfig(theta=config.local_rope_theta), config.head_width), 1.0
+    return local if mask.local is None else jax.tree.map(partial(jnp.where, mask.local), local, whole)
 
 
 def choose_attention(

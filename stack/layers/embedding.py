@@ -15,18 +15,29 @@ from stack.parallel.rules import Layout
 class Embedding(nnx.Module):
     """A table [rows, embed], normal with deviation `std`; rows from `used` on are zero and stay so."""
 
-    def __init__(self, rows: tuple[str, int], embed_dim: int, *, std: float, used: int, rngs: nnx.Rngs):
-        """`rows` is the name and padded size of the first axis."""
+    def __init__(
+        self,
+        rows: tuple[str, int],
+        embed_dim: int,
+        *,
+        std: float,
+        used: int,
+        scale: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """`rows` is the name and padded size of the first axis; what is read is multiplied by `scale`."""
         name, size = rows
         table = std * jax.random.normal(rngs.params(), (size, embed_dim), jnp.float32)
         table = jnp.where(jnp.arange(size)[:, None] < used, table, 0.0)
+        self.scale = scale
         self.table = parameter(table, axes=(name, "embed"), role="table")
 
     def __call__(
         self, ids: Int[Array, "batch length"], layout: Layout, dtype: jnp.dtype
     ) -> Float[Array, "batch length embed"]:
-        """[batch, length] int32 -> [batch, residual_length, embed] in `dtype`."""
+        """[batch, length] int32 -> [batch, residual_length, embed] in `dtype`, as is the scale."""
         rows = lookup(self.table[...].astype(dtype), ids, layout)
+        rows = rows if self.scale is None else rows * jnp.asarray(self.scale, dtype)
         return layout.shard(rows, "batch", "residual_length", "embed")
 
 

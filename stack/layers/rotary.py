@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
@@ -60,7 +61,7 @@ def rotate(
     x: Float[Array, "batch length heads head_dim"],
     positions: Int[Array, "batch length"],
     radians: Float32[Array, " half"],
-    amplitude: float = 1.0,
+    amplitude: jax.Array | float = 1.0,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Rotates channel i against channel i + head_dim / 2 by position x frequency.
 

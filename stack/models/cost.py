@@ -1,6 +1,6 @@
 """What a model computes, of which FLOPs and planned time are both read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stack.config import BlockConfig, LanguageConfig
 from stack.kernels.attention import Kind
@@ -104,13 +104,22 @@ def block_cost(config: BlockConfig, *, sums: int = 2, kind: Kind = "causal") -> 
             kv_heads=config.kv_heads,
             head_dim=config.head_width,
             kind=kind,
-            window=config.sliding_window,
+            window=config.window,
         ),
         elementwise=tuple(elementwise),
     )
 
 
 def decoder_cost(config: LanguageConfig, *, sums: int = 2, kind: Kind = "causal") -> Cost:
-    """A model of words of such blocks; its head counts with padded rows, also where it is the embedding."""
+    """A model of words of such blocks, those with a window apart from those without.
+
+    The head counts with its padded rows, also where it is the embedding.
+    """
     head = Product(inner=("embed", config.embed_dim), columns=("vocab", config.padded_vocab_size))
-    return Cost(stacks=(block_cost(config, sums=sums, kind=kind),), head=(head,))
+    layers, local = block_cost(config, sums=sums, kind=kind), sum(config.local_layers)
+    stacks = tuple(
+        replace(layers, number=number, attention=replace(layers.attention, window=window))
+        for number, window in ((local, config.window), (config.num_layers - local, None))
+        if number
+    )
+    return Cost(stacks=stacks, head=(head,))

@@ -1,6 +1,8 @@
-"""The decoder: GPT-2 and Turing-NLG, Llama and Qwen, by config."""
+"""The decoder: GPT-2 and Turing-NLG, Llama, Qwen and Gemma, by config."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,6 +22,9 @@ from stack.models.protocol import Output
 from stack.models.stack import Execution, run_layers, stack_layers
 from stack.parallel.zero import gather_at_use
 
+type State = tuple[Cache | None, jax.Array | None]
+"""What each layer has of its own: its cache, and whether it has the window, where not all have."""
+
 
 class Decoder(nnx.Module):
     """Embedding, a stack of blocks, a final norm; the head is applied by `logits` or by the loss."""
@@ -33,7 +38,8 @@ class Decoder(nnx.Module):
         words = partial(
             Embedding, ("vocab", config.padded_vocab_size), config.embed_dim, used=config.vocab_size
         )
-        self.embed = words(std=config.init_std, rngs=rngs)
+        scale = math.sqrt(config.embed_dim) if config.scale_embedding else None
+        self.embed = words(std=config.init_std, scale=scale, rngs=rngs)
         self.position = _positions(config, rngs) if config.position == "learned" else None
         make = partial(_make_layer, self.block, config)
         self.layers = stack_layers(make, config.num_layers, rngs=rngs)
@@ -58,7 +64,7 @@ class Decoder(nnx.Module):
             batch["positions"],
             packed=run.packed,
             kind="prefix" if "prefix" in batch else "causal",
-            window=self.config.sliding_window,
+            window=self.config.window,
             prefix=batch.get("prefix"),
         )
         return self._run(batch["tokens"], batch["positions"], mask, run, None, 0)[0]
@@ -103,14 +109,23 @@ class Decoder(nnx.Module):
             x = dropout(x, rate=rate, keys=keys, place=EMBEDDING, layout=layout, names=RESIDUAL)
 
         def layer(
-            block: Block, x: jax.Array, keys: jax.Array | None, cache: Cache | None
-        ) -> tuple[jax.Array, Cache | None]:
-            return block(x, mask, run, keys=keys, cache=cache, slot=slot)
+            block: Block, x: jax.Array, keys: jax.Array | None, state: State
+        ) -> tuple[jax.Array, State]:
+            cache, local = state
+            own = replace(mask, local=local)
+            x, cache = block(x, own, run, keys=keys, cache=cache, slot=slot)
+            return x, (cache, local)
 
-        x, cache = run_layers(layer, self.layers, x, run, state=cache, unroll=config.scan_unroll)
+        state = cache, local_layers(config)
+        x, (cache, _) = run_layers(layer, self.layers, x, run, state=state, unroll=config.scan_unroll)
         x = layout.shard(x if self.final_norm is None else self.final_norm(x), "batch", "length", "embed")
         head = embed if self.head is None else gather_at_use(self.head, layout)
         return Output(hidden=x, table=head.table[...].astype(dtype)), cache
+
+
+def local_layers(config: BlockConfig) -> jax.Array | None:
+    """Whether each layer has the window, [layers] bool; None where all of them are alike."""
+    return jnp.array(config.local_layers) if len(set(config.local_layers)) > 1 else None
 
 
 def final_norm(config: BlockConfig) -> Norm | None:

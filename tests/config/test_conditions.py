@@ -66,6 +66,9 @@ def other_value(section: Any, path: str) -> Any:
         first = next(iter(kind.model_fields))
         return {first: other_value(kind, first)}
     if get_origin(kind) is tuple:
+        choices = get_args(get_args(kind)[0])
+        if choices:
+            return [*default, next(choice for choice in choices if choice not in default)]
         return ["other"]
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != default)
@@ -84,8 +87,8 @@ def other_value(section: Any, path: str) -> Any:
 def deciding(section: Any, condition: Condition) -> tuple[list[Any], list[Any]]:
     """Values of the field that decides: those with which the others are read, and those without."""
     kind = type_at(section, condition.other)
-    if condition.unless is not None:
-        return [condition.unless + (1 if kind is int else 0.5)], [condition.unless]
+    if not condition.values:
+        return [(condition.unless or 0) + (1 if kind is int else 0.5)], [condition.unless]
     choices = [False, True] if kind is bool else list(get_args(kind))
     assert set(condition.values) < set(choices), "a condition names some of the values that there are"
     return list(condition.values), [choice for choice in choices if choice not in condition.values]
@@ -155,6 +158,13 @@ def test_an_axis_that_is_not_built_is_refused_as_such(field):
             ),
         ),
         (
+            {"model": {"attention_pattern": ["local", "global"]}},
+            (
+                'model: attention_pattern=["local", "global"] is not read with sliding_window=null; '
+                "remove it, or set sliding_window"
+            ),
+        ),
+        (
             {"data": {"sources": [{"path": "a"}]}},
             (
                 "data.sources.0: path='a' is not read with kind=python; remove it, or set kind=text, code, "
@@ -189,6 +199,6 @@ def test_sequence_parallelism_waits_for_a_tensor_axis_that_takes_what_is_left():
 
 def test_a_table_is_inherited_with_the_fields():
     assert {field for condition in DecoderConfig.conditions for field in condition.fields} == {
-        "rope",
+        *("rope", "local_rope_theta", "attention_pattern"),
         "position_init_std",
     }

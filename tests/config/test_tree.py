@@ -79,6 +79,11 @@ def test_a_list_stands_for_a_tuple():
         ),
         (
             DecoderConfig,
+            {"sliding_window": 8, "attention_pattern": ["global"]},
+            "attention_pattern has no local layer; set sliding_window=null instead",
+        ),
+        (
+            DecoderConfig,
             {"rope": {"scaling": "llama3", "low_frequency_factor": 4.0}},
             "rope: low_frequency_factor=4.0 must be below high_frequency_factor=4.0",
         ),

@@ -2,7 +2,7 @@
 
 Needs PyTorch and transformers, as `make_hugging_face.py` does, and an installed Stack:
 
-    python tests/goldens/check_export.py .venv/bin/stack
+    python tests/goldens/check_export.py .venv/bin/stack [FAMILY ...]
 
 Random models of every family go in and out again in three dtypes: every tensor must be the same, bit for
 bit, and the logits with it. Then a model of bytes is trained by Stack for some steps and exported; greedy
@@ -40,6 +40,22 @@ LLAMA = {
     "num_kv_heads": 2,
     "mlp_dim": 96,
 } | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "tied_embeddings"), False)
+
+GEMMA = LLAMA | {
+    "norm": "rmsnorm_zero_centered",
+    "norm_placement": "both",
+    "mlp": "geglu",
+    "scale_embedding": True,
+    "tied_embeddings": True,
+    "sliding_window": 8,
+    "attention_pattern": ["local", "global"],
+}
+TEXTS = {
+    "gpt2": {},
+    "llama": LLAMA,
+    "gemma2": GEMMA | {"attention_softcap": 20.0, "logit_softcap": 10.0},
+    "gemma3": GEMMA | {"qk_norm": True, "rope": {"theta": 1e6}, "local_rope_theta": 1e4},
+}
 
 
 def stack(*words: object) -> str:
@@ -110,10 +126,10 @@ def check_text(kind: str, changes: dict, folder: Path) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
-        for family in CONFIGS:
+        for family in sys.argv[2:] or CONFIGS:
             (Path(name) / family).mkdir()
             check_family(family, Path(name) / family)
-        for kind, changes in (("gpt2", {}), ("llama", LLAMA)):
+        for kind, changes in TEXTS.items():
             folder = Path(name) / f"text-{kind}"
             folder.mkdir()
             check_text(kind, changes, folder)

@@ -1,10 +1,11 @@
 """Writes what Hugging Face transformers computes for small random models: tests/goldens/hugging_face_*.npz.
 
 Needs PyTorch and transformers, which the tests do not. In an environment of Python 3.11, whose PyTorch
-has a small build for CPUs (written with torch 2.13.0 and transformers 5.23.0):
+has a small build for CPUs (written with torch 2.13.0 and transformers 5.23.0,
+Gemma's with 5.24.0):
 
     pip install torch==2.13.0 transformers
-    python tests/goldens/make_hugging_face.py
+    python tests/goldens/make_hugging_face.py [NAME ...]
 
 Each file holds `config` (config.json as text), `weight/NAME` and `gradient/NAME` for every parameter,
 `tokens` [2, 16], `lengths` [2] (the second row is padded on the right), `logits` [2, 16, vocab], `loss`
@@ -14,6 +15,7 @@ the left) and `generated` [2, 12], the greedy continuation through the key-value
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -139,19 +141,57 @@ CONFIGS = {
         tie_word_embeddings=False,
         **COMMON,
     ),
+    # Of three layers the second sees all; both caps bend what they are put on.
+    "gemma2": transformers.Gemma2Config(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        query_pre_attn_scalar=10,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        sliding_window=5,
+        attn_logit_softcapping=4.0,
+        final_logit_softcapping=1.0,
+        pad_token_id=None,
+        **COMMON,
+    ),
+    # Of four layers the third sees all, by a rotation of its own.
+    "gemma3": transformers.Gemma3TextConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        max_position_embeddings=64,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+        sliding_window=4,
+        sliding_window_pattern=3,
+        pad_token_id=None,
+        **COMMON,
+    ),
 }
 
 
 def randomize(model: torch.nn.Module) -> None:
     """Weights large enough that attention and logits are far from uniform; no bias zero, no scale one."""
+    gemma = model.config.model_type.startswith("gemma")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
                 weight.normal_(0, 0.2)
             elif weight.ndim == 1:
-                weight.normal_(1, 0.2)
+                weight.normal_(0 if gemma else 1, 0.2)  # Gemma adds one to it.
             elif "wte" in name or "wpe" in name or "embed_tokens" in name:
-                weight.normal_(0, 0.2)
+                # Multiplied by more, the word that was read would be the likeliest one.
+                weight.normal_(0, 0.08 if gemma else 0.2)
             else:
                 weight.normal_(0, 2.0 * model.config.hidden_size**-0.5)
 
@@ -210,8 +250,9 @@ def golden(config: transformers.PretrainedConfig, seed: int) -> dict[str, np.nda
 
 
 def main() -> None:
-    """Writes a file for each config, from the first seed with a telling continuation."""
-    for family, config in CONFIGS.items():
+    """Writes a file for each config, or those named, from the first seed with a telling continuation."""
+    for family in sys.argv[1:] or CONFIGS:
+        config = CONFIGS[family]
         path = Path(__file__).parent / f"hugging_face_{family}.npz"
         for seed in itertools.count():
             try:

@@ -42,6 +42,8 @@ FAMILIES = {
         out_bias=False,
         mlp_bias=False,
         sliding_window=6,
+        attention_pattern=["local", "global"],
+        local_rope_theta=100.0,
         attention_softcap=3.0,
         logit_softcap=5.0,
     ),

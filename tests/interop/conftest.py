@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-FAMILIES = ("gpt2", "llama", "llama_yarn", "mistral", "qwen2", "qwen3", "qwen3_window")
+FAMILIES = ("gpt2", "llama", "llama_yarn", "mistral", "qwen2", "qwen3", "qwen3_window", "gemma2", "gemma3")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from stack.interop.hugging_face import config_from_hf
 
 # config.json as their authors publish them.
 PUBLISHED = json.loads((Path(__file__).parents[1] / "goldens/hugging_face_configs.json").read_text())
-GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3 = (
+GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3, GEMMA_2, GEMMA_3 = (
     PUBLISHED[name]
     for name in (
         "openai-community/gpt2",
@@ -21,6 +21,8 @@ GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3 = (
         "mistralai/Mistral-7B-v0.1",
         "Qwen/Qwen2.5-0.5B",
         "Qwen/Qwen3-0.6B",
+        "google/gemma-2-2b-it",
+        "google/gemma-3-1b-it",
     )
 )
 SIZES = {
@@ -38,6 +40,8 @@ SIZES = {
     "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen/Qwen3-0.6B": 596_049_920,
+    "google/gemma-2-2b-it": 2_614_341_888,
+    "google/gemma-3-1b-it": 999_885_952,
 }
 
 
@@ -52,7 +56,8 @@ def parameters(model):
     mlp += (ups * model.mlp_width + model.embed_dim) * model.mlp_bias
     tables = model.vocab_size * (1 if model.tied_embeddings else 2)
     tables += model.max_length * (model.position == "learned")
-    return model.num_layers * (attention + mlp + 2 * norm) + norm + tables * model.embed_dim
+    norms = 4 if model.norm_placement == "both" else 2
+    return model.num_layers * (attention + mlp + norms * norm) + norm + tables * model.embed_dim
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -142,6 +147,7 @@ HARMLESS = {
     *("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
     *("task_specific_params", "torch_dtype", "transformers_version", "use_cache"),
     *("max_window_layers", "sliding_window", "use_sliding_window"),
+    *("cache_implementation", "pad_token_id"),
 }
 
 
@@ -166,7 +172,7 @@ def test_every_key_of_a_published_config_changes_the_model_or_is_refused_when_it
     config = PUBLISHED[name]
     model = config_from_hf(config)
     unseen = {key for key, value in config.items() if outcome(config | {key: another(value)}) == model}
-    read = {"sliding_window"} if config["model_type"] == "mistral" else set()
+    read = set() if "use_sliding_window" in config else {"sliding_window"}
     assert unseen == (HARMLESS & config.keys()) - read
 
 
@@ -183,7 +189,7 @@ def test_an_unknown_key_is_refused_with_its_value():
 
 
 @pytest.mark.parametrize(
-    "config", [GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3], ids=lambda c: c["model_type"]
+    "config", [GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3, GEMMA_2, GEMMA_3], ids=lambda c: c["model_type"]
 )
 @pytest.mark.parametrize(
     "options",
@@ -200,7 +206,7 @@ def test_what_changes_no_number_is_accepted(config, options):
 
 
 @pytest.mark.parametrize(
-    "config", [GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3], ids=lambda c: c["model_type"]
+    "config", [GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3, GEMMA_2, GEMMA_3], ids=lambda c: c["model_type"]
 )
 @pytest.mark.parametrize(
     ("key", "value"),
@@ -233,7 +239,7 @@ def test_what_changes_numbers_is_refused_by_name(config, key, value):
         ),
         (GPT2, {"model_type": None}, "model_type=null is not supported"),
         (GPT2, {"model_type": ["gpt2"]}, r'model_type=\["gpt2"\] is not supported'),
-        (GPT2, {"activation_function": "relu"}, 'activation_function="relu" is not supported'),
+        (GPT2, {"activation_function": "silu"}, 'activation_function="silu" is not supported'),
         (GPT2, {"activation_function": ["gelu"]}, r'activation_function=\["gelu"\] is not supported'),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true"),
         (GPT2, {"scale_attn_weights": False}, "scale_attn_weights=false is not supported"),
@@ -258,6 +264,12 @@ def test_what_changes_numbers_is_refused_by_name(config, key, value):
         (QWEN_2_5, {"max_window_layers": None}, "max_window_layers=null must be a whole number"),
         (QWEN_2_5, {"attention_bias": True}, "attention_bias=true is not a key"),
         (QWEN_3, {"head_dim": None}, "head_dim=null must be a whole number of at least 1"),
+        (GEMMA_2, {"hidden_activation": "gelu"}, 'hidden_activation="gelu" is not supported'),
+        (GEMMA_2, {"hidden_act": "gelu"}, 'hidden_act="gelu" is not supported'),
+        (GEMMA_2, {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0 must be a whole number of at"),
+        (GEMMA_2, {"use_bidirectional_attention": True}, "use_bidirectional_attention=true is not supp"),
+        (GEMMA_3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported; Stack"),
+        (GEMMA_3, {"model_type": "gemma3"}, 'model_type="gemma3" is not supported'),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(config, changes, message):
@@ -304,50 +316,6 @@ def test_an_alias_that_contradicts_the_name_is_refused(alias):
         config_from_hf(GPT2 | {alias: 6})
 
 
-WINDOW = {"use_sliding_window": True, "sliding_window": 64}
-SLIDING, FULL = ["sliding_attention"] * 24, ["full_attention"] * 24
-
-
-@pytest.mark.parametrize(
-    ("options", "window"),
-    [
-        ({}, None),
-        ({"layer_types": FULL}, None),
-        (WINDOW | {"max_window_layers": 0}, 64),
-        (WINDOW | {"max_window_layers": 24}, None),
-        (WINDOW | {"max_window_layers": 99}, None),
-        (WINDOW | {"layer_types": SLIDING}, 64),
-        (WINDOW | {"layer_types": FULL, "max_window_layers": 0}, None),
-        (WINDOW | {"sliding_window": None, "max_window_layers": 0}, None),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("config", [QWEN_2_5, QWEN_3 | {"num_hidden_layers": 24}], ids=["qwen2", "qwen3"])
-def test_a_window_holds_for_all_layers_or_none(config, options, window):
-    assert config_from_hf(config | options).sliding_window == window
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (WINDOW | {"max_window_layers": 12}, "mixes sliding and full attention"),
-        (WINDOW | {"layer_types": SLIDING[:12] + FULL[:12]}, "mixes sliding and full attention"),
-        ({"layer_types": SLIDING}, "layer_types=.* needs a window, but use_sliding_window is false"),
-        (WINDOW | {"sliding_window": None, "layer_types": SLIDING}, "layer_types=.* needs a window"),
-        (WINDOW | {"layer_types": SLIDING[1:]}, "layer_types=.* has 23 entries, but num_hidden_layers is 24"),
-        ({"layer_types": ["chunked_attention"] * 24}, "layer_types=.* is not supported; Stack has lists of"),
-        ({"layer_types": "full_attention"}, 'layer_types="full_attention" is not supported'),
-        ({"layer_types": [["full_attention"]] * 24}, "layer_types=.* is not supported"),
-        (WINDOW | {"sliding_window": 0}, "sliding_window=0 must be a whole number of at least 1 or null"),
-        ({"use_sliding_window": None}, "use_sliding_window=null must be true or false"),
-        ({"use_mrope": True}, "use_mrope=true is not supported; Stack has false"),
-    ],
-)
-def test_another_window_is_refused(options, message):
-    with pytest.raises(StackError, match=message):
-        config_from_hf(QWEN_2_5 | options)
-
-
 class Asked(dict):
     """A mapping that remembers what it was asked for."""
 
@@ -374,7 +342,8 @@ def rope_keys():
     return sorted(set.union(*(asked.keys_asked for asked in groups)))
 
 
-FAMILIES = {config["model_type"]: config for config in (GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3)}
+ONE_EACH = (GPT2, LLAMA_3_1, MISTRAL, QWEN_2_5, QWEN_3, GEMMA_2, GEMMA_3)
+FAMILIES = {config["model_type"]: config for config in ONE_EACH}
 KEYS = {family: keys_of(config) for family, config in FAMILIES.items()}
 WORDS = ["default", "linear", "llama3", "yarn", "silu", "gelu", "sliding_attention", "full_attention", "a\nb"]
 LIKELY = st.integers(0, 64) | st.floats(0, 2) | st.sampled_from(WORDS)

@@ -64,7 +64,7 @@ def test_logits(golden, config, params):
     @optimised
     def scores(params):
         output = run(decoder(params, config), tokens, lengths)
-        return logits(output.hidden, output.table, vocab_size=config.vocab_size)
+        return logits(output.hidden, output.table, vocab_size=config.vocab_size, softcap=config.logit_softcap)
 
     ours = np.asarray(scores(params))[..., : config.vocab_size]
     real = np.arange(tokens.shape[1]) < lengths[:, None]
@@ -77,7 +77,8 @@ def test_logits(golden, config, params):
         "gpt2",
         "llama",
         "qwen3_window",
-        *(pytest.param(name, marks=pytest.mark.full) for name in ("qwen2", "qwen3")),
+        "gemma3",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("qwen2", "qwen3", "gemma2")),
     ],
     indirect=True,
 )
@@ -90,7 +91,8 @@ def test_loss_and_gradients(golden, config, params):
     def loss_and_gradients(params):
         output = run(decoder(params, config), tokens, lengths)
         scale = 1 / (labels >= 0).sum()
-        return cross_entropy(output.hidden, output.table, labels, scale, Head(config.vocab_size)).loss
+        head = Head(config.vocab_size, config.logit_softcap)
+        return cross_entropy(output.hidden, output.table, labels, scale, head).loss
 
     loss, gradients = loss_and_gradients(params)
     assert_close(loss, golden.results["loss"], "loss")

@@ -25,7 +25,7 @@ from stack.interop.safetensors_folder import INDEX, SINGLE, open_folder
 from stack.transfer.exporting import export
 from stack.transfer.importing import load_weights
 
-FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "qwen3_window")
+FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "qwen3_window", "gemma2", "gemma3")
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Reading a table that is split over devices gives what reading it whole gives, gradients too."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,3 +105,13 @@ def test_a_bfloat16_table_gets_a_gradient_rounded_once():
     np.add.at(expected, ids, np.asarray(weight, np.float64))
     assert gradient.dtype == "bfloat16"
     np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=2**-8, atol=1e-3)
+
+
+def test_what_is_read_is_multiplied_by_a_scale_rounded_to_the_compute_dtype():
+    """sqrt(1152) = 33.94 is 34 in bfloat16."""
+    ids, make = jnp.asarray(IDS), partial(Embedding, ("vocab", ROWS), WIDTH, std=1.0, used=ROWS)
+    plain, scaled = make(rngs=nnx.Rngs(0)), make(scale=1152**0.5, rngs=nnx.Rngs(0))
+    half = jnp.dtype("bfloat16")
+    rows = plain(ids, ONE_DEVICE, half)
+    np.testing.assert_array_equal(scaled(ids, ONE_DEVICE, half), rows * jnp.asarray(34, half))
+    np.testing.assert_array_equal(scaled.table[...], plain.table[...])

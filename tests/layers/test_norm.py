@@ -33,6 +33,14 @@ def test_norm_is_the_published_formula(kind, epsilon):
     np.testing.assert_allclose(module(jnp.asarray(x)), reference(x, module, epsilon), atol=1e-5)
 
 
+def test_a_scale_centred_at_zero_is_added_to_one():
+    plain, centred = norm("rmsnorm"), norm("rmsnorm_zero_centered")
+    assert (Norm("rmsnorm_zero_centered", ("embed", WIDTH), 1e-5).scale[...] == 0).all()
+    centred.scale = nnx.Param(plain.scale[...] - 1, axes=("embed",))
+    x = jnp.asarray(np.random.default_rng(1).normal(0.5, 3.0, (2, 5, WIDTH)), jnp.float32)
+    np.testing.assert_allclose(centred(x), plain(x), rtol=1e-6)
+
+
 def test_layernorm_survives_a_large_mean():
     """mean(x^2) - mean(x)^2 would lose every digit here."""
     module = norm("layernorm")

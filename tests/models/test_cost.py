@@ -75,6 +75,16 @@ def test_attention_is_stated_as_it_is():
     assert attention.kind == Mask(query_positions=positions, key_positions=positions).kind
 
 
+def test_layers_with_a_window_are_stated_apart():
+    config = DecoderConfig(**SMALL, **GATED, sliding_window=9, attention_pattern=["local", "global"])
+    stacks = model_cost(config).stacks
+    assert [(layers.number, layers.attention.window) for layers in stacks] == [(2, 9), (1, None)]
+    assert stacks[0].products == stacks[1].products
+    whole, local = DecoderConfig(**SMALL, **GATED), DecoderConfig(**SMALL, **GATED, sliding_window=9)
+    mean = (2 * forward_flops_per_token(local, 32) + forward_flops_per_token(whole, 32)) / 3
+    assert forward_flops_per_token(config, 32) == pytest.approx(mean)
+
+
 @pytest.mark.parametrize("config", MODELS, ids=lambda config: f"{config.kind}, {config.mlp}")
 def test_products_that_read_the_same_input_are_stated_one_by_one_too(config):
     products = model_cost(config).stacks[0].products

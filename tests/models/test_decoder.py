@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stack.config import Config, DecoderConfig, load
+from stack.config import Config, DecoderConfig, RopeConfig, load
 from stack.layers.dropout import example_keys
 from stack.models.decoder import Decoder
 from stack.models.stack import SAVED, Execution
@@ -44,6 +44,22 @@ FAMILIES = {
         mlp_bias=False,
         tied_embeddings=False,
         sliding_window=4,
+    ),
+    "gemma": DecoderConfig(
+        **SHARED,
+        norm="rmsnorm_zero_centered",
+        norm_placement="both",
+        mlp="geglu",
+        position="rotary",
+        local_rope_theta=100.0,
+        num_kv_heads=2,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        sliding_window=2,
+        attention_pattern=["local", "global"],
+        attention_softcap=3.0,
+        scale_embedding=True,
     ),
 }
 RECIPES = Path(__file__).parents[2] / "configs"
@@ -99,6 +115,41 @@ def test_a_token_does_not_see_the_ones_after_it(config):
     after = hidden_states(config)(np.where(whole < 10, TOKENS, 3), whole, ones)
     np.testing.assert_array_equal(after[:, :10], before[:, :10])
     assert (after[:, 10:] != before[:, 10:]).any()
+
+
+def test_each_layer_sees_as_far_as_the_pattern_says():
+    """Three layers see 1 + 1, then all, then 1 + 1 tokens; without the one in the middle, 1 + 3 in all."""
+    whole = np.arange(24, dtype=np.int32)[None]
+    ones = np.ones_like(whole)
+
+    def reach(**changes):
+        """The last place at which a change of the first word is seen."""
+        run = hidden_states(FAMILIES["gemma"].model_copy(update=changes))
+        before, after = run(TOKENS, whole, ones), run(np.where(whole, TOKENS, 7), whole, ones)
+        return int(np.flatnonzero((after != before).any(-1)).max())
+
+    assert TOKENS[0, 0] != 7
+    assert reach() == 23
+    assert reach(attention_pattern=("local",)) == 3
+    assert reach(attention_pattern=("local", "local", "local", "global")) == 3
+
+
+def test_the_rotation_of_a_layer_is_that_of_its_kind():
+    """Where all layers are of one kind, the other kind's rotation is not read."""
+    whole = np.arange(24, dtype=np.int32)[None]
+
+    def run(**changes):
+        config = FAMILIES["gemma"].model_copy(update=changes)
+        return hidden_states(config)(TOKENS, whole, np.ones_like(whole))
+
+    one, other, local = RopeConfig(theta=100.0), RopeConfig(theta=10_000.0), {"attention_pattern": ("local",)}
+    plain = {"rope": one, "local_rope_theta": None}
+    np.testing.assert_array_equal(run(**local, rope=other), run(**local, **plain))
+    full = local | {"sliding_window": None}
+    np.testing.assert_array_equal(run(**full, rope=one), run(**full, **plain))
+    mixed = run(rope=other)
+    assert (mixed != run(**plain)).any()
+    assert (mixed != run(rope=other, local_rope_theta=None)).any()
 
 
 @pytest.mark.parametrize(
@@ -185,6 +236,8 @@ def count_equations(jaxpr):
         ("llama3_8b", 8, 8_030_261_248),
         ("llama3_70b", 64, 70_553_706_496),
         ("palm_8b", 8, 8_632_012_800),
+        ("gemma2_2b", 8, 2_614_341_888),
+        ("gemma3_1b", 8, 999_885_952),
     ],
 )
 def test_published_parameter_counts_without_allocating_one(recipe, devices, parameters):

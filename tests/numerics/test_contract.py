@@ -22,9 +22,10 @@ from stack.doctor.numerics import (
 
 EVERYDAY: dict[Family, set[str]] = {
     "gpt": {"fsdp zero 2"},
-    "llama": {"data + fsdp zero 3", "fsdp zero 1 + accumulation"},
+    "llama": {"data + fsdp zero 3"},
     "palm": {"fsdp zero 3 + tensor sequence parallel"},
     "bert": {"fsdp zero 3 + tensor sequence parallel"},
+    "gemma": {"fsdp zero 1 + accumulation"},
 }
 PAIRS = {
     "fsdp zero 1 + accumulation",

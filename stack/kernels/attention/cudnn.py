@@ -1,6 +1,7 @@
 """cuDNN's fused attention, on NVIDIA GPUs from compute capability 8.0."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -40,7 +41,7 @@ def attend(
     heads = layout.spec("batch", None, "heads") or P()
     kv_heads = layout.spec("batch", None, "kv_heads") or P()
     rows = layout.spec("batch") or P()
-    specs = (heads, kv_heads, kv_heads, jax.tree.map(lambda _: rows, mask))
+    specs = (heads, kv_heads, kv_heads, jax.tree.map(lambda array: rows if array.ndim else P(), mask))
     local = partial(_attend_local, scale=scale)
     call = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
     return call(query, key, value, mask)
@@ -70,6 +71,13 @@ def _attend_local(
 ) -> jax.Array:
     packed = mask.query_segments is not None
     explicit = packed or mask.kind == "prefix"
+    if mask.local is not None and not explicit:
+        # A window is a constant of the kernel, which leaves out what is beyond it.
+        near, far = (
+            partial(_attend_local, mask=replace(mask, local=None, window=window), scale=scale)
+            for window in (mask.window, None)
+        )
+        return jax.lax.cond(mask.local, near, far, query, key, value)
     causal = mask.kind == "causal"
     window = None if explicit or mask.window is None else mask.window - 1
     # A causal row's padding comes last, where no token looks.

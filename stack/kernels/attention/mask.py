@@ -19,6 +19,9 @@ class Mask:
     besides, all of the document's prefix (arXiv 1910.10683, section 3.2.1)."""
     window: int | None = None
     """Positions a query sees, its own included; of `full`, as many to either side. None: all."""
+    local: Bool[Array, ""] | None = None
+    """Scalar bool: whether the window holds, where a scan over layers tells only when it runs; None: it
+    does."""
     query_positions: Int[Array, "batch queries"]
     """[batch, queries] int32, position within the document."""
     key_positions: Int[Array, "batch keys"]
@@ -43,7 +46,8 @@ class Mask:
                 raise ValueError("a mask of kind prefix needs the keys that are in it")
             allowed |= self.prefix[:, None, :]
         if self.window is not None:
-            allowed &= abs(distance) < self.window
+            near = abs(distance) < self.window
+            allowed &= near if self.local is None else near | ~self.local
         if self.query_segments is not None and self.key_segments is not None:
             allowed &= self.query_segments[:, :, None] == self.key_segments[:, None, :]
         if self.lengths is not None:

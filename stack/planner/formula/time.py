@@ -11,6 +11,7 @@ between nodes.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 
@@ -105,8 +106,16 @@ def step_time(work: Workload, chip: Hardware) -> Time:
 
 
 def _layer_forward(work: Workload, chip: Hardware) -> Seconds:
-    """One layer, forward, one micro-batch, on one device; collectives left out."""
-    layers, tokens = _layers(work), work.micro_tokens
+    """The mean layer, forward, one micro-batch, on one device; collectives left out."""
+    stacks = model_cost(work.model).stacks
+    number = sum(layers.number for layers in stacks)
+    shares = [_forward(work, chip, layers) * (layers.number / number) for layers in stacks]
+    return functools.reduce(Seconds.__add__, shares)
+
+
+def _forward(work: Workload, chip: Hardware, layers: Layers) -> Seconds:
+    """One layer of a stack."""
+    tokens = work.micro_tokens
     matmul = sum(_product(work, product, work.precision, chip) for product in layers.products)
     # What is as wide as the residual stream every device does all of, under plain tensor parallelism.
     elements = sum(
@@ -131,9 +140,8 @@ def _layer_forward(work: Workload, chip: Hardware) -> Seconds:
 
 
 def _layers(work: Workload) -> Layers:
-    """The model's one stack of layers."""
-    (layers,) = model_cost(work.model).stacks
-    return layers
+    """Any of the model's layers: their products are alike."""
+    return model_cost(work.model).stacks[0]
 
 
 def _is_split(name: str) -> bool:

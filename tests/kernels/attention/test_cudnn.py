@@ -50,13 +50,16 @@ def inputs(layout, *, packed, head_dim=HEAD_DIM):
     return (query, key, key), abstract_mask(place, packed=packed)
 
 
-@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("window", [None, 16, "of some layers"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_output_and_gradients_are_split_as_the_inputs(layout, packed, window):
     arrays, mask = inputs(layout, packed=packed)
 
     def run(query, key, value, mask):
-        return attend(query, key, value, dataclasses.replace(mask, window=window), layout, kernel="cudnn")
+        told = {"window": window}
+        if window == "of some layers":
+            told = {"window": 16, "local": mask.query_positions[0, 0] > 0}
+        return attend(query, key, value, dataclasses.replace(mask, **told), layout, kernel="cudnn")
 
     def total(*inputs):
         return run(*inputs).astype(jnp.float32).sum()
@@ -87,10 +90,12 @@ def test_each_device_computes_its_own_rows_and_heads(layout):
     assert key == (rows, LENGTH, KV_HEADS // layout.size("tensor"), HEAD_DIM)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize(
+    ("window", "local"), [(None, None), (1, None), (5, None), (5, True), (5, False)], ids=str
+)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["causal", "full", "prefix"])
-def test_what_is_asked_of_cudnn_is_what_xla_computes(monkeypatch, kind, packed, window):
+def test_what_is_asked_of_cudnn_is_what_xla_computes(monkeypatch, kind, packed, window, local):
     """JAX answers the same call without cuDNN; only the kernel itself is left out."""
     draw = np.random.default_rng(0).normal
     query = jnp.asarray(draw(size=(2, 12, 4, 8)), jnp.float32)
@@ -101,6 +106,8 @@ def test_what_is_asked_of_cudnn_is_what_xla_computes(monkeypatch, kind, packed, 
     mask = row_mask(segments, positions, packed=packed, kind=kind, window=window)
     if kind == "prefix":
         mask = dataclasses.replace(mask, prefix=(positions < 3) & (segments > 0))
+    if local is not None:
+        mask = dataclasses.replace(mask, local=jnp.asarray(local))
     ask = partial(attend, query, key, value, mask, ONE_DEVICE)
 
     answer = jax.nn.dot_product_attention
@@ -138,9 +145,17 @@ def test_the_gpu_that_is_traced_for_limits_the_heads_and_not_the_one_here():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "windows"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"sliding_window": 32, "attention_pattern": ["local", "global"], "position": "rotary"}),
+    ],
+    ids=["one document", "packed", "windows of some layers"],
+)
 @pytest.mark.usefixtures("quick_gpu_compiler")
-def test_the_compiled_step_calls_cudnn_both_ways_and_gathers_no_batch(packed):
+def test_the_compiled_step_calls_cudnn_both_ways_and_gathers_no_batch(packed, windows):
     rows, length, tensor = 96, 160, 2
     config = Config(
         model=DecoderConfig(
@@ -152,6 +167,7 @@ def test_the_compiled_step_calls_cudnn_both_ways_and_gathers_no_batch(packed):
             head_dim=152,
             max_length=length,
             attention="cudnn",
+            **windows,
         ),
         data=DataConfig(sequence_length=length, packed=packed),
         mesh=MeshConfig(data=2, fsdp=4, tensor=tensor, zero=3),

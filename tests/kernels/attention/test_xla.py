@@ -81,6 +81,14 @@ def test_attention_is_its_definition(mask, kind, window, softcap):
     np.testing.assert_allclose(actual[real], expected[real], atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", ["causal", "full"])
+def test_a_window_that_is_told_late_holds_or_does_not(kind):
+    attention = jax.jit(lambda local, mask: xla(QUERY, KEY, VALUE, dataclasses.replace(mask, local=local)))
+    near = dataclasses.replace(PACKED, kind=kind, window=3)
+    for local, mask in ((True, near), (False, dataclasses.replace(near, window=None))):
+        np.testing.assert_allclose(attention(local, near), xla(QUERY, KEY, VALUE, mask), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "shape", [(1, HEADS, LENGTH, LENGTH), (BATCH, 1, LENGTH, LENGTH), (BATCH, HEADS, 1, LENGTH)]
 )

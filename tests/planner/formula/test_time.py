@@ -54,6 +54,17 @@ def test_the_parts_add_up():
     assert set(time.communication) == {"tensor", "context", "stage", "fsdp", "data"}
 
 
+def test_a_layer_takes_as_long_as_its_window_says():
+    def attention(**changes: Any) -> float:
+        model = MODEL.model_copy(update={"num_layers": 3} | changes)
+        return step_time(work(model=model, length=8192, micro_batch=1), H100).attention
+
+    local, whole = attention(sliding_window=512), attention()
+    mixed = attention(sliding_window=512, attention_pattern=("local", "local", "global"))
+    assert whole > 5 * local
+    assert mixed == pytest.approx((2 * local + whole) / 3)
+
+
 def test_one_device_communicates_nothing():
     assert step_time(work(fsdp=1), H100).communication == {}
 
