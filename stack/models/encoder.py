@@ -1,6 +1,7 @@
 """The encoder: BERT, RoBERTa, UniLM and the Turing NLU family, by config."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from stack.layers.norm import Norm
 from stack.layers.parameter import parameter
 from stack.models.block import RESIDUAL, Block
 from stack.models.cost import Cost, Product, decoder_cost
-from stack.models.decoder import final_norm
+from stack.models.decoder import final_norm, local_layers
 from stack.models.protocol import Output
 from stack.models.stack import Execution, run_layers, stack_layers
 from stack.parallel.rules import Layout
@@ -113,14 +114,17 @@ class Encoder(nnx.Module):
             batch["positions"],
             packed=run.packed,
             kind="prefix" if "prefix" in batch else "full",
-            window=config.sliding_window,
+            window=config.window,
             prefix=batch.get("prefix"),
         )
 
-        def layer(block: Block, x: jax.Array, keys: jax.Array | None, state: None) -> tuple[jax.Array, None]:
-            return block(x, mask, run, keys=keys)[0], state
+        def layer(
+            block: Block, x: jax.Array, keys: jax.Array | None, local: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array | None]:
+            return block(x, replace(mask, local=local), run, keys=keys)[0], local
 
-        x, _ = run_layers(layer, self.layers, x, run, unroll=config.scan_unroll)
+        state = local_layers(config)
+        x, _ = run_layers(layer, self.layers, x, run, state=state, unroll=config.scan_unroll)
         return layout.shard(x if self.final_norm is None else self.final_norm(x), "batch", "length", "embed")
 
     def pool(self, hidden: jax.Array, layout: Layout) -> jax.Array:
