@@ -50,7 +50,7 @@ def config_of(name: str, steps: int, folder: str) -> Config:
     tree["train"] |= {"steps": steps}
     tree["eval"] |= {"every": 25, "batches": 20, "trigram": False}
     tree["checkpoint"] |= {"every": steps}
-    tree["sample"] |= {"at_end": False}
+    tree["sample"] = {} if tree["model"]["kind"] == "encoder" else {"at_end": False}
     return Config.model_validate(tree)
 
 

@@ -60,6 +60,12 @@ def describe_unread(section: BaseModel, conditions: tuple[Condition, ...]) -> st
     return None
 
 
+def describe_changes(section: BaseModel) -> str:
+    """`name=value` of the first field of a section that is not at its default; empty: all are."""
+    changes = (change for name in type(section).model_fields for change in _changes(section, name))
+    return next(changes, "")
+
+
 def _changes(section: Any, name: str) -> Iterator[str]:
     """`name=value` for a field that is not at its default; for a section, for each such field inside."""
     *owners, leaf = name.split(".")

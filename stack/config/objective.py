@@ -17,6 +17,8 @@ class WordsConfig(Section):
     """The class that computes it, as `module:class`: config imports no objective."""
     shapes: ClassVar[tuple[str, ...]]
     """Of the models that it trains."""
+    every_token: ClassVar[bool] = False
+    """Whether every token of the text is predicted once, so that its loss is one of the text."""
 
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-normaliser (arXiv 2204.02311, 1e-4 there)."""
@@ -30,6 +32,7 @@ class CausalConfig(WordsConfig):
 
     implementation = "stack.objectives.causal:Causal"
     shapes = DECODERS
+    every_token = True
 
     kind: Literal["causal"] = "causal"
     """Every token is predicted from those before it."""

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import NonNegativeInt, model_validator
 
-from stack.config.condition import Condition
+from stack.config.condition import Condition, describe_changes
 from stack.config.data import DataConfig
 from stack.config.explain import kind_of
 from stack.config.mesh import MeshConfig
@@ -104,6 +104,15 @@ class Config(Section):
             raise ValueError(
                 f"objective.kind={objective.kind} trains no model.kind={model.kind}; set objective.kind to"
                 f" {' or '.join(able)}"
+            )
+        if model.shape == "encoder" and (change := describe_changes(self.sample)):
+            raise ValueError(
+                f"sample.{change} is not read with model.kind={model.kind}, which writes no text; remove it"
+            )
+        if self.eval.trigram and not objective.every_token:
+            raise ValueError(
+                "eval.trigram=true is not read with objective.kind="
+                f"{objective.kind}: a trigram model predicts every token; remove it"
             )
         if isinstance(objective, UniLmConfig) and isinstance(model, EncoderConfig) and model.num_types < 4:
             raise ValueError(

@@ -93,6 +93,8 @@ def stream(
     if length < 1:
         raise StackError(f"length={length} asks for no new token; ask for at least 1")
     config = program.config.model
+    if config.shape == "encoder":
+        raise StackError(f"model.kind={config.kind} writes no text: it fills hidden places; sample a decoder")
     for number, prompt in enumerate(prompts):
         check_prompt(prompt, config, name=f"prompt {number}")
     ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

@@ -7,4 +7,3 @@ class Causal(Words):
     """Mean cross-entropy of the next token."""
 
     endings = ("held_out", "trigram", "sample")
-    every_token = True

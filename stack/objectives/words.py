@@ -5,7 +5,7 @@ Who prepares data needs no JAX, so what computes is imported where it does.
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from stack.config import Config, WordsConfig
 from stack.config.errors import ConfigError
@@ -37,8 +37,6 @@ class Words:
 
     fields: tuple[Field, ...] = PACKED
     endings: tuple[str, ...] = ("held_out",)
-    every_token: ClassVar[bool] = False
-    """Whether every token of the text is predicted once, so that a loss per byte is one of the text."""
 
     def __init__(self, config: Config) -> None:
         """The options of the objective and of the model's head."""
@@ -89,7 +87,9 @@ class Words:
         tokens = max(sums["tokens"], 1.0)
         loss = sums["nll"] / tokens
         per_byte = (
-            {} if num_bytes is None or not self.every_token else {"nats_per_byte": sums["nll"] / num_bytes}
+            {}
+            if num_bytes is None or not self.options.every_token
+            else {"nats_per_byte": sums["nll"] / num_bytes}
         )
         return {
             "loss": loss,
