@@ -107,7 +107,10 @@ def numbers(tree: Config, rows: dict[str, np.ndarray]):
         return sums, gradient
 
 
-@pytest.mark.parametrize(("kind", "model"), KINDS)
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [pytest.param(*KINDS[i], marks=[pytest.mark.full] if i in (1, 2) else []) for i in range(len(KINDS))],
+)
 def test_texts_that_share_a_row_cost_what_they_cost_alone(folder, kind, model):
     tree = config(kind, model, folder)
     data, objective = opened(tree), build(tree)
