@@ -64,7 +64,7 @@ class Encoder(nnx.Module):
             table, ("vocab", config.padded_vocab_size), used=config.vocab_size, std=config.init_std
         )
         rows = config.first_position + config.max_length
-        self.embed = words()
+        self.embed = words(scale=math.sqrt(config.embed_dim) if config.scale_embedding else None)
         self.position = (
             table(("length", rows), used=rows, std=config.position_init_std)
             if config.position == "learned"
