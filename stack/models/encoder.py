@@ -1,5 +1,6 @@
 """The encoder: BERT, RoBERTa, UniLM and the Turing NLU family, by config."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial

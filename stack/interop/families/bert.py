@@ -128,34 +128,30 @@ def read_roberta(keys: ConfigReader) -> EncoderConfig:
     return _read(keys, activation="gelu", first_position=keys.integer("pad_token_id", 1, least=0) + 1)
 
 
-def _read(keys: ConfigReader, *, activation: str, first_position: int) -> EncoderConfig:
+def _read(keys: ConfigReader, *, activation: Any, first_position: int) -> EncoderConfig:
     rows = keys.integer("max_position_embeddings", 512)
     if rows <= first_position:
-        raise keys.error(
-            "max_position_embeddings", f"leaves no position after pad_token_id + 1 = {first_position}"
-        )
+        raise keys.error("max_position_embeddings", f"leaves none after pad_token_id + 1 = {first_position}")
     init_std = keys.number("initializer_range", 0.02)
     hidden_dropout = keys.number("hidden_dropout_prob", 0.1)
-    return EncoderConfig.model_validate(
-        {
-            "vocab_size": keys.integer("vocab_size", 30522 if not first_position else 50265),
-            "max_length": rows - first_position,
-            "first_position": first_position,
-            "num_types": keys.integer("type_vocab_size", 2),
-            "num_layers": keys.integer("num_hidden_layers", 12),
-            "embed_dim": keys.integer("hidden_size", 768),
-            "num_heads": keys.integer("num_attention_heads", 12),
-            "mlp_dim": keys.integer("intermediate_size", 3072),
-            "mlp": activation,
-            "norm_placement": "post",
-            "norm_epsilon": keys.number("layer_norm_eps", 1e-12),
-            "embedding_dropout": hidden_dropout,
-            "residual_dropout": hidden_dropout,
-            "attention_dropout": keys.number("attention_probs_dropout_prob", 0.1),
-            "init_std": init_std,
-            "position_init_std": init_std,
-            "scale_residual_init": False,
-        }
+    return EncoderConfig(
+        vocab_size=keys.integer("vocab_size", 50265 if first_position else 30522),
+        max_length=rows - first_position,
+        first_position=first_position,
+        num_types=keys.integer("type_vocab_size", 2),
+        num_layers=keys.integer("num_hidden_layers", 12),
+        embed_dim=keys.integer("hidden_size", 768),
+        num_heads=keys.integer("num_attention_heads", 12),
+        mlp_dim=keys.integer("intermediate_size", 3072),
+        mlp=activation,
+        norm_placement="post",
+        norm_epsilon=keys.number("layer_norm_eps", 1e-12),
+        embedding_dropout=hidden_dropout,
+        residual_dropout=hidden_dropout,
+        attention_dropout=keys.number("attention_probs_dropout_prob", 0.1),
+        init_std=init_std,
+        position_init_std=init_std,
+        scale_residual_init=False,
     )
 
 
