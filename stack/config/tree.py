@@ -32,10 +32,11 @@ class Config(Section):
         # What is to be computed again would be computed at once and kept, so the loop over layers stays.
         Condition(fields=("model.scan_unroll",), other="train.remat", values=("none", "auto")),
         Condition(
-            fields=("eval.every", "eval.batch_size", "eval.batches", "eval.trigram"),
+            fields=("eval.every", "eval.batch_size", "eval.batches", "eval.baselines"),
             other="data.heldout_fraction",
             unless=0,
         ),
+        Condition(fields=("eval.baselines",), other="objective.kind", values=("causal", "masked_words")),
     )
 
     large = frozenset({"seed"})

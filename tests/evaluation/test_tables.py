@@ -1,0 +1,196 @@
+"""The tables know what a word and its two neighbours tell of a hidden one, at the places of the evaluation."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from stack import Trainer
+from stack.config import Config, MaskedWordsConfig
+from stack.config.errors import ConfigError
+from stack.data.loader import heldout_batches, heldout_rows
+from stack.data.tokenizer import ByteTokenizer
+from stack.evaluation.tables import Hidden, Tables, adjacent, look, score_tables
+from stack.objectives.masked_words import FIELDS, MaskedExamples
+from stack.parallel.rules import ONE_DEVICE
+from stack.train.watch.listeners import Listener
+
+MASK, SIZE = 257, 361
+
+
+def examples(**options) -> MaskedExamples:
+    return MaskedExamples(MaskedWordsConfig(**options), ByteTokenizer(), mask=MASK)
+
+
+def tables(text, **options) -> Tables:
+    return Tables([(text, np.stack([text[:-1], text[1:]], axis=1))], SIZE, examples(**options))
+
+
+def hidden(text, shown=MASK) -> Hidden:
+    """Every word of a text but the ends, each hidden by itself."""
+    middle = text[1:-1]
+    return Hidden(word=middle, shown=np.full_like(middle, shown), left=text[:-2], right=text[2:])
+
+
+def mean(scores, name, count):
+    loss, accuracy = scores[name] / count
+    return loss, accuracy
+
+
+def chain(draw, transitions, length):
+    state, states = 0, []
+    cumulative = transitions.cumsum(axis=1)
+    for number in draw.random(length):
+        state = int(np.searchsorted(cumulative[state], number))
+        states.append(min(state, len(transitions) - 1))
+    return np.array(states, np.int32)
+
+
+def test_of_a_chain_the_pairs_tell_what_the_chain_tells() -> None:
+    """The entropy of a state between its neighbours, and of a state by itself, of the true probabilities."""
+    draw = np.random.default_rng(0)
+    transitions = draw.dirichlet(np.full(5, 0.4), 5)
+    stationary = np.linalg.matrix_power(transitions, 1000)[0]
+    path = stationary[:, None, None] * transitions[:, :, None] * transitions[None]  # [before, word, after]
+    between = -(path * np.log(path / path.sum(axis=1, keepdims=True))).sum()
+    likeliest = path.max(axis=1).sum()
+    train, text = chain(draw, transitions, 200_000), chain(draw, transitions, 100_000)
+    scores = tables(train).score(hidden(text))
+    count = len(text) - 2
+    loss, accuracy = mean(scores, "bigram", count)
+    assert loss == pytest.approx(between, rel=0.01)
+    assert accuracy == pytest.approx(likeliest, rel=0.01)
+    loss, accuracy = mean(scores, "unigram", count)
+    assert loss == pytest.approx(-(stationary * np.log(stationary)).sum(), rel=0.02)
+    assert accuracy == pytest.approx(stationary.max(), rel=0.02)
+
+
+def test_a_neighbour_that_is_not_known_tells_nothing() -> None:
+    text = np.tile(np.arange(97, 105, dtype=np.int32), 500)
+    table, alone = tables(text), hidden(text)
+    unknown = np.full_like(alone.left, -1)
+    both = mean(table.score(alone), "bigram", len(alone.word))
+    assert both == pytest.approx((0, 1), abs=0.02)
+    for change in ({"left": unknown}, {"right": unknown}):
+        one = Hidden(**{**vars(alone), **change})
+        assert mean(table.score(one), "bigram", len(one.word)) == pytest.approx((0, 1), abs=0.05)
+    none = Hidden(**{**vars(alone), "left": unknown, "right": unknown})
+    loss, _ = mean(table.score(none), "bigram", len(none.word))
+    assert loss == pytest.approx(mean(table.score(none), "unigram", len(none.word))[0])
+    assert loss == pytest.approx(math.log(8), rel=0.02)
+
+
+def test_a_word_that_is_shown_is_itself_as_often_as_the_objective_says() -> None:
+    """Of what is not masked half is the word itself and half a random one of 256."""
+    text = np.random.default_rng(0).integers(0, 256, 20_000).astype(np.int32)
+    table = tables(text)
+    shown = Hidden(**{**vars(hidden(text)), "shown": text[1:-1]})
+    loss, accuracy = mean(table.score(shown), "unigram", len(shown.word))
+    assert accuracy == 1
+    assert loss == pytest.approx(-math.log((0.1 + 0.1 / 256) / 0.2), rel=0.02)
+    masked_only = tables(text, mask_rate=1.0, random_rate=0.0)
+    assert mean(masked_only.score(hidden(text)), "unigram", 20_000)[0] == pytest.approx(
+        math.log(256), rel=0.02
+    )
+
+
+def test_words_and_pairs_that_were_never_seen_have_a_finite_cost() -> None:
+    table = tables(np.tile(np.array([1, 2], np.int32), 50))
+    text = np.array([1, 2, 9, 200, 7, 1, 256, 3], np.int32)
+    losses = [mean(table.score(hidden(text)), name, 6)[0] for name in ("unigram", "bigram")]
+    assert all(2 < loss < 20 for loss in losses)
+
+
+def test_pairs_are_of_one_text_and_what_is_beside_a_hidden_word_too(tmp_path) -> None:
+    config = tiny(tmp_path, "pairs")
+    data = Trainer(config, devices=jax.devices()[:1]).data
+    field = dict.fromkeys(("tokens", "segments"))
+    rows = data.train.read(np.arange(data.train.num_rows), [f for f in FIELDS if f.name in field])
+    want = {"words": [], "pairs": []}
+    for tokens, segments in zip(rows["tokens"], rows["segments"], strict=True):
+        for text in range(1, segments.max() + 1):
+            words = tokens[segments == text].tolist()
+            want["words"] += words
+            want["pairs"] += itertools.pairwise(words)
+    words, pairs = (np.concatenate(parts) for parts in zip(*adjacent(data.train), strict=True))
+    assert sorted(words.tolist()) == sorted(want["words"])
+    assert sorted(map(tuple, pairs.tolist())) == sorted(want["pairs"])
+
+    batch = {
+        "tokens": np.array([[5, MASK, 7, 8, MASK, MASK]]),
+        "segments": np.array([[1, 1, 1, 2, 2, 3]]),
+        "masked": np.array([[1, 2, 4, 5, 0]]),
+        "labels": np.array([[6, 9, 4, 3, -1]]),
+    }
+    seen = look(batch, MASK)
+    assert seen.word.tolist() == [6, 9, 4, 3]
+    assert seen.shown.tolist() == [MASK, 7, MASK, MASK]
+    assert seen.left.tolist() == [5, -1, 8, -1]
+    assert seen.right.tolist() == [7, -1, -1, -1]
+
+
+def tiny(folder, name, *overrides) -> Config:
+    return Config.model_validate(
+        {
+            "name": name,
+            "output_dir": str(folder),
+            "model": {"kind": "encoder", "vocab_size": 361, "max_length": 32, "num_layers": 1}
+            | {"embed_dim": 16, "num_heads": 2, "dtype": "float32"},
+            "objective": {"kind": "masked_words"},
+            "data": {"sources": [{"kind": "synthetic", "max_bytes": 60_000}], "sequence_length": 32}
+            | {"heldout_fraction": 0.1, "cache_dir": str(folder / "cache")},
+            "train": {"steps": 1, "batch_size": 8},
+            "optimizer": {"schedule": {"warmup_steps": 0}},
+            "eval": {"baselines": True},
+        }
+    ).replace(*overrides)
+
+
+class Summary(Listener):
+    def on_end(self, summary) -> None:
+        self.summary = summary
+
+
+def test_they_stand_beside_the_loss_of_the_same_hidden_words(tmp_path) -> None:
+    """A model of one step is no better than a table; the number of words is that of the evaluation."""
+    listener = Summary()
+    trainer = Trainer(tiny(tmp_path, "run"), devices=jax.devices()[:1], listeners=[listener])
+    trainer.fit(progress=False)
+    told = listener.summary
+    assert 1 < told["bigram_loss"] < told["unigram_loss"] < told["loss"]
+    assert told["bigram_accuracy"] > told["unigram_accuracy"]
+    shown = dict(told["rows"])
+    assert (
+        shown["unigram"]
+        == f"{told['unigram_loss']:.4f} nats per token, {told['unigram_accuracy']:.1%} right, to compare"
+    )
+    assert list(shown) == ["held-out", "unigram", "bigram"]
+
+    held = trainer.data.heldout
+    make, number = heldout_batches(held, fields=FIELDS, batch_size=8, layout=ONE_DEVICE)
+    words = 0
+    for batch in range(number):
+        rows = np.arange(8 * batch, min(8 * batch + 8, held.num_rows))
+        here = heldout_rows(held, FIELDS, rows)
+        theirs = make(batch)
+        for name in ("tokens", "labels", "masked", "segments"):
+            np.testing.assert_array_equal(np.asarray(theirs[name])[: len(rows)], here[name])
+        words += len(look(here, MASK).word)
+    assert words == told["tokens"]
+
+
+def test_of_some_batches_the_same_ones(tmp_path) -> None:
+    whole, some = (tiny(tmp_path, "run", *more) for more in ((), ("eval.batches=1",)))
+    data = Trainer(whole, devices=jax.devices()[:1]).data
+    one, other = (score_tables(config, data)["bigram"].loss for config in (whole, some))
+    assert one != other
+    assert one == pytest.approx(other, rel=0.2)
+
+
+def test_an_objective_without_them_refuses_them(tmp_path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"eval\.baselines=true is not read with objective\.kind=fill_in_mid"
+    ):
+        tiny(tmp_path, "run", "objective.kind=fill_in_middle", "model.kind=decoder")
