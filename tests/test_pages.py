@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
-_FEW = "train.steps=40 eval.trigram=false eval.batches=2 data.sources.0.max_bytes=300000"
+_FEW = "train.steps=40 eval.baselines=false eval.batches=2 data.sources.0.max_bytes=300000"
 _QUICKSTART = "stack train configs/quickstart.yaml"
 SHORTER = {
     _QUICKSTART: _FEW,
