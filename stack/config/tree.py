@@ -36,7 +36,6 @@ class Config(Section):
             other="data.heldout_fraction",
             unless=0,
         ),
-        Condition(fields=("eval.baselines",), other="objective.kind", values=("causal", "masked_words")),
     )
 
     large = frozenset({"seed"})
@@ -110,10 +109,11 @@ class Config(Section):
             raise ValueError(
                 f"sample.{change} is not read with model.kind={model.kind}, which writes no text; remove it"
             )
-        if self.eval.trigram and not objective.every_token:
+        if self.eval.baselines and not objective.has_baselines:
+            those = [kind_of(section) for section in OBJECTIVES if section.has_baselines]
             raise ValueError(
-                "eval.trigram=true is not read with objective.kind="
-                f"{objective.kind}: a trigram model predicts every token; remove it"
+                f"eval.baselines=true: objective.kind={objective.kind} has none; remove it, or set"
+                f" objective.kind to {' or '.join(those)}"
             )
         if isinstance(objective, UniLmConfig) and isinstance(model, EncoderConfig) and model.num_types < 4:
             raise ValueError(

@@ -79,7 +79,7 @@ def test_a_neighbour_that_is_not_known_tells_nothing() -> None:
     none = Hidden(**{**vars(alone), "left": unknown, "right": unknown})
     loss, _ = mean(table.score(none), "bigram", len(none.word))
     assert loss == pytest.approx(mean(table.score(none), "unigram", len(none.word))[0])
-    assert loss == pytest.approx(math.log(8), rel=0.02)
+    assert loss == pytest.approx(math.log(8), rel=0.05)  # By one more of each word.
 
 
 def test_a_word_that_is_shown_is_itself_as_often_as_the_objective_says() -> None:
@@ -91,9 +91,7 @@ def test_a_word_that_is_shown_is_itself_as_often_as_the_objective_says() -> None
     assert accuracy == 1
     assert loss == pytest.approx(-math.log((0.1 + 0.1 / 256) / 0.2), rel=0.02)
     masked_only = tables(text, mask_rate=1.0, random_rate=0.0)
-    assert mean(masked_only.score(hidden(text)), "unigram", 5998)[0] == pytest.approx(
-        math.log(256), rel=0.02
-    )
+    assert mean(masked_only.score(hidden(text)), "unigram", 5998)[0] == pytest.approx(math.log(256), rel=0.02)
 
 
 def test_words_and_pairs_that_were_never_seen_have_a_finite_cost() -> None:
@@ -197,7 +195,7 @@ def test_an_objective_without_them_refuses_them() -> None:
         "eval": {"baselines": True},
     }
     told = (
-        r"eval\.baselines=true is not read with objective\.kind=fill_in_middle; remove it, or set objective"
+        r"baselines=true: objective\.kind=fill_in_middle has none; remove it, or set .* to causal or masked_w"
     )
     with pytest.raises(ConfigError, match=told):
         Config(**tree)
