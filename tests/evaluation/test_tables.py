@@ -14,7 +14,6 @@ from stack.data.loader import heldout_batches, heldout_rows
 from stack.data.tokenizer import ByteTokenizer
 from stack.evaluation.tables import Hidden, Tables, adjacent, look, score_tables
 from stack.objectives.masked_words import FIELDS, MaskedExamples
-from stack.parallel.rules import ONE_DEVICE
 from stack.train.watch.listeners import Listener
 
 MASK, SIZE = 257, 361
@@ -159,7 +158,7 @@ class Summary(Listener):
 def test_they_are_asked_what_the_model_is_asked(run) -> None:
     """The very arrays of the evaluation's batches, every hidden word once."""
     held = run.data.heldout
-    make, number = heldout_batches(held, fields=FIELDS, batch_size=8, layout=ONE_DEVICE)
+    make, number = heldout_batches(held, fields=FIELDS, batch_size=8, layout=run.program.layout)
     assert number > 1
     for batch in range(number):
         rows = np.arange(8 * batch, min(8 * batch + 8, held.num_rows))
