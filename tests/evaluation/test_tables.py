@@ -167,7 +167,7 @@ def test_they_are_asked_what_the_model_is_asked(run) -> None:
             np.testing.assert_array_equal(np.asarray(theirs[name])[: len(rows)], here[name])
     scores = score_tables(run.config, run.data)
     assert 1 < scores["bigram"].loss < scores["unigram"].loss < math.log(256)
-    assert scores["bigram"].accuracy > scores["unigram"].accuracy
+    assert scores["bigram"].accuracy >= scores["unigram"].accuracy
     some = score_tables(run.config.replace("eval.batches=1"), run.data)["bigram"].loss
     assert some != scores["bigram"].loss
     assert some == pytest.approx(scores["bigram"].loss, rel=0.2)
