@@ -199,8 +199,9 @@ def test_the_commands_of_the_page_on_launching_run(folder) -> None:
 
 @pytest.mark.full
 def test_the_commands_of_the_page_on_objectives_run(folder) -> None:
-    (block,) = (block for language, block in blocks(OBJECTIVES) if language == "sh")
-    assert "⟦<extra_id_0>" in run(block, folder)
+    spans, masked = (block for language, block in blocks(OBJECTIVES) if language == "sh")
+    assert "⟦<extra_id_0>" in run(spans, folder)
+    assert "⟦[MASK] → " in run(masked, folder)
 
 
 @pytest.mark.full
