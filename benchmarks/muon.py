@@ -39,7 +39,7 @@ def config_of(kind: str, folder: str, *overrides: str) -> Config:
             f"optimizer.kind={kind}",
             *KINDS[kind],
             "eval.every=0",
-            "eval.trigram=false",
+            "eval.baselines=false",
             "sample.at_end=false",
             "checkpoint.every=0",
             *overrides,

@@ -48,7 +48,7 @@ def config_of(name: str, steps: int, folder: str) -> Config:
     tree["objective"] = {"kind": kind} | ({"whole_words": True} if more else {})
     tree["data"] |= {"sequence_length": 256 if kind == "sentence_removal" else 128}
     tree["train"] |= {"steps": steps}
-    tree["eval"] |= {"every": 25, "batches": 20, "trigram": False}
+    tree["eval"] |= {"every": 25, "batches": 20, "baselines": False}
     tree["checkpoint"] |= {"every": steps}
     tree["sample"] = {} if tree["model"]["kind"] == "encoder" else {"at_end": False}
     return Config.model_validate(tree)

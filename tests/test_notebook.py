@@ -14,7 +14,7 @@ OVERRIDES = (
     "data.sources.0.max_bytes=400000 data.heldout_fraction=0.2 data.sequence_length=32 "
     "model.num_layers=1 model.scan_unroll=1 model.embed_dim=32 model.mlp_dim=64 model.num_heads=2 "
     "train.steps=20 train.batch_size=4 optimizer.schedule.warmup_steps=5 "
-    "eval.every=10 eval.batch_size=64 eval.trigram=false sample.length=8"
+    "eval.every=10 eval.batch_size=64 eval.baselines=false sample.length=8"
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
-_FEW = "train.steps=40 eval.trigram=false eval.batches=2 data.sources.0.max_bytes=300000"
+_FEW = "train.steps=40 eval.baselines=false eval.batches=2 data.sources.0.max_bytes=300000"
 _QUICKSTART = "stack train configs/quickstart.yaml"
 SHORTER = {
     _QUICKSTART: _FEW,
@@ -199,8 +199,9 @@ def test_the_commands_of_the_page_on_launching_run(folder) -> None:
 
 @pytest.mark.full
 def test_the_commands_of_the_page_on_objectives_run(folder) -> None:
-    (block,) = (block for language, block in blocks(OBJECTIVES) if language == "sh")
-    assert "⟦<extra_id_0>" in run(block, folder)
+    spans, masked = (block for language, block in blocks(OBJECTIVES) if language == "sh")
+    assert "⟦<extra_id_0>" in run(spans, folder)
+    assert "⟦[MASK] → " in run(masked, folder)
 
 
 @pytest.mark.full

@@ -19,6 +19,8 @@ class WordsConfig(Section):
     """Of the models that it trains."""
     every_token: ClassVar[bool] = False
     """Whether every token of the text is predicted once, so that its loss is one of the text."""
+    has_baselines: ClassVar[bool] = False
+    """Whether there is what `eval.baselines` asks for."""
 
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-normaliser (arXiv 2204.02311, 1e-4 there)."""
@@ -31,6 +33,7 @@ class CausalConfig(WordsConfig):
     """Prediction of the next token."""
 
     implementation = "stack.objectives.causal:Causal"
+    has_baselines = True
     shapes = DECODERS
     every_token = True
 
@@ -142,6 +145,7 @@ class MaskedWordsConfig(MaskedConfig):
     """Prediction of masked words."""
 
     implementation = "stack.objectives.masked_words:MaskedWords"
+    has_baselines = True
 
     kind: Literal["masked_words"] = "masked_words"
     """Words are hidden and predicted from those around them (BERT, arXiv 1810.04805, section 3.1)."""

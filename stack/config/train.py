@@ -1,6 +1,6 @@
 """How long, how often, and what is kept."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -71,8 +71,18 @@ class EvalConfig(Section):
     """Sequences per evaluation step over all devices; null: train.batch_size."""
     batches: PositiveInt | None = None
     """Evaluation steps at most, spread over the held-out set and the same each time; null: all of it."""
-    trigram: bool = False
-    """Print an interpolated trigram model's loss on the same text beside it, as a yardstick."""
+    baselines: bool = False
+    """Print beside it, as a yardstick, what simple counts of the training text reach on the same text: of a
+    causal objective an interpolated trigram model of bytes, of masked words tables of words and of pairs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, fields: Any) -> Any:
+        """`trigram` is what `baselines` was called when there was one."""
+        if isinstance(fields, dict) and "trigram" in fields:
+            named = {name: value for name, value in fields.items() if name != "trigram"}
+            return named | {"baselines": fields["trigram"]}
+        return fields
 
 
 class CheckpointConfig(Section):

@@ -32,7 +32,7 @@ class Config(Section):
         # What is to be computed again would be computed at once and kept, so the loop over layers stays.
         Condition(fields=("model.scan_unroll",), other="train.remat", values=("none", "auto")),
         Condition(
-            fields=("eval.every", "eval.batch_size", "eval.batches", "eval.trigram"),
+            fields=("eval.every", "eval.batch_size", "eval.batches", "eval.baselines"),
             other="data.heldout_fraction",
             unless=0,
         ),
@@ -109,10 +109,11 @@ class Config(Section):
             raise ValueError(
                 f"sample.{change} is not read with model.kind={model.kind}, which writes no text; remove it"
             )
-        if self.eval.trigram and not objective.every_token:
+        if self.eval.baselines and not objective.has_baselines:
+            those = [kind_of(section) for section in OBJECTIVES if section.has_baselines]
             raise ValueError(
-                "eval.trigram=true is not read with objective.kind="
-                f"{objective.kind}: a trigram model predicts every token; remove it"
+                f"eval.baselines=true: objective.kind={objective.kind} has none; remove it, or set"
+                f" objective.kind to {' or '.join(those)}"
             )
         if isinstance(objective, UniLmConfig) and isinstance(model, EncoderConfig) and model.num_types < 4:
             raise ValueError(

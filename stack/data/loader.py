@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,11 @@ def heldout_batches(
         return _assemble(dataset, fields, rows, batch_size, layout)
 
     return batch, -(-dataset.num_rows // batch_size)
+
+
+def heldout_rows(dataset: Dataset, fields: Sequence[Field], numbers: np.ndarray) -> Mapping[str, np.ndarray]:
+    """The fields, without `example`, of held-out rows by number, as `heldout_batches` has them."""
+    return dataset.examples.read(dataset, numbers, _draws(0, HELDOUT, numbers), fields)
 
 
 def timed[T](batches: Iterator[T]) -> Iterator[tuple[T, float]]:

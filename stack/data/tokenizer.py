@@ -371,7 +371,7 @@ def write_file(path: Path, text: str) -> None:
 def document_marks(model: "tokenizers.Tokenizer", path: Path) -> tuple[int, int]:
     """Ids of begin and end of document, of a tokenizer that lies at a path."""
     special = {token.content: i for i, token in model.get_added_tokens_decoder().items() if token.special}
-    named = _named_marks(path.with_name("tokenizer_config.json"))
+    named = named_marks(path.with_name("tokenizer_config.json"))
     ids = {}
     for mark, usual in (("bos_token", _BOS_NAMES), ("eos_token", _EOS_NAMES)):
         names = (named[mark],) if mark in named else usual
@@ -386,8 +386,12 @@ def document_marks(model: "tokenizers.Tokenizer", path: Path) -> tuple[int, int]
     return ids["eos_token"] if bos is None else bos, ids["eos_token"]
 
 
-def _named_marks(path: Path) -> dict[str, str]:
-    """bos_token and eos_token of a tokenizer_config.json, where it gives them."""
+def named_marks(path: Path) -> dict[str, str]:
+    """bos_token, eos_token and mask_token of a tokenizer_config.json, where it gives them.
+
+    Raises:
+        StackError: it is no JSON of a tokenizer.
+    """
     if not path.is_file():
         return {}
     try:
@@ -396,6 +400,6 @@ def _named_marks(path: Path) -> dict[str, str]:
             raise ValueError(f"a {type(settings).__name__} instead of an object")
     except (ValueError, RecursionError) as error:
         raise StackError(f"data.tokenizer: {path} is not JSON of a tokenizer: {error}") from error
-    marks = {mark: settings.get(mark) for mark in ("bos_token", "eos_token")}
+    marks = {mark: settings.get(mark) for mark in ("bos_token", "eos_token", "mask_token")}
     contents = {mark: token["content"] if isinstance(token, dict) else token for mark, token in marks.items()}
     return {mark: content for mark, content in contents.items() if content}

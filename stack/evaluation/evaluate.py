@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from stack.config import Config
 from stack.config.errors import StackError
 from stack.data.dataset import Dataset
 from stack.data.loader import heldout_batches, prefetch
@@ -32,14 +33,20 @@ def evaluate(
     if not heldout.num_rows:
         raise StackError("no text is held out to evaluate on; set data.heldout_fraction above 0")
     config, objective = program.config, program.objective
-    size = config.eval.batch_size or config.train.batch_size
+    size, chosen = heldout_numbers(config, heldout)
     make, number = heldout_batches(heldout, fields=objective.fields, batch_size=size, layout=program.layout)
-    chosen = spread(number, config.eval.batches or number)
     parts = jax.device_get([eval_step(params, batch) for batch in prefetch(make, chosen)])
     sums = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
     # Of some batches the bytes are not counted; their share of the tokens stands for that of the bytes.
     share = sums["tokens"] / heldout.num_tokens if len(chosen) < number else 1.0
     return objective.evaluate(sums, num_bytes=share * heldout.num_bytes if heldout.is_lossless else None)
+
+
+def heldout_numbers(config: Config, heldout: Dataset) -> tuple[int, list[int]]:
+    """Rows of a batch, and the numbers of the batches that are evaluated."""
+    size = config.eval.batch_size or config.train.batch_size
+    number = -(-heldout.num_rows // size)
+    return size, spread(number, config.eval.batches or number)
 
 
 def spread(number: int, most: int) -> list[int]:

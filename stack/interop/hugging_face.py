@@ -5,16 +5,17 @@ array is asked for by name and dropped after it is copied). Only numpy is needed
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from stack.config import DecoderConfig
+from stack.config import EncoderConfig, LanguageConfig
 from stack.config.errors import StackError
+from stack.interop.families import bert
 from stack.interop.hugging_face_config import config_from_hf
+from stack.interop.leaf import Leaf, Naming, check_shape, layernorm, linear, table, vector
 
 __all__ = ["Tensor", "Weights", "config_from_hf", "family_of", "params_from_hf", "params_to_hf", "tensors"]
 
@@ -28,12 +29,13 @@ _TITLES = {
     "qwen3": "Qwen 3",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3",
+    **{family: about.title for family, about in bert.ENCODERS.items()},
 }
 # Constants that older checkpoints carry beside the weights: causal masks and rotary wavelengths.
 _BUFFER = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 
 
-def params_from_hf(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
+def params_from_hf(state: Mapping[str, Any], config: LanguageConfig) -> dict[str, Any]:
     """Stack's parameters, float32, from a transformers state dict of the model `config` describes.
 
     Kernels become `[inputs, outputs]`, heads get an axis of their own, layers are stacked on a leading
@@ -59,7 +61,7 @@ def params_from_hf(state: Mapping[str, Any], config: DecoderConfig) -> dict[str,
 class Weights:
     """A state dict of transformers, read as Stack's parameters: one layer of one of them at a time."""
 
-    def __init__(self, state: Mapping[str, Any], config: DecoderConfig) -> None:
+    def __init__(self, state: Mapping[str, Any], config: LanguageConfig) -> None:
         """Compares the names; what it reads it compares further.
 
         Raises:
@@ -69,7 +71,7 @@ class Weights:
         self._state = state
         self._config = config
         self._leaves = {leaf.path: leaf for leaf in _leaves(config)}
-        self._sources = _sources(state, config)
+        self._sources, self.unread = _sources(state, config)
         expected = {name for leaf in self._leaves.values() for name in leaf.names(config)}
         _check_names("the checkpoint", names=set(self._sources), expected=expected)
 
@@ -125,7 +127,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[tuple["_Leaf", int | None], ...]
+    parts: tuple[tuple[Leaf, int | None], ...]
     """Each with the layer it is of; None: of none."""
 
     def make(self, read: Callable[[str, int | None], np.ndarray]) -> np.ndarray:
@@ -146,13 +148,13 @@ class Tensor:
         return whole
 
 
-def tensors(config: DecoderConfig) -> list[Tensor]:
+def tensors(config: LanguageConfig) -> list[Tensor]:
     """What transformers saves for a model: tables and the last norm, then layer after layer.
 
     Raises:
         StackError: transformers has no model for the config.
     """
-    parts: dict[str, list[tuple[_Leaf, int | None]]] = {}
+    parts: dict[str, list[tuple[Leaf, int | None]]] = {}
     leaves = sorted(_leaves(config), key=lambda leaf: leaf.stacked)
     for layer in (None, *range(config.num_layers)):
         for leaf in leaves:
@@ -163,7 +165,7 @@ def tensors(config: DecoderConfig) -> list[Tensor]:
     ]
 
 
-def params_to_hf(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, np.ndarray]:
+def params_to_hf(params: Mapping[str, Any], config: LanguageConfig) -> dict[str, np.ndarray]:
     """The state dict that transformers saves for Stack's parameters: the inverse of `params_from_hf`.
 
     Vocabulary padding is cut off; tied embeddings are written once, under the embedding's name.
@@ -176,7 +178,7 @@ def params_to_hf(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, 
     flat = dict(_flatten(params))
     _check_names("the parameter tree", names=set(flat), expected={leaf.path for leaf in leaves})
     for leaf in leaves:
-        _check_shape(leaf.path, shape=_tensor(flat, leaf.path).shape, expected=leaf.shape(config))
+        check_shape(leaf.path, shape=_tensor(flat, leaf.path).shape, expected=leaf.shape(config))
 
     def read(path: str, layer: int | None) -> np.ndarray:
         whole = np.asarray(flat[path])
@@ -185,94 +187,41 @@ def params_to_hf(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, 
     return {tensor.name: tensor.make(read) for tensor in tensors(config)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Leaf:
-    """One leaf of Stack's tree and the tensors of transformers that hold its numbers."""
-
-    path: str
-    name: str
-    """Of the tensor; {} stands for the layer."""
-    slice_shape: tuple[int, ...]
-    """What one tensor fills: one layer, or the rows of the real vocabulary."""
-    matrix: tuple[int, ...]
-    """The slice with heads folded into one axis: `[inputs, outputs]`, `[rows, embed]` or `[size]`."""
-    transposed: bool = False
-    """torch.nn.Linear keeps `[outputs, inputs]`; GPT-2's Conv1D does not."""
-    part: int = 0
-    parts: int = 1
-    """GPT-2 keeps queries, keys and values side by side on the last axis of one tensor."""
-
-    def names(self, config: DecoderConfig) -> list[str]:
-        """The tensors, layer by layer."""
-        return [self.name.format(layer) for layer in range(config.num_layers if self.stacked else 1)]
-
-    def shape(self, config: DecoderConfig) -> tuple[int, ...]:
-        """Of the whole leaf: layers stacked, vocabulary padded."""
-        if self.stacked:
-            return (config.num_layers, *self.slice_shape)
-        if self.path in ("embed/table", "head/table"):
-            return (config.padded_vocab_size, config.embed_dim)
-        return self.slice_shape
-
-    @property
-    def stacked(self) -> bool:
-        """Whether layers are the leading axis."""
-        return self.path.startswith("layers/")
-
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        """Of each tensor, as transformers keeps it."""
-        shape = (*self.matrix[:-1], self.matrix[-1] * self.parts)
-        return shape[::-1] if self.transposed else shape
-
-    def part_of(self, tensor: np.ndarray) -> np.ndarray:
-        """The view of a tensor that holds this leaf, in the shape of `matrix`."""
-        tensor = tensor.T if self.transposed else tensor
-        width = self.matrix[-1]
-        return tensor[..., self.part * width : (self.part + 1) * width]
-
-    def slice_of(self, tensor: np.ndarray, name: str) -> np.ndarray:
-        """One slice of the leaf: a view of the tensor."""
-        _check_shape(name, shape=tensor.shape, expected=self.tensor_shape)
-        return self.part_of(tensor).reshape(self.slice_shape)
-
-
-def _leaves(config: DecoderConfig) -> list[_Leaf]:
+def _leaves(config: LanguageConfig) -> list[Leaf]:
     """Every leaf of the model."""
     family_of(config)
-    embedding = _embedding_name(config)
-    leaves = [_table("embed", embedding, config.vocab_size, config)]
+    if isinstance(config, EncoderConfig):
+        return bert.leaves(config)
+    embedding = _naming(config).embedding
+    leaves = [table("embed", embedding, config.vocab_size, config, of_words=True)]
     if not config.tied_embeddings:
-        leaves.append(_table("head", "lm_head.weight", config.vocab_size, config))
+        leaves.append(table("head", "lm_head.weight", config.vocab_size, config, of_words=True))
     return leaves + (_gpt2_leaves(config) if config.position == "learned" else _llama_leaves(config))
 
 
-def _gpt2_leaves(config: DecoderConfig) -> list[_Leaf]:
+def _gpt2_leaves(config: LanguageConfig) -> list[Leaf]:
     width, inner, heads = (config.embed_dim,), (config.mlp_width,), (config.num_heads, config.head_width)
     block = "transformer.h.{}."
-    leaves = [_table("position", "transformer.wpe.weight", config.max_length, config)]
+    leaves = [table("position", "transformer.wpe.weight", config.max_length, config)]
     for part, path in enumerate(("query", "key", "value")):
         name = block + "attn.c_attn"
-        leaves += _linear(f"layers/attention/{path}", name, width, heads, bias=True, part=part, parts=3)
-    leaves += _linear("layers/attention/out", block + "attn.c_proj", heads, width, bias=True)
-    leaves += _linear("layers/mlp/up", block + "mlp.c_fc", width, inner, bias=True)
-    leaves += _linear("layers/mlp/down", block + "mlp.c_proj", inner, width, bias=True)
+        leaves += linear(f"layers/attention/{path}", name, width, heads, bias=True, part=part, parts=3)
+    leaves += linear("layers/attention/out", block + "attn.c_proj", heads, width, bias=True)
+    leaves += linear("layers/mlp/up", block + "mlp.c_fc", width, inner, bias=True)
+    leaves += linear("layers/mlp/down", block + "mlp.c_proj", inner, width, bias=True)
     for path, name in (
         ("layers/attention_norm", block + "ln_1"),
         ("layers/mlp_norm", block + "ln_2"),
         ("final_norm", "transformer.ln_f"),
     ):
-        leaves += [
-            _vector(f"{path}/scale", f"{name}.weight", width),
-            _vector(f"{path}/bias", f"{name}.bias", width),
-        ]
+        leaves += layernorm(path, name, config.embed_dim)
     return leaves
 
 
-def _llama_leaves(config: DecoderConfig) -> list[_Leaf]:
+def _llama_leaves(config: LanguageConfig) -> list[Leaf]:
     width, inner, head = (config.embed_dim,), (config.mlp_width,), (config.head_width,)
     queries, keys = (config.num_heads, *head), (config.kv_heads, *head)
-    leaves: list[_Leaf] = []
+    leaves: list[Leaf] = []
     for path, name, inputs, outputs, bias in (
         ("attention/query", "self_attn.q_proj", width, queries, config.qkv_bias),
         ("attention/key", "self_attn.k_proj", width, keys, config.qkv_bias),
@@ -283,7 +232,7 @@ def _llama_leaves(config: DecoderConfig) -> list[_Leaf]:
         ("mlp/down", "mlp.down_proj", inner, width, config.mlp_bias),
     ):
         full_name = f"model.layers.{{}}.{name}"
-        leaves += _linear(f"layers/{path}", full_name, inputs, outputs, bias=bias, transposed=True)
+        leaves += linear(f"layers/{path}", full_name, inputs, outputs, bias=bias, transposed=True)
     norms = [("attention_norm", "input_layernorm", width)]
     if config.norm_placement == "both":
         norms += [
@@ -299,48 +248,21 @@ def _llama_leaves(config: DecoderConfig) -> list[_Leaf]:
             ("attention/key_norm", "self_attn.k_norm", head),
         ]
     for path, name, shape in norms:
-        leaves.append(_vector(f"layers/{path}/scale", f"model.layers.{{}}.{name}.weight", shape))
-    return [*leaves, _vector("final_norm/scale", "model.norm.weight", width)]
+        leaves.append(vector(f"layers/{path}/scale", f"model.layers.{{}}.{name}.weight", shape))
+    return [*leaves, vector("final_norm/scale", "model.norm.weight", width)]
 
 
-def _table(key: str, name: str, rows: int, config: DecoderConfig) -> _Leaf:
-    shape = (rows, config.embed_dim)
-    return _Leaf(path=f"{key}/table", name=name, slice_shape=shape, matrix=shape)
-
-
-def _vector(path: str, name: str, shape: tuple[int, ...], **layout: Any) -> _Leaf:
-    return _Leaf(path=path, name=name, slice_shape=shape, matrix=(math.prod(shape),), **layout)
-
-
-def _linear(
-    path: str,
-    name: str,
-    inputs: tuple[int, ...],
-    outputs: tuple[int, ...],
-    *,
-    bias: bool,
-    transposed: bool = False,
-    **layout: Any,
-) -> list[_Leaf]:
-    kernel = _Leaf(
-        path=f"{path}/kernel",
-        name=f"{name}.weight",
-        slice_shape=(*inputs, *outputs),
-        matrix=(math.prod(inputs), math.prod(outputs)),
-        transposed=transposed,
-        **layout,
-    )
-    return [kernel, _vector(f"{path}/bias", f"{name}.bias", outputs, **layout)] if bias else [kernel]
-
-
-def family_of(config: DecoderConfig) -> str:
+def family_of(config: LanguageConfig) -> str:
     """The `model_type` of transformers' class that computes a model.
 
     Raises:
         StackError: none does.
     """
     family = _family(config)
-    required = {"kind": "decoder"} | _required(config, family)
+    if isinstance(config, EncoderConfig):
+        required = bert.required(config)
+    else:
+        required = {"kind": "decoder"} | _required(config, family)
     for field, value in required.items():
         if getattr(config, field) != value:
             theirs = f"transformers' {_TITLES[family]} has {field}={value}"
@@ -350,7 +272,7 @@ def family_of(config: DecoderConfig) -> str:
     return family
 
 
-def _required(config: DecoderConfig, family: str) -> dict[str, Any]:
+def _required(config: LanguageConfig, family: str) -> dict[str, Any]:
     """What a model of a family has, where another value would have no key there."""
     required: dict[str, Any] = {"mlp_bias": False, "out_bias": config.qkv_bias, "local_rope_theta": None}
     if family.startswith("gemma"):
@@ -376,18 +298,20 @@ def _required(config: DecoderConfig, family: str) -> dict[str, Any]:
     return required
 
 
-def _attention_scale(config: DecoderConfig) -> float | None:
+def _attention_scale(config: LanguageConfig) -> float | None:
     """The nearest that is 1 / sqrt(a whole number)."""
     return config.attention_scale and query_pre_attn_scalar(config) ** -0.5
 
 
-def query_pre_attn_scalar(config: DecoderConfig) -> int:
+def query_pre_attn_scalar(config: LanguageConfig) -> int:
     """Of Gemma: scores are divided by its root."""
     return config.head_width if config.attention_scale is None else max(1, round(config.attention_scale**-2))
 
 
-def _family(config: DecoderConfig) -> str:
+def _family(config: LanguageConfig) -> str:
     """The one that a model is nearest to."""
+    if isinstance(config, EncoderConfig):
+        return bert.family_of(config)
     if config.position == "learned":
         return "gpt2"
     if config.norm == "rmsnorm_zero_centered":
@@ -399,38 +323,52 @@ def _family(config: DecoderConfig) -> str:
     return "llama" if config.sliding_window is None else "mistral"
 
 
-def _sources(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, str]:
-    """Full name of every weight -> its name in the checkpoint.
+def _sources(state: Mapping[str, Any], config: LanguageConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """Full name of every weight -> its name in the checkpoint; name of what is not read -> what it is.
 
     Checkpoints saved from a model without a head (the first GPT-2 ones) leave out the leading
     `transformer.` or `model.`; older ones repeat a tied embedding as `lm_head.weight`.
     """
-    embedding = _embedding_name(config)
-    prefix = embedding.split(".")[0] + "."
+    naming = _naming(config)
     sources: dict[str, str] = {}
+    unread: dict[str, str] = {}
     for name in state:
-        if _BUFFER.search(name):
+        if naming.constants.search(name):
             continue
-        full_name = name if name.startswith((prefix, "lm_head.")) else prefix + name
+        if reason := naming.reason(name):
+            unread[name] = reason
+            continue
+        full_name = naming.full(name)
         if full_name in sources:
             raise StackError(
                 f"the checkpoint holds one tensor twice, as {sources[full_name]} and as {name}; "
                 "leave out the wrong one"
             )
         sources[full_name] = name
-    if config.tied_embeddings and "lm_head.weight" in sources and embedding in sources:
-        head, table = _tensor(state, sources.pop("lm_head.weight")), _tensor(state, sources[embedding])
+    for copy, main in naming.repeats.items():
+        if copy not in sources:
+            continue
+        if main not in sources:
+            sources[main] = sources.pop(copy)
+            continue
+        one, other = (_tensor(state, name) for name in (sources.pop(copy), sources[main]))
         # NaN is refused where the table is read, under its name.
-        if not np.array_equal(head, table, equal_nan=True):
-            raise StackError(
-                f"the checkpoint's lm_head.weight differs from its {embedding}; "
-                "set model.tied_embeddings=false"
+        if not np.array_equal(one, other, equal_nan=True):
+            tied = isinstance(config, EncoderConfig)
+            remedy = (
+                "they are one tensor; leave out the wrong one" if tied else "set model.tied_embeddings=false"
             )
-    return sources
+            raise StackError(f"the checkpoint's {copy} differs from its {main}; {remedy}")
+    return sources, unread
 
 
-def _embedding_name(config: DecoderConfig) -> str:
-    return "transformer.wte.weight" if config.position == "learned" else "model.embed_tokens.weight"
+def _naming(config: LanguageConfig) -> Naming:
+    """How the family of a model names its tensors."""
+    if isinstance(config, EncoderConfig):
+        return bert.ENCODERS[bert.family_of(config)].naming
+    embedding = "transformer.wte.weight" if config.position == "learned" else "model.embed_tokens.weight"
+    repeats = {"lm_head.weight": embedding} if config.tied_embeddings else {}
+    return Naming(embedding=embedding, heads=("lm_head.",), repeats=repeats, constants=_BUFFER)
 
 
 def _flatten(tree: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
@@ -463,11 +401,3 @@ def _tensor(tensors: Mapping[str, Any], name: str) -> np.ndarray:
 def _check_finite(name: str, numbers: np.ndarray) -> None:
     if not np.isfinite(numbers).all():
         raise StackError(f"{name} holds NaN or infinity in float32; take a checkpoint from before it broke")
-
-
-def _check_shape(name: str, *, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if shape != expected:
-        raise StackError(
-            f"{name} has shape {list(shape)}, the config asks for {list(expected)}; it is not of the model "
-            "the config describes"
-        )

@@ -6,14 +6,14 @@ contradict each other are refused, as its versions do not agree on which one win
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from stack.config import DecoderConfig, RopeConfig
+from stack.config import DecoderConfig, EncoderConfig, RopeConfig
 from stack.config.errors import ConfigError, StackError
+from stack.interop.activations import FROM_HF
 from stack.interop.config_reader import ConfigReader
-
-_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+from stack.interop.families import bert
 
 _HARMLESS = frozenset(
     (
@@ -63,11 +63,18 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Keys that change numbers, and the values at which they do not."""
 
 
-def config_from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
+def config_from_hf(
+    hf_config: Mapping[str, Any], names: Collection[str] | None = None
+) -> DecoderConfig | EncoderConfig:
     """The model that a transformers `config.json` describes.
 
     Absent keys have transformers' defaults, dropout included. How the model is computed (`dtype`,
     `attention`, `scan_unroll`, `vocab_multiple`) is left at Stack's defaults.
+
+    Args:
+        hf_config: what it holds.
+        names: of the checkpoint's tensors, by which it is told what heads an encoder has; None: one over
+            words, and no pooler.
 
     Raises:
         StackError: an architecture or an option that Stack does not have, a key that it does not know, a
@@ -84,6 +91,8 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
     except ConfigError as error:
         raise StackError(f"Hugging Face config: {error}") from None
     keys.refuse_the_rest()
+    if isinstance(config, EncoderConfig) and names is not None:
+        return bert.with_heads(config, names)
     return config
 
 
@@ -101,7 +110,7 @@ def _gpt2(keys: ConfigReader) -> DecoderConfig:
         mlp_dim=keys.optional_integer("n_inner"),
         norm="layernorm",
         norm_epsilon=keys.number("layer_norm_epsilon", 1e-5),
-        mlp=_ACTIVATIONS[keys.word("activation_function", tuple(_ACTIVATIONS), "gelu_new")],
+        mlp=FROM_HF[keys.word("activation_function", tuple(FROM_HF), "gelu_new")],
         position="learned",
         qkv_bias=True,
         out_bias=True,
@@ -386,7 +395,7 @@ def _shortest(pattern: list[str]) -> list[str]:
 class _Family:
     """How the keys of one `model_type` are read."""
 
-    read: Callable[[ConfigReader], DecoderConfig]
+    read: Callable[[ConfigReader], DecoderConfig | EncoderConfig]
     """Makes the model, asking for every key it depends on."""
     neutral: Mapping[str, tuple[Any, ...]]
     """As `_NEUTRAL`."""
@@ -466,4 +475,12 @@ _FAMILIES = {
         },
         harmless=_CACHE,
     ),
+    **{
+        name: _Family(
+            read=read,
+            neutral={**bert.NEUTRAL, "architectures": bert.architectures(name)},
+            harmless=bert.HARMLESS,
+        )
+        for name, read in (("bert", bert.read_bert), ("roberta", bert.read_roberta))
+    },
 }

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stack.config import Config, DecoderConfig, RopeConfig
-from stack.data.tokenizer import FILE, Tokenizer, load_tokenizer
+from stack.config import Config, DecoderConfig, EncoderConfig, MaskedConfig, RopeConfig
+from stack.data.tokenizer import BYTE_MARKS, FILE, Tokenizer, load_tokenizer
 from stack.data.words import bytes_as_bpe
 from stack.inference.text import end_tokens
+from stack.interop.activations import TO_HF
+from stack.interop.families import bert
 from stack.interop.hugging_face import family_of, query_pre_attn_scalar
 
 _ARCHITECTURES = {
@@ -21,20 +23,23 @@ _ARCHITECTURES = {
 }
 
 
-def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
     """The `config.json` of a model: the inverse of `config_from_hf`, but for what only training needs.
 
     Raises:
         StackError: transformers has no model for it.
     """
     family = family_of(config)
-    if family == "gpt2":
+    encoder = isinstance(config, EncoderConfig)
+    if encoder:
+        keys = bert.write(config)
+    elif family == "gpt2":
         keys = _gpt2(config)
     else:
         keys = _gemma(config, family) if family.startswith("gemma") else _llama(config, family)
     return {
         "model_type": family,
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [bert.architecture(config) if encoder else _ARCHITECTURES[family]],
         "vocab_size": config.vocab_size,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied_embeddings,
@@ -43,7 +48,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) -> list[str]:
-    """Writes config.json, generation_config.json, tokenizer.json and tokenizer_config.json.
+    """Writes config.json, generation_config.json of what writes text, tokenizer.json and its config.
 
     A tokenizer that does not begin a text by itself is told to begin it as the rows of training did, with
     the mark that begins a document.
@@ -53,27 +58,41 @@ def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) 
 
     Raises:
         OSError: they cannot be written.
-        StackError: the tokenizer lacks a token that ends a text.
+        StackError: the tokenizer lacks a token that ends a text, or has one that the model's class takes for
+            padding.
     """
     marks = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     model: dict[str, Any] = config_to_hf(config.model) | marks | {"dtype": dtype, "torch_dtype": dtype}
+    _write_json(folder / "config.json", model)
+    if isinstance(config.model, EncoderConfig):
+        bert.check_padding(config.model, tokenizer)
+    else:
+        _write_json(folder / "generation_config.json", marks | _generation(config, tokenizer))
+    if tokenizer.fingerprint == "bytes":
+        own = bytes_as_bpe()
+        # The special words that the model has rows for.
+        own.add_special_tokens(list(BYTE_MARKS[: max(0, config.model.vocab_size - tokenizer.vocab_size)]))
+        own.save(str(folder / FILE))
+        tokenizer = load_tokenizer(str(folder / FILE))
+    tokenizer.save(folder)
+    _begin_texts(folder / FILE, tokenizer.bos)
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    if isinstance(config.model, EncoderConfig):
+        masks = isinstance(config.objective, MaskedConfig)
+        names |= bert.named_words(config.model, tokenizer, config.objective.mask_token if masks else None)
+    more = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.model.max_length}
+    _write_json(folder / "tokenizer_config.json", names | more)
+    return _notes(model["model_type"], json.loads((folder / FILE).read_text()))
+
+
+def _generation(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """How text is generated."""
     ends = end_tokens(tokenizer, config)
     sample: dict[str, Any] = {"do_sample": config.sample.temperature > 0}
     if sample["do_sample"]:
         sample |= {"temperature": config.sample.temperature, "top_p": config.sample.top_p}
         sample["top_k"] = config.sample.top_k or 0
-    generation = marks | {"eos_token_id": ends if len(ends) > 1 else ends[0]} | sample
-    _write_json(folder / "config.json", model)
-    _write_json(folder / "generation_config.json", generation)
-    if tokenizer.fingerprint == "bytes":
-        bytes_as_bpe().save(str(folder / FILE))
-        tokenizer = load_tokenizer(str(folder / FILE))
-    tokenizer.save(folder)
-    _begin_texts(folder / FILE, tokenizer.bos)
-    names = json.loads((folder / "tokenizer_config.json").read_text())
-    more = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.model.max_length}
-    _write_json(folder / "tokenizer_config.json", names | more)
-    return _notes(model["model_type"], json.loads((folder / FILE).read_text()))
+    return {"eos_token_id": ends if len(ends) > 1 else ends[0]} | sample
 
 
 def _notes(family: str, tokenizer: dict[str, Any]) -> list[str]:
@@ -92,7 +111,7 @@ def _gpt2(config: DecoderConfig) -> dict[str, Any]:
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
         "n_inner": config.mlp_dim,
-        "activation_function": {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp],
+        "activation_function": TO_HF[config.mlp],
         "layer_norm_epsilon": config.norm_epsilon,
         "embd_pdrop": config.embedding_dropout,
         "attn_pdrop": config.attention_dropout,

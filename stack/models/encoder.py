@@ -1,5 +1,6 @@
 """The encoder: BERT, RoBERTa, UniLM and the Turing NLU family, by config."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -64,7 +65,7 @@ class Encoder(nnx.Module):
             table, ("vocab", config.padded_vocab_size), used=config.vocab_size, std=config.init_std
         )
         rows = config.first_position + config.max_length
-        self.embed = words()
+        self.embed = words(scale=math.sqrt(config.embed_dim) if config.scale_embedding else None)
         self.position = (
             table(("length", rows), used=rows, std=config.position_init_std)
             if config.position == "learned"

@@ -27,6 +27,7 @@ class MaskedWords(Words):
     """Mean cross-entropy of words at hidden places."""
 
     fields = FIELDS
+    endings = ("held_out", "tables")
 
     def __init__(self, config: Config) -> None:
         """The options, and the most places of a row that are hidden."""

@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from stack.config import Config, ConfigError, StackError
+from stack.config import Config, ConfigError, EncoderConfig, StackError
 from stack.config.paths import expand
 from stack.data.dataset import digest
-from stack.data.tokenizer import FILE
+from stack.data.tokenizer import FILE, named_marks
+from stack.interop.families import bert
 from stack.train import starting
 from stack.train.checkpoint.checkpoints import Checkpoints
 from stack.train.lock import only_writer
@@ -59,7 +60,7 @@ def load_weights(
     config = _config(weights, source, target, overrides)
     trainer = Trainer(config, devices=devices)
     tokenizer = trainer.tokenizer
-    notes: list[str] = []
+    notes: list[str] = [*weights.notes]
     trainer.state, origin = starting.begin_with(trainer.program, weights, tokenizer, notes.append)
     trainer.ledger.origin = origin
     words = {"tokenizer": digest(tokenizer.fingerprint)}
@@ -85,11 +86,17 @@ def _config(weights: Folder, source: Path, target: Path, overrides: Sequence[str
     given = any(word.startswith("data.tokenizer=") for word in overrides)
     if not given and not tokenizer.is_file():
         raise StackError(f"{source} has no {FILE}; give one with data.tokenizer=FILE")
+    trained_for = (
+        {"objective": bert.objective(model, named_marks(source / "tokenizer_config.json"))}
+        if isinstance(model, EncoderConfig)
+        else {}
+    )
     config = Config.model_validate(
         {
             "name": target.name,
             "output_dir": str(target.parent),
             "model": model.model_dump(mode="json"),
+            **trained_for,
             "data": {
                 "tokenizer": str(tokenizer),
                 "sequence_length": min(model.max_length, Config().data.sequence_length),

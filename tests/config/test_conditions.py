@@ -144,9 +144,9 @@ def test_an_axis_that_is_not_built_is_refused_as_such(field):
             ),
         ),
         (
-            {"data": {"heldout_fraction": 0}, "eval": {"every": 100, "batch_size": 8, "trigram": True}},
+            {"data": {"heldout_fraction": 0}, "eval": {"every": 100, "batch_size": 8, "baselines": True}},
             (
-                "eval.every=100, eval.batch_size=8 and eval.trigram=true are not read with "
+                "eval.every=100, eval.batch_size=8 and eval.baselines=true are not read with "
                 "data.heldout_fraction=0.0; remove them, or set data.heldout_fraction > 0"
             ),
         ),
@@ -189,8 +189,8 @@ def test_the_line_names_every_such_field_and_what_would_have_it_read(fields, tol
 
 def test_both_sides_may_be_built_before_they_meet():
     """Sections built in Python are refused where they are put together."""
-    with pytest.raises(ConfigError, match=r"^Config: eval\.trigram=true is not read with"):
-        Config(eval=EvalConfig(trigram=True), data={"heldout_fraction": 0.0})  # pyrefly: ignore
+    with pytest.raises(ConfigError, match=r"^Config: eval\.baselines=true is not read with"):
+        Config(eval=EvalConfig(baselines=True), data={"heldout_fraction": 0.0})  # pyrefly: ignore
 
 
 def test_sequence_parallelism_waits_for_a_tensor_axis_that_takes_what_is_left():

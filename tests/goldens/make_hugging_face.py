@@ -11,6 +11,9 @@ Each file holds `config` (config.json as text), `weight/NAME` and `gradient/NAME
 `tokens` [2, 16], `lengths` [2] (the second row is padded on the right), `logits` [2, 16, vocab], `loss`
 (mean over the next tokens that exist), `prompts` [2, 9] with `prompt_lengths` (the first is padded on
 the left) and `generated` [2, 12], the greedy continuation through the key-value cache.
+
+An encoder's has `types` [2, 16] and `labels` [2, 16] (-100 where nothing is asked) in place of the last
+three, and `pooled` [2, width] of its last states where it has a pooler.
 """
 
 import itertools
@@ -179,6 +182,47 @@ CONFIGS = {
     ),
 }
 
+ENCODERS = {
+    "bert": transformers.BertConfig(
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=24,
+        layer_norm_eps=1e-6,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **COMMON,
+    ),
+    # Positions begin at row 2, after those of padding; the activation of its head is always gelu.
+    "roberta": transformers.RobertaConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=24,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **COMMON,
+    ),
+    # The activation of the original code, which its head has too; no pooler, as `save_pretrained` writes it.
+    "bert_tanh": transformers.BertConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_act="gelu_new",
+        max_position_embeddings=24,
+        type_vocab_size=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **COMMON,
+    ),
+}
+POOLED = ("bert",)
+
 
 def randomize(model: torch.nn.Module) -> None:
     """Weights large enough that attention and logits are far from uniform; no bias zero, no scale one."""
@@ -189,7 +233,7 @@ def randomize(model: torch.nn.Module) -> None:
                 weight.normal_(0, 0.2)
             elif weight.ndim == 1:
                 weight.normal_(0 if gemma else 1, 0.2)  # Gemma adds one to it.
-            elif "wte" in name or "wpe" in name or "embed_tokens" in name:
+            elif any(word in name for word in ("wte", "wpe", "embed_tokens", "_embeddings")):
                 # Multiplied by more, the word that was read would be the likeliest one.
                 weight.normal_(0, 0.08 if gemma else 0.2)
             else:
@@ -249,19 +293,69 @@ def golden(config: transformers.PretrainedConfig, seed: int) -> dict[str, np.nda
     return arrays
 
 
+def encoder(config: transformers.PretrainedConfig, *, pooler: bool) -> transformers.PreTrainedModel:
+    """A model of masked words with weights of its own, and a pooler beside its head where that is asked."""
+    model = transformers.AutoModelForMaskedLM.from_config(config).float().eval()
+    if pooler:
+        model.base_model.pooler = type(transformers.AutoModel.from_config(config).pooler)(config)
+    randomize(model)
+    return model
+
+
+def encoder_golden(config: transformers.PretrainedConfig, *, pooler: bool) -> dict[str, np.ndarray]:
+    """Everything the file of an encoder holds."""
+    torch.manual_seed(0)
+    model = encoder(config, pooler=pooler)
+    # Words 0 to 3 are special; 1 is RoBERTa's padding, over which its positions do not count.
+    tokens = torch.randint(4, config.vocab_size, (2, LENGTH))
+    mask = torch.ones_like(tokens)
+    mask[1, LENGTH - PADDING :] = 0
+    tokens = tokens.where(mask == 1, 1)
+    types = torch.randint(0, config.type_vocab_size, (2, LENGTH))
+    labels = torch.randint(4, config.vocab_size, (2, LENGTH))
+    labels = labels.where((torch.rand(2, LENGTH) < 0.4) & (mask == 1), -100)
+    given = {"attention_mask": mask, "token_type_ids": types}
+    output = model(tokens, labels=labels, **given)
+    states = model.base_model(tokens, **given)
+    pooled = states.pooler_output
+    # That the pooler has a gradient too.
+    (output.loss if pooled is None else output.loss + pooled.sum()).backward()
+    arrays = {
+        "config": np.array(json.dumps(config.to_dict(), sort_keys=True)),
+        "tokens": tokens.numpy().astype(np.int32),
+        "lengths": mask.sum(1).numpy().astype(np.int32),
+        "types": types.numpy().astype(np.int32),
+        "labels": labels.numpy().astype(np.int32),
+        "logits": output.logits.detach().numpy(),
+        "loss": output.loss.detach().numpy(),
+    }
+    if pooled is not None:
+        arrays["pooled"] = pooled.detach().numpy()
+    for name, weight in model.named_parameters():
+        arrays[f"weight/{name}"] = weight.detach().numpy()
+        arrays[f"gradient/{name}"] = weight.grad.numpy()
+    return arrays
+
+
+def write(name: str, arrays: dict[str, np.ndarray]) -> None:
+    path = Path(__file__).parent / f"hugging_face_{name}.npz"
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")  # noqa: T201
+
+
 def main() -> None:
     """Writes a file for each config, or those named, from the first seed with a telling continuation."""
-    for family in sys.argv[1:] or CONFIGS:
-        config = CONFIGS[family]
-        path = Path(__file__).parent / f"hugging_face_{family}.npz"
+    for family in sys.argv[1:] or (*CONFIGS, *ENCODERS):
+        if family in ENCODERS:
+            write(family, encoder_golden(ENCODERS[family], pooler=family in POOLED))
+            continue
         for seed in itertools.count():
             try:
-                arrays = golden(config, seed)
+                arrays = golden(CONFIGS[family], seed)
             except ValueError as error:
                 print(f"{family}, seed {seed}: {error}")  # noqa: T201
                 continue
-            np.savez_compressed(path, allow_pickle=False, **arrays)
-            print(f"{path.name}, seed {seed}: {path.stat().st_size / 1000:.0f} kB")  # noqa: T201
+            write(family, arrays)
             break
 
 

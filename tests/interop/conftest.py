@@ -9,6 +9,7 @@ import pytest
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 FAMILIES = ("gpt2", "llama", "llama_yarn", "mistral", "qwen2", "qwen3", "qwen3_window", "gemma2", "gemma3")
+ENCODERS = ("bert", "roberta", "bert_tanh")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,21 @@ def read(family):
 @pytest.fixture(params=FAMILIES)
 def golden(request):
     return read(request.param)
+
+
+@pytest.fixture(params=ENCODERS)
+def encoder(request):
+    return read(request.param)
+
+
+@pytest.fixture
+def bert():
+    return read("bert")
+
+
+@pytest.fixture
+def roberta():
+    return read("roberta")
 
 
 @pytest.fixture

@@ -234,8 +234,8 @@ def test_what_changes_numbers_is_refused_by_name(config, key, value):
     [
         (
             GPT2,
-            {"model_type": "bert"},
-            'model_type="bert" is not supported; Stack has "gpt2", "llama", "mistral"',
+            {"model_type": "deberta"},
+            'model_type="deberta" is not supported; Stack has "gpt2", "llama", "mistral"',
         ),
         (GPT2, {"model_type": None}, "model_type=null is not supported"),
         (GPT2, {"model_type": ["gpt2"]}, r'model_type=\["gpt2"\] is not supported'),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stack.config import DecoderConfig, RopeConfig
+from stack.config import BlockConfig, DecoderConfig, RopeConfig
 from stack.config.errors import StackError
 from stack.interop.hugging_face import config_from_hf
 from stack.interop.hugging_face_files import config_to_hf
@@ -20,7 +20,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 64}
 SLIDING, FULL = ["sliding_attention"] * 24, ["full_attention"] * 24
 
 
-def kinds(model: DecoderConfig) -> str:
+def kinds(model: BlockConfig) -> str:
     """A letter for each layer."""
     return "".join("l" if local else "g" for local in model.local_layers)
 

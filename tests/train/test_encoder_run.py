@@ -91,7 +91,7 @@ def test_it_writes_no_text_and_says_so(whole, capsys):
     ("override", "told"),
     [
         ("sample.prompt=a", r"sample\.prompt=.?a.? is not read with model\.kind=encoder"),
-        ("eval.trigram=true", r"eval\.trigram=true is not read with objective\.kind=unilm"),
+        ("eval.baselines=true", r"eval\.baselines=true: objective\.kind=unilm has none"),
         ("model.num_types=2", r"set model\.num_types=4, not 2"),
     ],
 )

@@ -220,7 +220,7 @@ def test_a_tokenizer_without_the_words_is_told_and_flatters_nobody(folder) -> No
     model.pre_tokenizer = Whitespace()
     model.save(str(folder / "words.json"))
     heard = Warnings()
-    tree = config(folder, "name=words", f"data.tokenizer={folder}/words.json", "eval.trigram=true")
+    tree = config(folder, "name=words", f"data.tokenizer={folder}/words.json", "eval.baselines=true")
     run = Trainer(tree, devices=jax.devices()[:1], listeners=[heard])
     (last,) = (record for record in run.fit().records if record["kind"] == "heldout")
     assert "loss" in last

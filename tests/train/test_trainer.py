@@ -292,7 +292,7 @@ def test_listeners_hear_the_end_after_an_error(folder) -> None:
 @pytest.mark.full
 def test_a_trigram_model_stands_beside_the_loss_when_asked_for(folder) -> None:
     notes = Notes()
-    run(folder, "trigram", "train.steps=1", "optimizer.schedule.warmup_steps=0", "eval.trigram=true",
+    run(folder, "trigram", "train.steps=1", "optimizer.schedule.warmup_steps=0", "eval.baselines=true",
         listeners=[notes])  # fmt: skip
     assert 1 < notes.summary["trigram_nats_per_byte"] < notes.summary["nats_per_byte"]
 

@@ -94,7 +94,8 @@ def parameters(model: ModelConfig) -> Parameters:
     parts = _parts(model.model_copy(update={"num_layers": _LAYERS, "max_length": _LENGTH}))
 
     def resolve(part: Parameter) -> Parameter:
-        axes = tuple((name, model.max_length if size == _LENGTH else size) for name, size in part.axes)
+        longer = model.max_length - _LENGTH
+        axes = tuple((name, size + longer * (name == "length")) for name, size in part.axes)
         copies = model.num_layers if part.copies == _LAYERS else part.copies
         return dataclasses.replace(part, axes=axes, copies=copies)
 

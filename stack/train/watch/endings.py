@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from stack.evaluation.tables import score_tables
 from stack.evaluation.trigram import trigram_nats_per_byte
 from stack.inference.generate import check_prompt
 from stack.inference.text import encode_prompts, end_tokens
@@ -39,10 +40,22 @@ def show_held_out(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def show_trigram(trainer: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
     """The same of a trigram model, if the config asks for it and there is held-out text."""
-    if not (trainer.config.eval.trigram and "nats_per_byte" in summary):
+    if not (trainer.config.eval.baselines and "nats_per_byte" in summary):
         return {}
     nats = trigram_nats_per_byte(trainer.data.train.texts(), trainer.data.heldout.texts())
     return {"trigram_nats_per_byte": nats, "rows": [("trigram", f"{nats:.4f} nats per byte, to compare")]}
+
+
+def show_tables(trainer: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What tables of words and of pairs tell of the same hidden words, if the config asks for it."""
+    if not (trainer.config.eval.baselines and "loss" in summary):
+        return {}
+    more: dict[str, Any] = {"rows": []}
+    for name, score in score_tables(trainer.config, trainer.data).items():
+        more |= {f"{name}_loss": score.loss, f"{name}_accuracy": score.accuracy}
+        told = f"{score.loss:.4f} nats per token, {score.accuracy:.1%} right, to compare"
+        more["rows"].append((name, told))
+    return more
 
 
 def show_sample(trainer: "Trainer", _: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,6 +91,7 @@ def printable(text: str) -> str:
 ENDINGS: Mapping[str, Ending] = {
     "held_out": Ending(show=show_held_out),
     "trigram": Ending(show=show_trigram),
+    "tables": Ending(show=show_tables),
     "sample": Ending(show=show_sample, check=check_sample),
 }
 """All of them, by name."""

@@ -1,7 +1,7 @@
 """The weights in a folder as transformers writes it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,15 @@ class Folder:
         self._folder = folder
         self.name = str(folder)
         self.num_tensors = len(state)
-        self.config = _read_config(folder / CONFIG)
+        self.config = _read_config(folder / CONFIG, state)
         self.model: Mapping[str, Any] = self.config.model_dump(mode="json")
         try:
             self._weights = Weights(state, self.config)
             self._weights.check()
         except StackError as error:
             raise StackError(f"{folder}: {error}") from None
+        self.notes = _notes(self._weights.unread)
+        """What of the files is not read, a line each."""
         self.shapes = {_dotted(path): shape for path, shape in self._weights.shapes.items()}
 
     def words(self, tokenizer: Tokenizer) -> dict[int, str] | None:
@@ -87,7 +89,15 @@ class Folder:
         return named
 
 
-def _read_config(path: Path) -> Any:
+def _notes(unread: Mapping[str, str]) -> list[str]:
+    """What is left out, each with the names of its tensors."""
+    names = {what: [name for name, other in unread.items() if other == what] for what in unread.values()}
+    return [
+        f"{what} is not read, as Stack's models have none: {', '.join(some)}" for what, some in names.items()
+    ]
+
+
+def _read_config(path: Path, names: Collection[str]) -> Any:
     try:
         keys = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -95,7 +105,7 @@ def _read_config(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         raise StackError(f"{path} is no JSON: {error}; fetch it again") from error
     try:
-        return config_from_hf(keys)
+        return config_from_hf(keys, names)
     except StackError as error:
         raise StackError(f"{path}: {error}") from None
 
