@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from pydantic import TypeAdapter
 
-from stack.config import CausalConfig, Config, DataConfig, MeshConfig, StackError, TrainConfig
+from stack.config import Config, DataConfig, MeshConfig, StackError, TrainConfig
 from stack.config.model import AnyModel
+from stack.config.objective import AnyObjective
 from stack.parallel import mesh as meshes
 from stack.step import program as programs
 from stack.step import state as states
@@ -41,8 +42,9 @@ PARTS: dict[str, frozenset[str]] = {
 }
 """THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other."""
 
-Family = Literal["gpt", "llama", "palm"]
-"""Models that go through the matrix; `palm`, of parallel blocks, through the parts and some pairs."""
+Family = Literal["gpt", "llama", "palm", "t5"]
+"""Models that go through the matrix; `palm`, of parallel blocks, and `t5`, of two stacks, through the parts
+and some pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ def _cell(parts: tuple[str, ...]) -> Cell:
 
 ONE_DEVICE = Cell(parts=("one device",), mesh=MeshConfig(fsdp=1))
 
-_LENGTH = 16
+_LENGTH, _TARGET_LENGTH = 16, 12
 _BATCH = 16
 _SHARED: dict[str, Any] = {
     "vocab_size": 101,
@@ -129,7 +131,27 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
         "out_bias": False,
         "mlp_bias": False,
     },
+    # Both stacks differ in depth, both rows in length, and distances reach the last bucket.
+    "t5": {
+        "kind": "encoder_decoder",
+        "num_decoder_layers": 3,
+        "norm": "rmsnorm",
+        "mlp": "geglu",
+        "position": "relative",
+        "relative_buckets": 8,
+        "relative_max_distance": 10,
+        "attention_scale": 1.0,
+        "init": "fan_in",
+        "init_std": 1.0,
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
+    },
 }
+_OBJECTIVES: dict[Family, dict[str, Any]] = {
+    "t5": {"kind": "span_corruption", "target_length": _TARGET_LENGTH},
+}
+"""Of families that read more than one row of a text; causal, if none is named."""
 
 
 def config_of(cell: Cell, family: Family, dtype: str) -> Config:
@@ -141,26 +163,38 @@ def config_of(cell: Cell, family: Family, dtype: str) -> Config:
         mesh=cell.mesh,
         train=TrainConfig(batch_size=_BATCH, accumulation=cell.accumulation, remat="full"),
         # Several chunks, of 8 tokens.
-        objective=CausalConfig(z_loss=1e-3, logits_bytes=8 * 4 * 104 // cell.mesh.tensor),
+        objective=TypeAdapter(AnyObjective).validate_python(
+            {"z_loss": 1e-3, "logits_bytes": 8 * 4 * 104 // cell.mesh.tensor} | _OBJECTIVES.get(family, {})
+        ),
     )
 
 
-def example_batch() -> dict[str, np.ndarray]:
+def example_batch(family: Family) -> dict[str, np.ndarray]:
     """Packed rows with uneven numbers of labels, one row with none."""
     rng = np.random.default_rng(0)
-    shape = (_BATCH, _LENGTH)
+    row = _packed_row(rng, _LENGTH)
+    if family != "t5":
+        return row
+    # Some of the texts that are written have nothing that was read, and the other way round.
+    target = _packed_row(rng, _TARGET_LENGTH)
+    written = {f"target_{name}": target[name] for name in ("tokens", "segments", "positions")}
+    return row | written | {"labels": target["labels"]}
+
+
+def _packed_row(rng: np.random.Generator, length: int) -> dict[str, np.ndarray]:
+    shape = (_BATCH, length)
     segments = np.sort(rng.integers(1, 4, shape), axis=1).astype(np.int32)
     starts = np.concatenate([np.ones((_BATCH, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-    first = np.maximum.accumulate(np.where(starts, np.arange(_LENGTH), 0), axis=1)
+    first = np.maximum.accumulate(np.where(starts, np.arange(length), 0), axis=1)
     labels = rng.integers(0, _SHARED["vocab_size"], shape)
     labels[rng.random(shape) < 0.3] = -1
-    labels[: _BATCH // 4, _LENGTH // 3 :] = -1
+    labels[: _BATCH // 4, length // 3 :] = -1
     labels[3] = -1
     return {
         "tokens": rng.integers(0, _SHARED["vocab_size"], shape).astype(np.int32),
         "labels": labels.astype(np.int32),
         "segments": segments,
-        "positions": (np.arange(_LENGTH) - first).astype(np.int32),
+        "positions": (np.arange(length) - first).astype(np.int32),
         "example": np.arange(_BATCH, dtype=np.int32),
     }
 
@@ -190,7 +224,7 @@ def compute(
                 layout.sharding("batch", *["length"] * (values.ndim - 1)),
                 values.__getitem__,
             )
-            for name, values in example_batch().items()
+            for name, values in example_batch(family).items()
         }
         step = jax.device_put(np.int32(5), layout.sharding())
         gradient, sums = jax.jit(partial(loss_gradient, program))(params, step, batch)

@@ -46,7 +46,7 @@ def test_loss_and_gradients_equal_one_device(family, sizes):
     reference = compute(ONE_DEVICE, family)
     with meshes.use(program.mesh):
         places = program.abstract_batch()
-        batch = {name: jax.device_put(x, places[name].sharding) for name, x in example_batch().items()}
+        batch = {name: jax.device_put(x, places[name].sharding) for name, x in example_batch("gpt").items()}
         params = states.init_params(program)
         gradient, sums = jax.jit(partial(loss_gradient, program))(params, np.int32(5), batch)
     assert float(sums["loss"]) == pytest.approx(reference.loss, rel=LIMIT)

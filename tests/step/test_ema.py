@@ -48,7 +48,7 @@ def test_the_step_keeps_it_beside_the_weights_that_are_trained(layout, devices) 
     config = config_of(ONE_DEVICE, "llama", "float32").replace(EMA, "optimizer.frozen=[embed.*]", *layout)
     made = programs.build(config, jax.devices()[:devices])
     places = made.abstract_batch()
-    rows = {name: jax.device_put(rows, places[name].sharding) for name, rows in example_batch().items()}
+    rows = {name: jax.device_put(rows, places[name].sharding) for name, rows in example_batch("gpt").items()}
     step = jax.jit(partial(train_step, made))
 
     def sharding(tree: Any) -> Any:

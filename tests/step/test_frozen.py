@@ -45,7 +45,7 @@ def program(*overrides: str, devices: int = 1) -> Program:
 
 
 def batch(program: Program) -> dict[str, Any]:
-    arrays, places = example_batch(), program.abstract_batch()
+    arrays, places = example_batch("gpt"), program.abstract_batch()
     return {name: jax.device_put(values, places[name].sharding) for name, values in arrays.items()}
 
 

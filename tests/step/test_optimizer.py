@@ -225,7 +225,7 @@ def test_wsd_is_flat_then_falls():
 def step_without_update():
     """A program, its parameters, and the gradient of a batch that has every word but the padding."""
     program = programs.build(config_of(ONE_DEVICE, "llama", "float32"), jax.devices()[:1])
-    batch = {name: jnp.asarray(values) for name, values in example_batch().items()}
+    batch = {name: jnp.asarray(values) for name, values in example_batch("gpt").items()}
     with meshes.use(program.mesh):
         params = states.init_params(program)
         gradient, _ = jax.jit(lambda *arrays: loss_gradient(program, *arrays))(params, jnp.int32(0), batch)

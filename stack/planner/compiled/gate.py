@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from stack.config import Config
+from stack.models import model_cost
 from stack.parallel import mesh as meshes
 from stack.planner.compiled.findings import Finding, Kind
 from stack.planner.compiled.report import Compiled
@@ -77,7 +78,7 @@ def limits(program: Program) -> Limits:
     be summed every micro-batch. Tensor parallelism (arXiv 1909.08053): with A the bytes of
     a micro-batch's hidden states, two sums a layer forward and two backward; `sequence_parallel`
     (arXiv 2205.05198) has a gather and a scatter for each sum; layers computed again repeat those of
-    their forward pass.
+    their forward pass. Layers that attend to another text have a sum more each way.
     """
     total: dict[tuple[str, str], float] = defaultdict(float)
     for kind, axes, size in (*_parameters(program), *_activations(program)):
@@ -146,20 +147,24 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
 def _activations(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]]:
     """(kind, axes, bytes per step) of what `tensor` needs, for the tokens of one replica."""
     config, layout = program.config, program.layout
-    tokens = config.train.batch_size * config.data.sequence_length / _replicas(program)
-    hidden = tokens * config.model.embed_dim * _itemsize(config.model.dtype)
-    layers = config.model.num_layers
+    rows, sizes = config.train.batch_size / _replicas(program), program.objective.sizes
+    width, cost = config.model.embed_dim * _itemsize(config.model.dtype), model_cost(config.model)
     # Nothing gathered is ever saved; sums are, by remat `dots`.
-    gathers_again = 0 if config.train.remat == "none" else 2
+    gathers_again = 0 if config.train.remat == "none" else 1
     sums_again = 0 if config.train.remat == "dots" else gathers_again
-    # The embedding and the final norm have one each; the loss has a plain sum of the hidden gradient.
+    for stack in cost.stacks:
+        hidden, layers = rows * sizes[stack.attention.queries] * width, stack.number
+        sums = len(stack.attentions) + 1
+        # The embedding and the final norm have one each, of what another stack reads once for all its layers.
+        if layout.sequence_parallel:
+            yield "all-gather", ("tensor",), hidden * (layers * sums * (2 + gathers_again) + 2)
+            yield "reduce-scatter", ("tensor",), hidden * (layers * sums * (2 + sums_again) + 2)
+        else:
+            # What a layer adds last is not needed again: one sum less than its forward pass has.
+            yield "all-reduce", ("tensor",), hidden * (layers * (2 * sums + sums_again * (sums - 1)) + 2)
+    tokens = rows * sizes.get(cost.head[-1].tokens, sizes["length"])
     if layout.sequence_parallel:
-        yield "all-gather", ("tensor",), hidden * (layers * (4 + gathers_again) + 2)
-        yield "reduce-scatter", ("tensor",), hidden * (layers * (4 + sums_again) + 2)
-        yield "all-reduce", ("tensor",), hidden
-    else:
-        # What a layer adds last is not needed again: one sum less than its forward pass has.
-        yield "all-reduce", ("tensor",), hidden * (layers * (4 + sums_again // 2) + 2)
+        yield "all-reduce", ("tensor",), tokens * width  # The loss has a plain sum of the hidden gradient.
     # Highest score, sum of exponentials and score of the label, float32.
     yield "all-reduce", ("tensor",), tokens * 3 * 4
 
