@@ -207,14 +207,15 @@ class LanguageConfig(BlockConfig):
         """Blocks that write, and keep keys and values in generation."""
         return self.num_layers
 
-    @model_validator(mode="after")
-    def _check_position(self) -> Self:
-        if self.position == "relative" and self.shape != "encoder_decoder":
-            raise ValueError("position=relative is of kind=encoder_decoder; set position=rotary or learned")
-        return self
+
+class OneStackConfig(LanguageConfig):
+    """A model of one stack of blocks."""
+
+    position: Literal["learned", "rotary"] = "learned"
+    """How position enters: a learned table added to the embedding, or rotated queries and keys."""
 
 
-class DecoderConfig(LanguageConfig):
+class DecoderConfig(OneStackConfig):
     """A decoder of the GPT-2 / Turing-NLG family or of the Llama / Qwen family."""
 
     implementation: ClassVar[str] = "stack.models.decoder:Decoder"
@@ -224,7 +225,7 @@ class DecoderConfig(LanguageConfig):
     """Attention, then the MLP, each from its own norm."""
 
 
-class ParallelDecoderConfig(LanguageConfig):
+class ParallelDecoderConfig(OneStackConfig):
     """A decoder whose attention and MLP stand side by side."""
 
     implementation: ClassVar[str] = "stack.models.parallel_decoder:ParallelDecoder"
@@ -235,7 +236,7 @@ class ParallelDecoderConfig(LanguageConfig):
     """The one norm comes first."""
 
 
-class EncoderConfig(LanguageConfig):
+class EncoderConfig(OneStackConfig):
     """An encoder of the BERT, RoBERTa and Turing NLU family."""
 
     implementation: ClassVar[str] = "stack.models.encoder:Encoder"

@@ -95,7 +95,6 @@ LAYOUTS = [
     pytest.param(
         two_stacks(SEQUENCE, remat="full"), id="t5, zero 3, sequence parallel", marks=pytest.mark.full
     ),
-    pytest.param(two_stacks(TENSOR), id="t5, zero 1, tensor parallel", marks=pytest.mark.full),
 ]
 
 
