@@ -163,7 +163,7 @@ class Pairs(Words):
             self.start = config.model.start_token
             self.lengths = length, target_length
             self.sizes["target_length"] = target_length
-            self.fields, self.endings = TWO_ROWS, ("held_out",)
+            self.fields = TWO_ROWS
 
     def split_sizes(self, lengths: Int64[np.ndarray, " pieces"]) -> Sizes:
         """Of the parts of pieces of so many tokens."""

@@ -39,6 +39,11 @@ class Words:
     endings: tuple[str, ...] = ("held_out",)
     every_token: ClassVar[bool] = False
     """Whether every token of the text is predicted once, so that a loss per byte is one of the text."""
+    continues: ClassVar[bool] = True
+    """Whether what is written goes on with a prompt, which then begins a document; if not, the prompt is a
+    whole text, and what is written another."""
+    marks: ClassVar[bool] = False
+    """Whether special words that are written out in a prompt stand for themselves, and are shown."""
 
     def __init__(self, config: Config) -> None:
         """The options of the objective and of the model's head."""
