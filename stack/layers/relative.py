@@ -46,13 +46,10 @@ class RelativeBias(nnx.Module):
           layout: how things lie on the mesh.
           first: the column of the first query.
         """
+        table = self.table[...]
         groups = math.prod(layout.size(axis) for axis in layout.mesh_axes("batch"))
-        table = jax.lax.broadcast_in_dim(
-            self.table[...],
-            (groups, *self.table.shape),
-            (1, 2),
-            out_sharding=layout.sharding("batch", None, "heads").spec if not layout.trivial else None,
-        )
+        spec = layout.spec("batch", None, "heads")
+        table = jax.lax.broadcast_in_dim(table, (groups, *table.shape), (1, 2), out_sharding=spec)
         distances = jnp.arange(queries + keys - 1, dtype=jnp.int32) - (queries - 1) - first
         select = jax.nn.one_hot(self.buckets(distances), self.table.shape[0], dtype=jnp.float32)
         by_distance = jnp.einsum(

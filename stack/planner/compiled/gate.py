@@ -75,10 +75,11 @@ def limits(program: Program) -> Limits:
     ZeRO (arXiv 1910.02054): with P the bytes of the matrices in the compute dtype and G in that of
     reduction, `fsdp` gathers P and scatters G; stage 3 does so every micro-batch and gathers the layers
     twice; stage 2 scatters every micro-batch; `data` sums G / fsdp once. Vectors are whole, and may
-    be summed every micro-batch. Tensor parallelism (arXiv 1909.08053): with A the bytes of
-    a micro-batch's hidden states, two sums a layer forward and two backward; `sequence_parallel`
-    (arXiv 2205.05198) has a gather and a scatter for each sum; layers computed again repeat those of
-    their forward pass. Layers that attend to another text have a sum more each way.
+    be summed every micro-batch. Adafactor sums its squares over the dimension that is split. Tensor
+    parallelism (arXiv 1909.08053): with A the bytes of a micro-batch's hidden states, two sums a layer
+    forward and two backward; `sequence_parallel` (arXiv 2205.05198) has a gather and a scatter for each
+    sum; layers computed again repeat those of their forward pass. Layers that attend to another text have
+    a sum more each way.
     """
     total: dict[tuple[str, str], float] = defaultdict(float)
     for kind, axes, size in (*_parameters(program), *_activations(program)):
@@ -100,6 +101,8 @@ class _Parameter:
     """One for each layer."""
     split: bool
     """Over `fsdp`, at rest."""
+    summed: int
+    """Elements of a sum over the dimension that `fsdp` splits; 0 if it splits none."""
     whole: bool
     """On all of `tensor`."""
 
@@ -111,12 +114,15 @@ def _leaves(program: Program) -> Iterator[_Parameter]:
     roles = jax.tree.leaves(program.roles)
     for leaf, axes, role in zip(leaves, names, roles, strict=True):
         ways = math.prod(layout.size(axis) for name in axes for axis in layout.mesh_axes(name))
+        entries = list(leaf.sharding.spec)
+        split = leaf.shape[entries.index("fsdp")] if "fsdp" in entries else 0
         yield _Parameter(
             elements=leaf.size // ways,
             matrix=role != "vector",
             table=role == "table",
             per_layer=axes[0] == "layers",
-            split="fsdp" in leaf.sharding.spec,
+            split=split > 0,
+            summed=leaf.size // ways // split if split else 0,
             whole=ways == 1,
         )
 
@@ -142,6 +148,8 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
         yield "all-gather", ("fsdp",), leaf.elements * compute * (1 if once else passes)
         yield "reduce-scatter", ("fsdp",), leaf.elements * reduce * (1 if once else scatters)
         yield "all-reduce", ("data",), leaf.elements * reduce / layout.size("fsdp")
+        if program.config.optimizer.kind == "adafactor":
+            yield "all-reduce", ("fsdp",), leaf.summed * 4
 
 
 def _activations(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]]:
