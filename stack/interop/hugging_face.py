@@ -1,4 +1,4 @@
-"""Weights of Hugging Face transformers, in and out: GPT-2, Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3.
+"""Weights of Hugging Face transformers, in and out: GPT-2, Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3, T5.
 
 A state dict is a mapping from names, as transformers writes them, to arrays; it may read lazily (every
 array is asked for by name and dropped after it is copied). Only numpy is needed here.
@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from stack.config import DecoderConfig
+from stack.config import EncoderDecoderConfig, LanguageConfig
 from stack.config.errors import StackError
+from stack.interop import t5
 from stack.interop.hugging_face_config import config_from_hf
 
 __all__ = ["Tensor", "Weights", "config_from_hf", "family_of", "params_from_hf", "params_to_hf", "tensors"]
@@ -25,7 +26,7 @@ _TITLES = {"gpt2": "GPT-2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qw
 _BUFFER = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 
 
-def params_from_hf(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
+def params_from_hf(state: Mapping[str, Any], config: LanguageConfig) -> dict[str, Any]:
     """Stack's parameters, float32, from a transformers state dict of the model `config` describes.
 
     Kernels become `[inputs, outputs]`, heads get an axis of their own, layers are stacked on a leading
@@ -51,7 +52,7 @@ def params_from_hf(state: Mapping[str, Any], config: DecoderConfig) -> dict[str,
 class Weights:
     """A state dict of transformers, read as Stack's parameters: one layer of one of them at a time."""
 
-    def __init__(self, state: Mapping[str, Any], config: DecoderConfig) -> None:
+    def __init__(self, state: Mapping[str, Any], config: LanguageConfig) -> None:
         """Compares the names; what it reads it compares further.
 
         Raises:
@@ -72,7 +73,7 @@ class Weights:
 
     def layers(self, path: str) -> range:
         """The layers of a parameter; none if it is of no layer."""
-        return range(self._config.num_layers if self._leaves[path].stacked else 0)
+        return range(self._leaves[path].depth(self._config))
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """A parameter, or what one layer has of it, float32; tables with their padding.
@@ -118,7 +119,7 @@ class Tensor:
         return whole
 
 
-def tensors(config: DecoderConfig) -> list[Tensor]:
+def tensors(config: LanguageConfig) -> list[Tensor]:
     """What transformers saves for a model: tables and the last norm, then layer after layer.
 
     Raises:
@@ -126,16 +127,16 @@ def tensors(config: DecoderConfig) -> list[Tensor]:
     """
     parts: dict[str, list[tuple[_Leaf, int | None]]] = {}
     leaves = sorted(_leaves(config), key=lambda leaf: leaf.stacked)
-    for layer in (None, *range(config.num_layers)):
+    for layer in (None, *range(max(leaf.depth(config) for leaf in leaves))):
         for leaf in leaves:
-            if leaf.stacked == (layer is not None):
+            if not leaf.stacked if layer is None else layer < leaf.depth(config):
                 parts.setdefault(leaf.name.format(layer), []).append((leaf, layer))
     return [
         Tensor(name=name, shape=some[0][0].tensor_shape, parts=tuple(some)) for name, some in parts.items()
     ]
 
 
-def params_to_hf(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, np.ndarray]:
+def params_to_hf(params: Mapping[str, Any], config: LanguageConfig) -> dict[str, np.ndarray]:
     """The state dict that transformers saves for Stack's parameters: the inverse of `params_from_hf`.
 
     Vocabulary padding is cut off; tied embeddings are written once, under the embedding's name.
@@ -174,14 +175,14 @@ class _Leaf:
     parts: int = 1
     """GPT-2 keeps queries, keys and values side by side on the last axis of one tensor."""
 
-    def names(self, config: DecoderConfig) -> list[str]:
+    def names(self, config: LanguageConfig) -> list[str]:
         """The tensors, layer by layer."""
-        return [self.name.format(layer) for layer in range(config.num_layers if self.stacked else 1)]
+        return [self.name.format(layer) for layer in range(self.depth(config) or 1)]
 
-    def shape(self, config: DecoderConfig) -> tuple[int, ...]:
+    def shape(self, config: LanguageConfig) -> tuple[int, ...]:
         """Of the whole leaf: layers stacked, vocabulary padded."""
         if self.stacked:
-            return (config.num_layers, *self.slice_shape)
+            return (self.depth(config), *self.slice_shape)
         if self.path in ("embed/table", "head/table"):
             return (config.padded_vocab_size, config.embed_dim)
         return self.slice_shape
@@ -189,7 +190,13 @@ class _Leaf:
     @property
     def stacked(self) -> bool:
         """Whether layers are the leading axis."""
-        return self.path.startswith("layers/")
+        return "layers" in self.path.split("/")
+
+    def depth(self, config: LanguageConfig) -> int:
+        """How many layers; 0 if it is of none."""
+        if not self.stacked:
+            return 0
+        return config.decoder_layers if self.path.startswith("decoder/") else config.num_layers
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -209,17 +216,19 @@ class _Leaf:
         return self.part_of(tensor).reshape(self.slice_shape)
 
 
-def _leaves(config: DecoderConfig) -> list[_Leaf]:
+def _leaves(config: LanguageConfig) -> list[_Leaf]:
     """Every leaf of the model."""
     family_of(config)
     embedding = _embedding_name(config)
     leaves = [_table("embed", embedding, config.vocab_size, config)]
     if not config.tied_embeddings:
         leaves.append(_table("head", "lm_head.weight", config.vocab_size, config))
+    if isinstance(config, EncoderDecoderConfig):
+        return leaves + _t5_leaves(config)
     return leaves + (_gpt2_leaves(config) if config.position == "learned" else _llama_leaves(config))
 
 
-def _gpt2_leaves(config: DecoderConfig) -> list[_Leaf]:
+def _gpt2_leaves(config: LanguageConfig) -> list[_Leaf]:
     width, inner, heads = (config.embed_dim,), (config.mlp_width,), (config.num_heads, config.head_width)
     block = "transformer.h.{}."
     leaves = [_table("position", "transformer.wpe.weight", config.max_length, config)]
@@ -241,7 +250,7 @@ def _gpt2_leaves(config: DecoderConfig) -> list[_Leaf]:
     return leaves
 
 
-def _llama_leaves(config: DecoderConfig) -> list[_Leaf]:
+def _llama_leaves(config: LanguageConfig) -> list[_Leaf]:
     width, inner, head = (config.embed_dim,), (config.mlp_width,), (config.head_width,)
     queries, keys = (config.num_heads, *head), (config.kv_heads, *head)
     leaves: list[_Leaf] = []
@@ -267,7 +276,16 @@ def _llama_leaves(config: DecoderConfig) -> list[_Leaf]:
     return [*leaves, _vector("final_norm/scale", "model.norm.weight", width)]
 
 
-def _table(key: str, name: str, rows: int, config: DecoderConfig) -> _Leaf:
+def _t5_leaves(config: EncoderDecoderConfig) -> list[_Leaf]:
+    leaves = [_vector(path, name, (config.embed_dim,)) for path, name in t5.norms()]
+    shape = (config.relative_buckets, config.num_heads)
+    leaves += [_Leaf(path=path, name=name, slice_shape=shape, matrix=shape) for path, name in t5.tables()]
+    for path, name, inputs, outputs in t5.linears(config):
+        leaves += _linear(path, name, inputs, outputs, bias=False, transposed=True)
+    return leaves
+
+
+def _table(key: str, name: str, rows: int, config: LanguageConfig) -> _Leaf:
     shape = (rows, config.embed_dim)
     return _Leaf(path=f"{key}/table", name=name, slice_shape=shape, matrix=shape)
 
@@ -297,12 +315,15 @@ def _linear(
     return [kernel, _vector(f"{path}/bias", f"{name}.bias", outputs, **layout)] if bias else [kernel]
 
 
-def family_of(config: DecoderConfig) -> str:
+def family_of(config: LanguageConfig) -> str:
     """The `model_type` of transformers' class that computes a model.
 
     Raises:
         StackError: none does.
     """
+    if isinstance(config, EncoderDecoderConfig):
+        t5.check(config)
+        return "t5"
     family = _family(config)
     required: dict[str, Any] = {"kind": "decoder", "attention_softcap": None, "logit_softcap": None}
     required |= {"norm_placement": "pre", "attention_scale": None}
@@ -335,7 +356,7 @@ def family_of(config: DecoderConfig) -> str:
     return family
 
 
-def _family(config: DecoderConfig) -> str:
+def _family(config: LanguageConfig) -> str:
     """The one that a model is nearest to."""
     if config.position == "learned":
         return "gpt2"
@@ -346,7 +367,7 @@ def _family(config: DecoderConfig) -> str:
     return "llama" if config.sliding_window is None else "mistral"
 
 
-def _sources(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, str]:
+def _sources(state: Mapping[str, Any], config: LanguageConfig) -> dict[str, str]:
     """Full name of every weight -> its name in the checkpoint.
 
     Checkpoints saved from a model without a head (the first GPT-2 ones) leave out the leading
@@ -354,8 +375,12 @@ def _sources(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, str]:
     """
     embedding = _embedding_name(config)
     prefix = embedding.split(".")[0] + "."
+    is_t5 = isinstance(config, EncoderDecoderConfig)
     sources: dict[str, str] = {}
     for name in state:
+        if is_t5:
+            sources |= {} if name == t5.UNREAD else {name: name}
+            continue
         if _BUFFER.search(name):
             continue
         full_name = name if name.startswith((prefix, "lm_head.")) else prefix + name
@@ -365,18 +390,22 @@ def _sources(state: Mapping[str, Any], config: DecoderConfig) -> dict[str, str]:
                 "leave out the wrong one"
             )
         sources[full_name] = name
-    if config.tied_embeddings and "lm_head.weight" in sources and embedding in sources:
-        head, table = _tensor(state, sources.pop("lm_head.weight")), _tensor(state, sources[embedding])
-        # NaN is refused where the table is read, under its name.
-        if not np.array_equal(head, table, equal_nan=True):
-            raise StackError(
-                f"the checkpoint's lm_head.weight differs from its {embedding}; "
-                "set model.tied_embeddings=false"
-            )
+    copies = dict.fromkeys(t5.COPIES, "take a checkpoint of one embedding") if is_t5 else {}
+    if config.tied_embeddings:
+        where = "tie_word_embeddings=false in config.json" if is_t5 else "model.tied_embeddings=false"
+        copies["lm_head.weight"] = f"set {where}"
+    for copy, remedy in copies.items():
+        if copy in sources and embedding in sources:
+            again, table = _tensor(state, sources.pop(copy)), _tensor(state, sources[embedding])
+            # NaN is refused where the table is read, under its name.
+            if not np.array_equal(again, table, equal_nan=True):
+                raise StackError(f"the checkpoint's {copy} differs from its {embedding}; {remedy}")
     return sources
 
 
-def _embedding_name(config: DecoderConfig) -> str:
+def _embedding_name(config: LanguageConfig) -> str:
+    if isinstance(config, EncoderDecoderConfig):
+        return t5.EMBEDDING
     return "transformer.wte.weight" if config.position == "learned" else "model.embed_tokens.weight"
 
 

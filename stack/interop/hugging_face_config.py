@@ -1,4 +1,4 @@
-"""Configs of Hugging Face transformers: GPT-2, Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3.
+"""Configs of Hugging Face transformers: GPT-2, Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3, T5.
 
 One rule holds for every key of a `config.json`: it is read, or it is known not to change what the model
 computes, or it is refused by name. A key means what it means to transformers 5.23; two keys that
@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stack.config import DecoderConfig, RopeConfig
+from stack.config import DecoderConfig, EncoderDecoderConfig, RopeConfig
 from stack.config.errors import ConfigError, StackError
+from stack.interop import t5
 from stack.interop.config_reader import ConfigReader
 
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -59,7 +60,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Keys that change numbers, and the values at which they do not."""
 
 
-def config_from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
+def config_from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig | EncoderDecoderConfig:
     """The model that a transformers `config.json` describes.
 
     Absent keys have transformers' defaults, dropout included. How the model is computed (`dtype`,
@@ -282,7 +283,7 @@ def _sliding_window(keys: ConfigReader) -> int | None:
 class _Family:
     """How the keys of one `model_type` are read."""
 
-    read: Callable[[ConfigReader], DecoderConfig]
+    read: Callable[[ConfigReader], DecoderConfig | EncoderDecoderConfig]
     """Makes the model, asking for every key it depends on."""
     neutral: Mapping[str, tuple[Any, ...]]
     """As `_NEUTRAL`."""
@@ -339,4 +340,14 @@ _FAMILIES = {
         },
     ),
     "qwen3": _Family(read=_qwen3, neutral={"architectures": (None, ["Qwen3ForCausalLM"], ["Qwen3Model"])}),
+    "t5": _Family(
+        read=t5.read,
+        neutral={"architectures": t5.ARCHITECTURES, "is_encoder_decoder": (True,)},
+        aliases=t5.ALIASES,
+    ),
+    "mt5": _Family(
+        read=t5.read_multilingual,
+        neutral={"architectures": t5.ARCHITECTURES, "is_encoder_decoder": (True,)},
+        aliases=t5.ALIASES,
+    ),
 }

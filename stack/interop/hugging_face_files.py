@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stack.config import Config, DecoderConfig, RopeConfig
-from stack.data.tokenizer import END_OF_DOCUMENT, FILE, Tokenizer, load_tokenizer
+from stack.config import Config, DecoderConfig, EncoderDecoderConfig, LanguageConfig, RopeConfig
+from stack.data.tokenizer import BYTE_MARKS, END_OF_DOCUMENT, FILE, Tokenizer, load_tokenizer
 from stack.inference.text import end_tokens
+from stack.interop import t5
 from stack.interop.hugging_face import family_of
+from stack.objectives import build as build_objective
 
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -15,32 +17,36 @@ _ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "t5": "T5ForConditionalGeneration",
 }
 
 
-def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(config: LanguageConfig) -> dict[str, Any]:
     """The `config.json` of a model: the inverse of `config_from_hf`, but for what only training needs.
 
     Raises:
         StackError: transformers has no model for it.
     """
     family = family_of(config)
-    keys = _gpt2(config) if family == "gpt2" else _llama(config, family)
-    return {
+    shared = {
         "model_type": family,
         "architectures": [_ARCHITECTURES[family]],
         "vocab_size": config.vocab_size,
-        "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied_embeddings,
-        **keys,
     }
+    if isinstance(config, EncoderDecoderConfig):
+        return shared | t5.write(config)
+    assert isinstance(config, DecoderConfig), "of these families"
+    keys = _gpt2(config) if family == "gpt2" else _llama(config, family)
+    return shared | {"initializer_range": config.init_std} | keys
 
 
 def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) -> list[str]:
     """Writes config.json, generation_config.json, tokenizer.json and tokenizer_config.json.
 
-    A tokenizer that does not begin a text by itself is told to begin it as the rows of training did, with
-    the mark that begins a document.
+    A tokenizer that neither begins nor ends a text by itself is told to do as the rows of training did: a
+    text that is gone on with begins with the mark that begins a document, one that is read whole ends with
+    its end.
 
     Returns:
         What a person should know.
@@ -56,14 +62,18 @@ def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) 
     if sample["do_sample"]:
         sample |= {"temperature": config.sample.temperature, "top_p": config.sample.top_p}
         sample["top_k"] = config.sample.top_k or 0
-    generation = marks | {"eos_token_id": ends if len(ends) > 1 else ends[0]} | sample
+    starts = {name: model[name] for name in ("decoder_start_token_id", "pad_token_id") if name in model}
+    generation = marks | starts | {"eos_token_id": ends if len(ends) > 1 else ends[0]} | sample
     _write_json(folder / "config.json", model)
     _write_json(folder / "generation_config.json", generation)
     if tokenizer.fingerprint == "bytes":
-        _write_bytes_tokenizer(folder)
+        _write_bytes_tokenizer(folder, config.model.vocab_size)
         tokenizer = load_tokenizer(str(folder / FILE))
     tokenizer.save(folder)
-    _begin_texts(folder / FILE, tokenizer.bos)
+    if build_objective(config).continues:
+        _mark_texts(folder / FILE, begin=tokenizer.bos)
+    else:
+        _mark_texts(folder / FILE, end=tokenizer.eos)
     names = json.loads((folder / "tokenizer_config.json").read_text())
     more = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.model.max_length}
     _write_json(folder / "tokenizer_config.json", names | more)
@@ -142,8 +152,11 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
     return options
 
 
-def _write_bytes_tokenizer(folder: Path) -> None:
-    """Bytes as a tokenizer.json: a byte-level BPE of 256 letters and no merges (GPT-2, section 2.2)."""
+def _write_bytes_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Bytes as a tokenizer.json: a byte-level BPE of 256 letters and no merges (GPT-2, section 2.2).
+
+    With as many special words as the model has rows for.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -157,19 +170,23 @@ def _write_bytes_tokenizer(folder: Path) -> None:
     # The libraries' classes fill these properties although their types do not say so.
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyrefly: ignore
     model.decoder = decoders.ByteLevel()  # pyrefly: ignore
-    model.add_special_tokens([END_OF_DOCUMENT])
+    model.add_special_tokens([END_OF_DOCUMENT, *BYTE_MARKS[: max(0, vocab_size - 257)]])
     model.save(str(folder / FILE))
 
 
-def _begin_texts(path: Path, bos: int) -> None:
+def _mark_texts(path: Path, *, begin: int | None = None, end: int | None = None) -> None:
+    """A text begins, or ends, with a token, where the tokenizer does not say otherwise."""
     import tokenizers
     from tokenizers import processors
 
     model = tokenizers.Tokenizer.from_file(str(path))
     if model.post_processor is None:
-        name = model.id_to_token(bos)
-        begin = processors.TemplateProcessing(single=[name, "$A"], special_tokens=[(name, bos)])
-        model.post_processor = begin  # pyrefly: ignore
+        names = {number: model.id_to_token(number) for number in (begin, end) if number is not None}
+        single = [names[begin], "$A"] if begin is not None else ["$A", *names.values()]
+        words = [(name, number) for number, name in names.items()]
+        model.post_processor = processors.TemplateProcessing(  # pyrefly: ignore
+            single=single, special_tokens=words
+        )
         model.save(str(path))
 
 

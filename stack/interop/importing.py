@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stack.config import Config, ConfigError, DecoderConfig, StackError
+from stack.config import Config, ConfigError, StackError
 from stack.config.paths import expand
 from stack.data.dataset import digest
 from stack.data.tokenizer import FILE
@@ -32,6 +32,9 @@ _FREE = {
     *("embedding_dropout", "attention_dropout", "residual_dropout"),
 }
 """What of a model its numbers are not of."""
+
+_OBJECTIVES = {"decoder": "causal", "encoder_decoder": "span_corruption"}
+"""What a model of a shape is trained for, unless an override says otherwise."""
 
 
 def load_weights(
@@ -66,7 +69,6 @@ def load_weights(
         multihost_utils.sync_global_devices("the folder of an import")
     state = open_folder(source)
     config = _config(source, target, overrides)
-    assert isinstance(config.model, DecoderConfig)
     weights = Weights(state, config.model)
     trainer = Trainer(config, devices=devices)
     tokenizer = trainer.tokenizer
@@ -108,6 +110,7 @@ def _config(source: Path, target: Path, overrides: Sequence[str]) -> Config:
             "name": target.name,
             "output_dir": str(target.parent),
             "model": model.model_dump(mode="json"),
+            "objective": {"kind": _OBJECTIVES[model.shape]},
             "data": {
                 "tokenizer": str(tokenizer),
                 "sequence_length": min(model.max_length, Config().data.sequence_length),

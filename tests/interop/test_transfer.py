@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from stack import StackError, Trainer
 from stack.cli import main
-from stack.config import Config, DecoderConfig
+from stack.config import Config, DecoderConfig, LanguageConfig
 from stack.data.tokenizer import ByteTokenizer, load_tokenizer
 from stack.interop import hugging_face_files
 from stack.interop.exporting import export
@@ -72,7 +72,7 @@ def assert_equal(tensors, want) -> None:
         np.testing.assert_array_equal(tensors[name], tensor, strict=True, err_msg=name)
 
 
-def resolved(config: DecoderConfig) -> DecoderConfig:
+def resolved(config: LanguageConfig) -> LanguageConfig:
     """With widths written out, and without what only training needs."""
     widths = {"head_dim": config.head_width, "num_kv_heads": config.kv_heads, "mlp_dim": config.mlp_width}
     return config.model_copy(update=widths | {"position_init_std": 0.0, "scale_residual_init": False})
