@@ -169,7 +169,7 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
     if model.shape == "encoder_decoder":
         raise ConfigError(
             "model.kind=encoder_decoder: the planner does not know two rows of two lengths yet;"
-            " a compiled step shows its memory"
+            " it trains without a plan"
         )
     sizes = resolve(config.mesh, num_devices)
     check_divides(config, sizes)
