@@ -99,11 +99,13 @@ def sample(arguments: argparse.Namespace) -> None:
         prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
         trainer = Trainer.from_run(arguments.config, overrides)
         prompts = prompts or [trainer.config.sample.prompt]
+        between = "" if trainer.program.objective.continues else "\n"
         if len(prompts) == 1:
-            pieces = itertools.chain(prompts, trainer.stream(prompts[0], seed=arguments.seed), ["\n"])
+            text = trainer.stream(prompts[0], seed=arguments.seed)
+            pieces = itertools.chain(prompts, [between], text, ["\n"])
         else:
             texts = trainer.generate(prompts, seed=arguments.seed)
-            pieces = (f"{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
+            pieces = (f"{prompt}{between}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
         for piece in pieces:
             if first():
                 print(piece, end="", flush=True)

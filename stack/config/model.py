@@ -94,8 +94,9 @@ class BlockConfig(Section):
     mlp: Literal["relu", "gelu", "gelu_tanh", "swiglu", "geglu"] = "gelu_tanh"
     """Activation; the -glu kinds have a gate beside it (arXiv 2002.05202). GPT-2 uses gelu_tanh, BERT gelu,
     T5 v1.0 relu and v1.1 geglu."""
-    position: Literal["learned", "rotary"] = "learned"
-    """How position enters: a learned table added to the embedding, or rotated queries and keys."""
+    position: Literal["learned", "rotary", "relative"] = "learned"
+    """How position enters: a learned table added to the embedding, rotated queries and keys, or, in an
+    encoder-decoder, a number added to each score, learned by distance (arXiv 1910.10683, section 2.1)."""
     rope: RopeConfig = RopeConfig()
     """Read when position is `rotary`."""
     local_rope_theta: PositiveFloat | None = None
@@ -124,6 +125,9 @@ class BlockConfig(Section):
     """Share of attention weights dropped in training."""
     residual_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of each block's two outputs dropped in training."""
+    init: Literal["normal", "fan_in"] = "normal"
+    """Initial matrices: `normal`, all of deviation init_std; `fan_in`, of init_std / sqrt(inputs), queries
+    such that their scores are as large whatever attention_scale is, as in T5 with init_std 1."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; 0.02 in GPT-2, Megatron, Llama and Qwen."""
     scale_residual_init: bool = True
@@ -226,8 +230,20 @@ class LanguageConfig(BlockConfig):
         """Rows of the embedding table."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    @property
+    def decoder_layers(self) -> int:
+        """Blocks that write, and keep keys and values in generation."""
+        return self.num_layers
 
-class DecoderConfig(LanguageConfig):
+
+class OneStackConfig(LanguageConfig):
+    """A model of one stack of blocks."""
+
+    position: Literal["learned", "rotary"] = "learned"
+    """How position enters: a learned table added to the embedding, or rotated queries and keys."""
+
+
+class DecoderConfig(OneStackConfig):
     """A decoder of the GPT-2 / Turing-NLG family or of the Llama / Qwen / Gemma family."""
 
     implementation: ClassVar[str] = "stack.models.decoder:Decoder"
@@ -237,7 +253,7 @@ class DecoderConfig(LanguageConfig):
     """Attention, then the MLP, each from its own norm."""
 
 
-class ParallelDecoderConfig(LanguageConfig):
+class ParallelDecoderConfig(OneStackConfig):
     """A decoder whose attention and MLP stand side by side."""
 
     implementation: ClassVar[str] = "stack.models.parallel_decoder:ParallelDecoder"
@@ -248,7 +264,7 @@ class ParallelDecoderConfig(LanguageConfig):
     """The one norm comes first."""
 
 
-class EncoderConfig(LanguageConfig):
+class EncoderConfig(OneStackConfig):
     """An encoder of the BERT, RoBERTa and Turing NLU family."""
 
     implementation: ClassVar[str] = "stack.models.encoder:Encoder"
@@ -277,7 +293,55 @@ class EncoderConfig(LanguageConfig):
     """Row of the `learned` positions that the first token has; the rows before are unused, 2 in RoBERTa."""
 
 
-type ModelConfig = DecoderConfig | ParallelDecoderConfig | EncoderConfig
+class EncoderDecoderConfig(LanguageConfig):
+    """An encoder and a decoder of the T5 family."""
+
+    implementation: ClassVar[str] = "stack.models.encoder_decoder:EncoderDecoder"
+    shape = "encoder_decoder"
+
+    conditions = (
+        *LanguageConfig.conditions,
+        Condition(
+            fields=("relative_buckets", "relative_max_distance"), other="position", values=("relative",)
+        ),
+        Condition(fields=("scale_output",), other="tied_embeddings", values=(True,)),
+    )
+
+    attention_pattern: tuple[Literal["local"], ...] = Field(default=("local",), min_length=1, strict=False)
+    """All layers have the window, where there is one."""
+    scale_embedding: Literal[False] = False
+    """The embedding enters as it is."""
+    kind: Literal["encoder_decoder"] = "encoder_decoder"
+    """One text is read in both directions, another is written from it (T5, arXiv 1910.10683)."""
+    num_decoder_layers: PositiveInt | None = None
+    """Blocks of the decoder; null: num_layers, which are those of the encoder."""
+    relative_buckets: PositiveInt = Field(default=32, ge=4)
+    """Ranges of distance that `relative` positions tell apart; those of an encoder half to either side."""
+    relative_max_distance: PositiveInt = 128
+    """Distance, in tokens, from which on all are in the last bucket."""
+    start_token: NonNegativeInt = 0
+    """Word that what is written begins after: the padding token of T5, 0."""
+    scale_output: bool = True
+    """Divide the last hidden state by sqrt(embed_dim) before it meets the embedding table, as T5 v1.0."""
+
+    @property
+    def decoder_layers(self) -> int:
+        """Blocks of the decoder, resolved."""
+        return self.num_decoder_layers or self.num_layers
+
+    @model_validator(mode="after")
+    def _check_decoder(self) -> Self:
+        if self.start_token >= self.vocab_size:
+            raise ValueError(f"start_token={self.start_token} is no word of vocab_size={self.vocab_size}")
+        if self.position == "relative" and self.relative_max_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"relative_max_distance={self.relative_max_distance} must be above half of"
+                f" relative_buckets={self.relative_buckets}: the first half has a bucket for each distance"
+            )
+        return self
+
+
+type ModelConfig = DecoderConfig | ParallelDecoderConfig | EncoderConfig | EncoderDecoderConfig
 """Any of the models: THE list, which alone names their classes."""
 
 AnyModel = one_of(ModelConfig)

@@ -9,7 +9,7 @@ from stack.config.data import DataConfig
 from stack.config.explain import kind_of
 from stack.config.mesh import MeshConfig
 from stack.config.model import AnyModel, DecoderConfig, EncoderConfig
-from stack.config.objective import OBJECTIVES, AnyObjective, CausalConfig, UniLmConfig
+from stack.config.objective import OBJECTIVES, AnyObjective, CausalConfig, RemovalConfig, UniLmConfig
 from stack.config.optimizer import OptimizerConfig
 from stack.config.section import Section
 from stack.config.stability import StabilityConfig
@@ -114,6 +114,14 @@ class Config(Section):
             raise ValueError(
                 f"eval.baselines=true: objective.kind={objective.kind} has none; remove it, or set"
                 f" objective.kind to {' or '.join(those)}"
+            )
+        length = objective.target_length if isinstance(objective, RemovalConfig) else None
+        if length is not None and length > model.max_length:
+            raise ValueError(f"objective.target_length={length} exceeds model.max_length={model.max_length}")
+        if length is not None and model.shape != "encoder_decoder":
+            raise ValueError(
+                f"objective.target_length={length} is not read with model.kind={model.kind}, whose rows hold"
+                " both; remove it"
             )
         if isinstance(objective, UniLmConfig) and isinstance(model, EncoderConfig) and model.num_types < 4:
             raise ValueError(

@@ -1,7 +1,9 @@
 """Text to token ids and back: bytes, any Hugging Face tokenizer.json, and a byte-level BPE of one's own."""
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +38,7 @@ BYTE_MARKS = (
     *(f"<extra_id_{number}>" for number in range(100)),
 )
 """Special words of the tokenizer `bytes` that no text has, from 257 on."""
+_MARK = re.compile(f"({'|'.join(map(re.escape, BYTE_MARKS))})")
 _INSIDE = "##"
 """Before a piece of WordPiece that does not begin a word."""
 _SPACES = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\n", "\u0109": "\t"})
@@ -80,8 +83,11 @@ class Tokenizer(Protocol):
         """Changes whenever any text could be tokenized differently."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, without bos and eos: text can not forge a special token."""
+    def encode_batch(self, texts: Sequence[str], *, marks: bool = False) -> list[np.ndarray]:
+        """Ids of each text, without bos and eos.
+
+        Text can not forge a special token, unless `marks` says that it may name them.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -96,8 +102,8 @@ class Tokenizer(Protocol):
         """Every token by its id, as the vocabulary writes it; bytes as a byte-level BPE does (GPT-2)."""
         ...
 
-    def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
-        """The text of ids; special tokens leave nothing, broken UTF-8 leaves U+FFFD."""
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"], *, marks: bool = False) -> str:
+        """The text of ids; special tokens leave nothing, or their names, broken UTF-8 leaves U+FFFD."""
         ...
 
     def spell(self, ids: Sequence[int]) -> str:
@@ -124,9 +130,14 @@ class ByteTokenizer:
         """Each byte as a letter of Latin-1."""
         return [*map(chr, range(256)), None]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The bytes of each text, uint8."""
-        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+    def encode_batch(self, texts: Sequence[str], *, marks: bool = False) -> list[np.ndarray]:
+        """The bytes of each text, uint8; with `marks`, and `BYTE_MARKS` in it, int32."""
+        if not marks:
+            return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+        # What splits the text is every second part.
+        parts = [enumerate(_MARK.split(text)) for text in texts]
+        ids = [[[self.token(part)] if i % 2 else list(part.encode()) for i, part in some] for some in parts]
+        return [np.array(list(itertools.chain(*some)), np.int32) for some in ids]
 
     def save(self, folder: Path) -> None:
         """Bytes need no file."""
@@ -147,10 +158,12 @@ class ByteTokenizer:
         letters |= {byte: chr(256 + number) for number, byte in enumerate(others)}
         return letters | {self.eos: END_OF_DOCUMENT}
 
-    def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"], *, marks: bool = False) -> str:
         """The text of ids; see `Tokenizer`."""
         values = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
-        return values[values < 256].astype(np.uint8).tobytes().decode(errors="replace")
+        names = dict(enumerate(BYTE_MARKS, self.vocab_size)) if marks else {}
+        text = b"".join(bytes([i]) if i < 256 else names.get(i, "").encode() for i in values.tolist())
+        return text.decode(errors="replace")
 
     def spell(self, ids: Sequence[int]) -> str:
         """The text of ids, special ones by name; see `Tokenizer`."""
@@ -190,11 +203,15 @@ class HuggingFaceTokenizer:
         self.__dict__.update(state)
         _take_all_as_text(self.model)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], *, marks: bool = False) -> list[np.ndarray]:
         """The ids of each text, uint32; releases the interpreter lock, so threads run side by side."""
+        model = self.model
+        if marks:  # Threads share the model, so what it takes as text is changed in a copy.
+            model = type(model).from_str(model.to_str())
+            _take_all_as_text(model, marks=True)
         # One text a call: a longer batch is spread over every core, whatever data.workers says, and
         # the plain `encode` keeps the lock.
-        encodings = (self.model.encode_batch_fast([text], add_special_tokens=False)[0] for text in texts)
+        encodings = (model.encode_batch_fast([text], add_special_tokens=False)[0] for text in texts)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def save(self, folder: Path) -> None:
@@ -213,9 +230,9 @@ class HuggingFaceTokenizer:
         """Every token by its id."""
         return {number: word for word, number in self.model.get_vocab(with_added_tokens=True).items()}
 
-    def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"]) -> str:
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"], *, marks: bool = False) -> str:
         """The text of ids; see `Tokenizer`. Ids of a padded vocabulary's unused words are passed over."""
-        return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
+        return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=not marks)
 
     def spell(self, ids: Sequence[int]) -> str:
         """The text of ids, special ones by name; see `Tokenizer`."""
@@ -276,11 +293,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
     )
 
 
-def _take_all_as_text(model: "tokenizers.Tokenizer") -> None:
-    """What no tokenizer.json says: no text is cut or filled up, "<|endoftext|>" written in one is text."""
+def _take_all_as_text(model: "tokenizers.Tokenizer", *, marks: bool = False) -> None:
+    """What no tokenizer.json says: no text is cut or filled up, "<|endoftext|>" written in one is text.
+
+    With `marks` it is the special word.
+    """
     model.no_truncation()
     model.no_padding()
-    model.encode_special_tokens = True
+    model.encode_special_tokens = not marks
 
 
 def _unknown(model: "tokenizers.Tokenizer") -> int:
@@ -292,14 +312,16 @@ def _unknown(model: "tokenizers.Tokenizer") -> int:
     return -1 if number is None else number
 
 
-def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text of new tokens after those of a prompt.
+def continuation(
+    tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int], *, marks: bool = False
+) -> str:
+    """The text of new tokens after those of a prompt, with the names of special words if `marks` says so.
 
     Decoded together, as some tokenizers drop a space at the start of what they decode.
     """
-    before = tokenizer.decode(prompt)
-    whole = tokenizer.decode([*prompt, *new])
-    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(new)
+    before = tokenizer.decode(prompt, marks=marks)
+    whole = tokenizer.decode([*prompt, *new], marks=marks)
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(new, marks=marks)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -14,17 +14,9 @@ import jax
 import numpy as np
 from pydantic import TypeAdapter
 
-from stack.config import (
-    CausalConfig,
-    Config,
-    DataConfig,
-    MeshConfig,
-    StackError,
-    TrainConfig,
-    UniLmConfig,
-    WordsConfig,
-)
+from stack.config import Config, DataConfig, MeshConfig, StackError, TrainConfig, UniLmConfig
 from stack.config.model import AnyModel
+from stack.config.objective import AnyObjective
 from stack.data.fields import Field
 from stack.objectives.masked_words import most_hidden
 from stack.objectives.words import PACKED
@@ -53,10 +45,10 @@ PARTS: dict[str, frozenset[str]] = {
 }
 """THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other."""
 
-Family = Literal["gpt", "llama", "palm", "gemma", "bert"]
-"""Models that go through the matrix; those made of the first two's layers through the parts or some pairs:
-`palm`, of parallel blocks; `gemma`, with windows of some layers and norms on both sides; and `bert`, an
-encoder of UniLM's masks with norms behind its sums."""
+Family = Literal["gpt", "llama", "palm", "gemma", "bert", "t5"]
+"""Models that go through the matrix; the first through all of it, those made of its layers through the parts
+and some pairs: `palm`, of parallel blocks; `gemma`, with windows of some layers and norms on both sides;
+`bert`, an encoder of UniLM's masks with norms behind its sums; and `t5`, of two stacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +93,7 @@ def _cell(parts: tuple[str, ...]) -> Cell:
 
 ONE_DEVICE = Cell(parts=("one device",), mesh=MeshConfig(fsdp=1))
 
-_LENGTH = 16
+_LENGTH, _TARGET_LENGTH = 16, 12
 _BATCH = 16
 _SHARED: dict[str, Any] = {
     "vocab_size": 101,
@@ -167,8 +159,27 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
         "logit_softcap": 10.0,
         "scale_embedding": True,
     },
+    # Both stacks differ in depth, both rows in length, and distances reach the last bucket.
+    "t5": {
+        "kind": "encoder_decoder",
+        "num_decoder_layers": 3,
+        "norm": "rmsnorm",
+        "mlp": "geglu",
+        "position": "relative",
+        "relative_buckets": 8,
+        "relative_max_distance": 10,
+        "attention_scale": 1.0,
+        "init": "fan_in",
+        "init_std": 1.0,
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
+    },
 }
-_OBJECTIVES: dict[Family, type[WordsConfig]] = {"bert": UniLmConfig}
+_OBJECTIVES: dict[Family, dict[str, Any]] = {
+    "bert": {"kind": "unilm"},
+    "t5": {"kind": "span_corruption", "target_length": _TARGET_LENGTH},
+}
 """Causal where none is named."""
 
 
@@ -181,8 +192,8 @@ def config_of(cell: Cell, family: Family, dtype: str) -> Config:
         mesh=cell.mesh,
         train=TrainConfig(batch_size=_BATCH, accumulation=cell.accumulation, remat="full"),
         # Several chunks, of 8 tokens.
-        objective=_OBJECTIVES.get(family, CausalConfig)(
-            z_loss=1e-3, logits_bytes=8 * 4 * 104 // cell.mesh.tensor
+        objective=TypeAdapter(AnyObjective).validate_python(
+            {"z_loss": 1e-3, "logits_bytes": 8 * 4 * 104 // cell.mesh.tensor} | _OBJECTIVES.get(family, {})
         ),
     )
 
@@ -194,16 +205,31 @@ def example_batch(fields: Sequence[Field] = PACKED) -> dict[str, np.ndarray]:
       fields: of an objective; the first of each text's tokens are its prefix, and some places are masked.
     """
     rng = np.random.default_rng(0)
-    shape = (_BATCH, _LENGTH)
+    names = {field.name for field in fields}
+    batch = _packed_row(rng, _LENGTH)
+    if "masked" in names:
+        some = most_hidden(_LENGTH, UniLmConfig().rate)
+        places = np.sort(rng.permuted(np.tile(np.arange(_LENGTH), (_BATCH, 1)), axis=1)[:, :some], axis=1)
+        batch |= {"masked": places, "labels": np.take_along_axis(batch["labels"], places, axis=1)}
+    if "target_tokens" in names:
+        # Some of the texts that are written have nothing that was read, and the other way round.
+        target = _packed_row(rng, _TARGET_LENGTH)
+        batch |= {f"target_{name}": target[name] for name in ("tokens", "segments", "positions")}
+        batch["labels"] = target["labels"]
+    return {field.name: batch[field.name].astype(np.int32) for field in fields}
+
+
+def _packed_row(rng: np.random.Generator, length: int) -> dict[str, np.ndarray]:
+    shape = (_BATCH, length)
     segments = np.sort(rng.integers(1, 4, shape), axis=1).astype(np.int32)
     starts = np.concatenate([np.ones((_BATCH, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-    first = np.maximum.accumulate(np.where(starts, np.arange(_LENGTH), 0), axis=1)
+    first = np.maximum.accumulate(np.where(starts, np.arange(length), 0), axis=1)
     labels = rng.integers(0, _SHARED["vocab_size"], shape)
     labels[rng.random(shape) < 0.3] = -1
-    labels[: _BATCH // 4, _LENGTH // 3 :] = -1
+    labels[: _BATCH // 4, length // 3 :] = -1
     labels[3] = -1
-    positions = np.arange(_LENGTH) - first
-    batch = {
+    positions = np.arange(length) - first
+    return {
         "tokens": rng.integers(0, _SHARED["vocab_size"], shape),
         "labels": labels,
         "segments": segments,
@@ -212,11 +238,6 @@ def example_batch(fields: Sequence[Field] = PACKED) -> dict[str, np.ndarray]:
         "prefix": positions < 3,
         "types": segments % 4,
     }
-    if any(field.name == "masked" for field in fields):
-        some = most_hidden(_LENGTH, UniLmConfig().rate)
-        places = np.sort(rng.permuted(np.tile(np.arange(_LENGTH), (_BATCH, 1)), axis=1)[:, :some], axis=1)
-        batch |= {"masked": places, "labels": np.take_along_axis(labels, places, axis=1)}
-    return {field.name: batch[field.name].astype(np.int32) for field in fields}
 
 
 @dataclass(frozen=True, kw_only=True)

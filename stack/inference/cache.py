@@ -15,7 +15,7 @@ from stack.parallel.rules import Layout
 
 def empty(config: LanguageConfig, layout: Layout, *, batch: int, slots: int) -> Cache:
     """Zeros in the compute dtype, [layers, batch, slots, kv_heads, head_dim] each."""
-    shape = (config.num_layers, batch, slots, config.kv_heads, config.head_width)
+    shape = (config.decoder_layers, batch, slots, config.kv_heads, config.head_width)
     spec = layout.spec("layers", "batch", None, "kv_heads", "head_dim")
     key, value = (jnp.zeros(shape, config.dtype, out_sharding=spec) for _ in Cache._fields)
     return Cache(key, value)
@@ -43,8 +43,8 @@ def mask(
       window: tokens that each sees, itself included; None: all before it.
       prefix: slots whose tokens are seen by all of their text.
     """
-    query, query_segments = _place(first + jnp.arange(queries, dtype=jnp.int32), padding)
-    key, key_segments = _place(jnp.arange(slots, dtype=jnp.int32), padding)
+    query, query_segments = place(first + jnp.arange(queries, dtype=jnp.int32), padding)
+    key, key_segments = place(jnp.arange(slots, dtype=jnp.int32), padding)
     in_prefix = jnp.broadcast_to(jnp.arange(slots) < prefix, key.shape) if prefix else None
     return Mask(
         kind="prefix" if prefix else "causal",
@@ -57,7 +57,7 @@ def mask(
     )
 
 
-def _place(slot: jax.Array, padding: jax.Array) -> tuple[jax.Array, jax.Array]:
+def place(slot: jax.Array, padding: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Position and segment of slots, [batch, slots] int32 each; both 0 for padding."""
     position = slot - padding[:, None]
     return jnp.maximum(position, 0), (position >= 0).astype(jnp.int32)

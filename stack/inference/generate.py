@@ -4,19 +4,19 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stack.config import LanguageConfig, StackError
+from stack.config import EncoderDecoderConfig, LanguageConfig, StackError
 from stack.inference import cache as caches
 from stack.inference.sampling import sample
 from stack.layers.attention import Cache
 from stack.layers.head import logits
-from stack.models.decoder import Decoder
+from stack.models.encoder_decoder import Memory
 from stack.models.stack import Execution
 from stack.parallel import mesh as meshes
 from stack.parallel.rules import Layout
@@ -42,9 +42,9 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt, all of them at once, with a key-value cache.
 
-    A row's text depends on its prompt, on `seed` and on its number in the batch; not on the other
-    prompts, so the same prompt given twice is continued in two ways. A text that fills the context,
-    `model.max_length`, goes on from its last half.
+    A model of two stacks reads the prompts, once, and writes texts of their own. A row's text depends on its
+    prompt, on `seed` and on its number in the batch; not on the other prompts, so the same prompt given twice
+    is continued in two ways. A text that fills the context, `model.max_length`, goes on from its last half.
 
     Args:
       program: of the run; its mesh is used whole, with the batch on every device and heads, MLP and
@@ -98,7 +98,10 @@ def stream(
     for number, prompt in enumerate(prompts):
         check_prompt(prompt, config, name=f"prompt {number}")
     ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    rows = [_Row(list(prompt), length) for prompt in prompts]
+    rows, memory = [_Row(list(prompt), length) for prompt in prompts], None
+    if isinstance(config, EncoderDecoderConfig):
+        memory = _remember(program, params, prompts, config.max_length)
+        rows = [_Row([config.start_token], length) for _ in prompts]
     key = jax.random.key(seed)
     for number in itertools.count():
         if not any(row.left for row in rows):
@@ -115,7 +118,7 @@ def stream(
             ends=ends,
         )
         turn = jax.random.fold_in(key, _FIRST_TURN + number) if number else key
-        for more in _fill_context(program, settings, params, rows, turn, chunk):
+        for more in _fill_context(program, settings, params, rows, turn, chunk, memory):
             yield [row.take(tokens, ends) for row, tokens in zip(rows, more, strict=True)]
 
 
@@ -152,8 +155,39 @@ class _Row:
         return new
 
 
+def _remember(
+    program: Program, params: dict, prompts: Sequence[Sequence[int]], max_length: int
+) -> Memory | None:
+    """What the encoder makes of prompts, for all that is written from them; None for none."""
+    if not prompts:
+        return None
+    with meshes.use(concrete(program)):
+        tokens, padding = jax.device_put(pad(prompts, max_length), program.layout.sharding())
+        return _read(program.graph, _layout(program.layout), params, tokens, padding)
+
+
+@partial(jax.jit, static_argnames=("graph", "layout"))
+def _read(graph: nnx.GraphDef, layout: Layout, params: dict, tokens: jax.Array, padding: jax.Array) -> Memory:
+    """Reads prompts [batch, bucket], of which so many first places are padding, [batch]."""
+    positions, segments = caches.place(jnp.arange(tokens.shape[1], dtype=jnp.int32), padding)
+    batch = {"tokens": tokens, "positions": positions, "segments": segments}
+    return _model(graph, layout, params).remember(batch, Execution(layout=layout))
+
+
+def _model(graph: nnx.GraphDef, layout: Layout, params: dict) -> Any:
+    """The model, whole over `fsdp` below stage 3."""
+    model = nnx.merge(graph, params)
+    return gather_module(model, layout) if layout.zero < 3 else model
+
+
 def _fill_context(
-    program: Program, settings: "_Settings", params: dict, rows: Sequence[_Row], key: jax.Array, chunk: int
+    program: Program,
+    settings: "_Settings",
+    params: dict,
+    rows: Sequence[_Row],
+    key: jax.Array,
+    chunk: int,
+    memory: Memory | None,
 ) -> Iterator[list[list[int]]]:
     """New tokens of every row until its context is full, it ends, or there are as many as asked for."""
     limit = settings.config.max_length
@@ -163,7 +197,7 @@ def _fill_context(
         tokens, padding = jax.device_put(pad(prompts, limit), everywhere)
         done = jax.device_put(np.array([not row.left for row in rows]), everywhere)
         room = min(settings.length, chunk)
-        progress = _begin(settings, params, tokens, padding, done, key, room)
+        progress = _begin(settings, params, tokens, padding, done, key, room, memory)
     told = np.zeros(len(rows), np.int64)
     while True:
         with meshes.use(concrete(program)):
@@ -171,7 +205,7 @@ def _fill_context(
             finished = is_done.all() or int(progress.number) >= settings.length
             if not finished:
                 room = min(settings.length, room + chunk)
-                progress = _go_on(settings, params, padding, tokens.shape[1], progress, key, room)
+                progress = _go_on(settings, params, padding, tokens.shape[1], progress, key, room, memory)
         yield [
             new[row, start:end].tolist() for row, (start, end) in enumerate(zip(told, counts, strict=True))
         ]
@@ -235,6 +269,7 @@ def _begin(
     ended: jax.Array,
     key: jax.Array,
     until: jax.Array,
+    memory: Memory | None,
 ) -> _Progress:
     """Reads the prompts [batch, bucket] and chooses up to `until` tokens of every row."""
     batch, bucket = prompts.shape
@@ -246,7 +281,7 @@ def _begin(
         ended=ended,
         cache=empty,
     )
-    append = _append(settings, params, padding, bucket, key)
+    append = _append(settings, params, padding, bucket, key, memory)
     return _choose(append, append(start, prompts, 0), bucket, until)
 
 
@@ -259,9 +294,10 @@ def _go_on(
     progress: _Progress,
     key: jax.Array,
     until: jax.Array,
+    memory: Memory | None,
 ) -> _Progress:
     """Chooses more tokens of every row, up to `until`."""
-    return _choose(_append(settings, params, padding, bucket, key), progress, bucket, until)
+    return _choose(_append(settings, params, padding, bucket, key, memory), progress, bucket, until)
 
 
 def _choose(append: _Append, progress: _Progress, bucket: int, until: jax.Array) -> _Progress:
@@ -277,21 +313,26 @@ def _choose(append: _Append, progress: _Progress, bucket: int, until: jax.Array)
     return jax.lax.while_loop(unfinished, one_more, progress)
 
 
-def _append(settings: _Settings, params: dict, padding: jax.Array, bucket: int, key: jax.Array) -> _Append:
+def _append(
+    settings: _Settings,
+    params: dict,
+    padding: jax.Array,
+    bucket: int,
+    key: jax.Array,
+    memory: Memory | None,
+) -> _Append:
     """The function that takes tokens [batch, queries] into the cache and chooses the next of every row."""
     config, layout = settings.config, settings.layout
     slots = bucket + settings.length
     room = config.max_length - (bucket - padding)
-    model: Decoder = nnx.merge(settings.graph, params)
-    run = Execution(layout=layout)
-    if layout.zero < 3:
-        model = gather_module(model, layout)
+    model, run = _model(settings.graph, layout, params), Execution(layout=layout)
+    decode = model.decode if memory is None else partial(model.decode, memory=memory)
 
     def append(progress: _Progress, tokens: jax.Array, first: jax.Array | int) -> _Progress:
         queries, window = tokens.shape[1], config.window
         prefix = bucket if settings.reads_both_ways else 0
         mask = caches.mask(padding, first=first, queries=queries, slots=slots, window=window, prefix=prefix)
-        output, cache = model.decode(tokens, mask, run, cache=progress.cache, slot=first)
+        output, cache = decode(tokens, mask, run, cache=progress.cache, slot=first)
         scores = logits(
             output.hidden[:, -1:],
             output.table,
@@ -344,7 +385,13 @@ def check_prompt(prompt: Sequence[int], config: LanguageConfig, *, name: str) ->
     """
     if not len(prompt):
         raise StackError(f"{name} is empty; start it with at least one token, such as end of document")
-    if len(prompt) >= config.max_length:
+    if isinstance(config, EncoderDecoderConfig):
+        if len(prompt) > config.max_length:
+            raise StackError(
+                f"{name} has {len(prompt)} tokens, but the context is model.max_length={config.max_length};"
+                " shorten the prompt"
+            )
+    elif len(prompt) >= config.max_length:
         raise StackError(
             f"{name} has {len(prompt)} tokens, but the context is model.max_length={config.max_length} and a "
             "new one must fit; shorten the prompt"

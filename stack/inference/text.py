@@ -7,11 +7,14 @@ from stack.config import Config, StackError
 from stack.config.section import is_text
 from stack.data.tokenizer import Tokenizer, continuation
 from stack.inference.generate import generate, stream
+from stack.objectives.protocol import Objective
 from stack.step.program import Program
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """The tokens of prompts, each the start of a document.
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], objective: Objective) -> list[list[int]]:
+    """The tokens of prompts as the objective has them: the start of a document, or a whole text with its end.
+
+    Special words are text, but for objectives that train a model to read them.
 
     Raises:
       StackError: a prompt is not text.
@@ -19,7 +22,15 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[in
     for number, prompt in enumerate(prompts):
         if not is_text(prompt):
             raise StackError(f"prompt {number} holds bytes that are not UTF-8; give it as UTF-8")
-    return [[tokenizer.bos, *ids.tolist()] for ids in tokenizer.encode_batch(prompts)]
+    texts = [ids.tolist() for ids in tokenizer.encode_batch(prompts, marks=objective.marks)]
+    if objective.continues:
+        return [[tokenizer.bos, *ids] for ids in texts]
+    return [[*ids, tokenizer.eos] for ids in texts]
+
+
+def decode_new(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int], objective: Objective) -> str:
+    """The text of new tokens, after those of a prompt or by itself."""
+    return continuation(tokenizer, prompt if objective.continues else (), new, marks=objective.marks)
 
 
 def end_tokens(tokenizer: Tokenizer, config: Config) -> list[int]:
@@ -39,41 +50,45 @@ def end_tokens(tokenizer: Tokenizer, config: Config) -> list[int]:
 def generate_texts(
     program: Program, params: dict, tokenizer: Tokenizer, prompts: Sequence[str], *, seed: int | None = None
 ) -> list[str]:
-    """Continues each prompt as the config's `sample` says.
+    """Continues each prompt, or writes what it asks for, as the config's `sample` says.
 
     Args:
       program: of the run.
       params: parameters that lie as `program.parameters`.
       tokenizer: of the run.
-      prompts: texts; an empty one starts a document.
+      prompts: texts; an empty one starts a document. In those of objectives that remove text or move it,
+        `<extra_id_0>` and the other special words of the tokenizer are those words.
       seed: another seed gives another text; None: the run's.
 
     Returns:
-      The continuations, without the prompts.
+      The continuations, without the prompts; of objectives that remove text, what was removed, each piece
+      after the word that stood for it.
 
     Raises:
       StackError: a prompt is not text or fills the context, or the seed is out of range.
     """
-    tokens = encode_prompts(tokenizer, prompts)
+    objective = program.objective
+    tokens = encode_prompts(tokenizer, prompts, objective)
     new = generate(program, params, tokens, **_sampling(program.config, tokenizer, seed))
-    return [continuation(tokenizer, *pair) for pair in zip(tokens, new, strict=True)]
+    return [decode_new(tokenizer, *pair, objective) for pair in zip(tokens, new, strict=True)]
 
 
 def stream_text(
     program: Program, params: dict, tokenizer: Tokenizer, prompt: str, *, seed: int | None = None
 ) -> Iterator[str]:
     """The same of one prompt in pieces, as they come; see `generate_texts`."""
-    (tokens,) = encode_prompts(tokenizer, [prompt])
+    objective = program.objective
+    (tokens,) = encode_prompts(tokenizer, [prompt], objective)
     new: list[int] = []
     told = ""
     for (more,) in stream(program, params, [tokens], **_sampling(program.config, tokenizer, seed)):
         new += more
         # The last character may not be whole yet.
-        whole = continuation(tokenizer, tokens, new).rstrip("\ufffd")
+        whole = decode_new(tokenizer, tokens, new, objective).rstrip("\ufffd")
         if whole.startswith(told):
             yield whole.removeprefix(told)
             told = whole
-    yield continuation(tokenizer, tokens, new).removeprefix(told)
+    yield decode_new(tokenizer, tokens, new, objective).removeprefix(told)
 
 
 def _sampling(config: Config, tokenizer: Tokenizer, seed: int | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face transformers, in and out: GPT-2, Llama, Mistral, Qwen and Gemma.
+"""Weights of Hugging Face transformers, in and out: GPT-2, Llama, Mistral, Qwen, Gemma, BERT, RoBERTa and T5.
 
 A state dict is a mapping from names, as transformers writes them, to arrays; it may read lazily (every
 array is asked for by name and dropped after it is copied). Only numpy is needed here.
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from stack.config import EncoderConfig, LanguageConfig
+from stack.config import EncoderConfig, EncoderDecoderConfig, LanguageConfig
 from stack.config.errors import StackError
-from stack.interop.families import bert
+from stack.interop.families import bert, t5
 from stack.interop.hugging_face_config import config_from_hf
 from stack.interop.leaf import Leaf, Naming, check_shape, layernorm, linear, table, vector
 
@@ -92,7 +92,7 @@ class Weights:
 
     def layers(self, path: str) -> range:
         """The layers of a parameter; none if it is of no layer."""
-        return range(self._config.num_layers if self._leaves[path].stacked else 0)
+        return range(self._leaves[path].depth(self._config))
 
     def read(self, path: str, layer: int | None = None, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A parameter, or what one layer has of it, float32; tables with their padding.
@@ -156,9 +156,9 @@ def tensors(config: LanguageConfig) -> list[Tensor]:
     """
     parts: dict[str, list[tuple[Leaf, int | None]]] = {}
     leaves = sorted(_leaves(config), key=lambda leaf: leaf.stacked)
-    for layer in (None, *range(config.num_layers)):
+    for layer in (None, *range(max(leaf.depth(config) for leaf in leaves))):
         for leaf in leaves:
-            if leaf.stacked == (layer is not None):
+            if not leaf.stacked if layer is None else layer < leaf.depth(config):
                 parts.setdefault(leaf.name.format(layer), []).append((leaf, layer))
     return [
         Tensor(name=name, shape=some[0][0].tensor_shape, parts=tuple(some)) for name, some in parts.items()
@@ -192,6 +192,8 @@ def _leaves(config: LanguageConfig) -> list[Leaf]:
     family_of(config)
     if isinstance(config, EncoderConfig):
         return bert.leaves(config)
+    if isinstance(config, EncoderDecoderConfig):
+        return t5.leaves(config)
     embedding = _naming(config).embedding
     leaves = [table("embed", embedding, config.vocab_size, config, of_words=True)]
     if not config.tied_embeddings:
@@ -258,6 +260,9 @@ def family_of(config: LanguageConfig) -> str:
     Raises:
         StackError: none does.
     """
+    if isinstance(config, EncoderDecoderConfig):
+        t5.check(config)
+        return "t5"
     family = _family(config)
     if isinstance(config, EncoderConfig):
         required = bert.required(config)
@@ -354,10 +359,7 @@ def _sources(state: Mapping[str, Any], config: LanguageConfig) -> tuple[dict[str
         one, other = (_tensor(state, name) for name in (sources.pop(copy), sources[main]))
         # NaN is refused where the table is read, under its name.
         if not np.array_equal(one, other, equal_nan=True):
-            tied = isinstance(config, EncoderConfig)
-            remedy = (
-                "they are one tensor; leave out the wrong one" if tied else "set model.tied_embeddings=false"
-            )
+            remedy = naming.remedies.get(copy, "they are one tensor; leave out the wrong one")
             raise StackError(f"the checkpoint's {copy} differs from its {main}; {remedy}")
     return sources, unread
 
@@ -366,9 +368,17 @@ def _naming(config: LanguageConfig) -> Naming:
     """How the family of a model names its tensors."""
     if isinstance(config, EncoderConfig):
         return bert.ENCODERS[bert.family_of(config)].naming
+    if isinstance(config, EncoderDecoderConfig):
+        return t5.naming(config)
     embedding = "transformer.wte.weight" if config.position == "learned" else "model.embed_tokens.weight"
     repeats = {"lm_head.weight": embedding} if config.tied_embeddings else {}
-    return Naming(embedding=embedding, heads=("lm_head.",), repeats=repeats, constants=_BUFFER)
+    return Naming(
+        embedding=embedding,
+        heads=("lm_head.",),
+        repeats=repeats,
+        remedies=dict.fromkeys(repeats, "set model.tied_embeddings=false"),
+        constants=_BUFFER,
+    )
 
 
 def _flatten(tree: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Configs of Hugging Face transformers: GPT-2, Llama, Mistral, Qwen and Gemma.
+"""Configs of Hugging Face transformers: GPT-2, Llama, Mistral, Qwen, Gemma, BERT, RoBERTa and T5.
 
 One rule holds for every key of a `config.json`: it is read, or it is known not to change what the model
 computes, or it is refused by name. A key means what it means to transformers 5.24; two keys that
@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from stack.config import DecoderConfig, EncoderConfig, RopeConfig
+from stack.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, RopeConfig
 from stack.config.errors import ConfigError, StackError
 from stack.interop.activations import FROM_HF
 from stack.interop.config_reader import ConfigReader
-from stack.interop.families import bert
+from stack.interop.families import bert, t5
 
 _HARMLESS = frozenset(
     (
@@ -65,7 +65,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 def config_from_hf(
     hf_config: Mapping[str, Any], names: Collection[str] | None = None
-) -> DecoderConfig | EncoderConfig:
+) -> DecoderConfig | EncoderConfig | EncoderDecoderConfig:
     """The model that a transformers `config.json` describes.
 
     Absent keys have transformers' defaults, dropout included. How the model is computed (`dtype`,
@@ -395,7 +395,7 @@ def _shortest(pattern: list[str]) -> list[str]:
 class _Family:
     """How the keys of one `model_type` are read."""
 
-    read: Callable[[ConfigReader], DecoderConfig | EncoderConfig]
+    read: Callable[[ConfigReader], DecoderConfig | EncoderConfig | EncoderDecoderConfig]
     """Makes the model, asking for every key it depends on."""
     neutral: Mapping[str, tuple[Any, ...]]
     """As `_NEUTRAL`."""
@@ -483,4 +483,14 @@ _FAMILIES = {
         )
         for name, read in (("bert", bert.read_bert), ("roberta", bert.read_roberta))
     },
+    "t5": _Family(
+        read=t5.read,
+        neutral={"architectures": t5.ARCHITECTURES, "is_encoder_decoder": (True,)},
+        aliases=t5.ALIASES,
+    ),
+    "mt5": _Family(
+        read=t5.read_multilingual,
+        neutral={"architectures": t5.ARCHITECTURES, "is_encoder_decoder": (True,)},
+        aliases=t5.ALIASES,
+    ),
 }

@@ -4,13 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stack.config import Config, DecoderConfig, EncoderConfig, MaskedConfig, RopeConfig
+from stack.config import (
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    LanguageConfig,
+    MaskedConfig,
+    RopeConfig,
+)
 from stack.data.tokenizer import BYTE_MARKS, FILE, Tokenizer, load_tokenizer
 from stack.data.words import bytes_as_bpe
 from stack.inference.text import end_tokens
 from stack.interop.activations import TO_HF
-from stack.interop.families import bert
+from stack.interop.families import bert, t5
 from stack.interop.hugging_face import family_of, query_pre_attn_scalar
+from stack.objectives import build as build_objective
 
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -20,38 +29,41 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "t5": "T5ForConditionalGeneration",
 }
 
 
-def config_to_hf(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
+def config_to_hf(config: LanguageConfig) -> dict[str, Any]:
     """The `config.json` of a model: the inverse of `config_from_hf`, but for what only training needs.
 
     Raises:
         StackError: transformers has no model for it.
     """
     family = family_of(config)
-    encoder = isinstance(config, EncoderConfig)
-    if encoder:
-        keys = bert.write(config)
-    elif family == "gpt2":
-        keys = _gpt2(config)
-    else:
-        keys = _gemma(config, family) if family.startswith("gemma") else _llama(config, family)
-    return {
+    architecture = bert.architecture(config) if isinstance(config, EncoderConfig) else _ARCHITECTURES[family]
+    shared: dict[str, Any] = {
         "model_type": family,
-        "architectures": [bert.architecture(config) if encoder else _ARCHITECTURES[family]],
+        "architectures": [architecture],
         "vocab_size": config.vocab_size,
-        "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied_embeddings,
-        **keys,
     }
+    if isinstance(config, EncoderDecoderConfig):
+        return shared | t5.write(config)
+    shared["initializer_range"] = config.init_std
+    if isinstance(config, EncoderConfig):
+        return shared | bert.write(config)
+    assert isinstance(config, DecoderConfig), "of these families"
+    if family == "gpt2":
+        return shared | _gpt2(config)
+    return shared | (_gemma(config, family) if family.startswith("gemma") else _llama(config, family))
 
 
 def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) -> list[str]:
     """Writes config.json, generation_config.json of what writes text, tokenizer.json and its config.
 
-    A tokenizer that does not begin a text by itself is told to begin it as the rows of training did, with
-    the mark that begins a document.
+    A tokenizer that neither begins nor ends a text by itself is told to do as the rows of training did: a
+    text that is gone on with begins with the mark that begins a document, one that is read whole ends with
+    its end.
 
     Returns:
         What a person should know.
@@ -67,7 +79,9 @@ def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) 
     if isinstance(config.model, EncoderConfig):
         bert.check_padding(config.model, tokenizer)
     else:
-        _write_json(folder / "generation_config.json", marks | _generation(config, tokenizer))
+        names = ("decoder_start_token_id", "pad_token_id")
+        starts = {name: model[name] for name in names if model.get(name) is not None}
+        _write_json(folder / "generation_config.json", marks | starts | _generation(config, tokenizer))
     if tokenizer.fingerprint == "bytes":
         own = bytes_as_bpe()
         # The special words that the model has rows for.
@@ -75,7 +89,10 @@ def write_files(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) 
         own.save(str(folder / FILE))
         tokenizer = load_tokenizer(str(folder / FILE))
     tokenizer.save(folder)
-    _begin_texts(folder / FILE, tokenizer.bos)
+    if build_objective(config).continues:
+        _mark_texts(folder / FILE, begin=tokenizer.bos)
+    else:
+        _mark_texts(folder / FILE, end=tokenizer.eos)
     names = json.loads((folder / "tokenizer_config.json").read_text())
     if isinstance(config.model, EncoderConfig):
         masks = isinstance(config.objective, MaskedConfig)
@@ -204,15 +221,19 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
     return options
 
 
-def _begin_texts(path: Path, bos: int) -> None:
+def _mark_texts(path: Path, *, begin: int | None = None, end: int | None = None) -> None:
+    """A text begins, or ends, with a token, where the tokenizer does not say otherwise."""
     import tokenizers
     from tokenizers import processors
 
     model = tokenizers.Tokenizer.from_file(str(path))
     if model.post_processor is None:
-        name = model.id_to_token(bos)
-        begin = processors.TemplateProcessing(single=[name, "$A"], special_tokens=[(name, bos)])
-        model.post_processor = begin  # pyrefly: ignore
+        names = {number: model.id_to_token(number) for number in (begin, end) if number is not None}
+        single = [names[begin], "$A"] if begin is not None else ["$A", *names.values()]
+        words = [(name, number) for number, name in names.items()]
+        model.post_processor = processors.TemplateProcessing(  # pyrefly: ignore
+            single=single, special_tokens=words
+        )
         model.save(str(path))
 
 

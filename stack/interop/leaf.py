@@ -33,18 +33,24 @@ class Leaf:
 
     def names(self, config: LanguageConfig) -> list[str]:
         """The tensors, layer by layer."""
-        return [self.name.format(layer) for layer in range(config.num_layers if self.stacked else 1)]
+        return [self.name.format(layer) for layer in range(self.depth(config) or 1)]
 
     def shape(self, config: LanguageConfig) -> tuple[int, ...]:
         """Of the whole leaf: layers stacked, vocabulary padded."""
         if self.stacked:
-            return (config.num_layers, *self.slice_shape)
+            return (self.depth(config), *self.slice_shape)
         return (config.padded_vocab_size, *self.slice_shape[1:]) if self.of_words else self.slice_shape
 
     @property
     def stacked(self) -> bool:
         """Whether layers are the leading axis."""
-        return self.path.startswith("layers/")
+        return "layers" in self.path.split("/")
+
+    def depth(self, config: LanguageConfig) -> int:
+        """How many layers; 0 if it is of none."""
+        if not self.stacked:
+            return 0
+        return config.decoder_layers if self.path.startswith("decoder/") else config.num_layers
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -74,6 +80,8 @@ class Naming:
     """Beginnings of names beside the model's own; a checkpoint without heads leaves out the model's."""
     repeats: Mapping[str, str]
     """Name -> the name of the same tensor, for those that may be there twice, or under either."""
+    remedies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Of those, what to do where the two differ and neither is just wrong."""
     constants: re.Pattern[str]
     """What lies beside the weights, and is made anew."""
     unread: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -1,7 +1,8 @@
-"""Multi-head self-attention with grouped keys and values (arXiv 1706.03762, 2305.13245)."""
+"""Multi-head attention with grouped keys and values (arXiv 1706.03762, 2305.13245)."""
 
+import math
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Key
 
-from stack.config import BlockConfig, RopeConfig
+from stack.config import BlockConfig, LanguageConfig, RopeConfig
 from stack.kernels.attention import Choice, Mask, Request, attend, choose
-from stack.layers.dropout import ATTENTION, dropout
+from stack.layers.dropout import ATTENTION, CROSS, dropout
 from stack.layers.linear import Linear
-from stack.layers.mlp import residual_std
+from stack.layers.mlp import matrix_std, residual_std
 from stack.layers.norm import Norm
 from stack.layers.rotary import amplitude, frequencies, rotate
 from stack.parallel.rules import Layout
@@ -26,22 +27,82 @@ class Cache(NamedTuple):
     value: Float[Array, "*layers batch slots kv_heads head_dim"]
 
 
-class Attention(nnx.Module):
-    """Queries, keys and values from x, attention, and the way back."""
+class Projections(nnx.Module):
+    """Queries, keys and values, attention, and the way back."""
+
+    place: ClassVar[int] = ATTENTION
+    """Of the bits that drop weights."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
-        """Weights normal with deviation `init_std`; `out` writes to the residual stream."""
+        """Weights normal, of `matrix_std`; `out` writes to the residual stream."""
         embed, width = (("embed", config.embed_dim),), ("head_dim", config.head_width)
         heads, kv_heads = (("heads", config.num_heads), width), (("kv_heads", config.kv_heads), width)
-        linear = partial(Linear, std=config.init_std, bias=config.qkv_bias, rngs=rngs)
+        linear = partial(Linear, bias=config.qkv_bias, rngs=rngs)
+        std = matrix_std(config, config.embed_dim)
         self.config = config
-        self.query = linear(embed, heads)
-        self.key = linear(embed, kv_heads)
-        self.value = linear(embed, kv_heads)
-        self.out = Linear(heads, embed, std=residual_std(config), bias=config.out_bias, rngs=rngs)
+        self.query = linear(embed, heads, std=std * _query_share(config))
+        self.key = linear(embed, kv_heads, std=std)
+        self.value = linear(embed, kv_heads, std=std)
+        inputs = config.num_heads * config.head_width
+        self.out = Linear(heads, embed, std=residual_std(config, inputs), bias=config.out_bias, rngs=rngs)
         norm = partial(Norm, "rmsnorm" if config.norm == "layernorm" else config.norm, width)
         self.query_norm = norm(config.norm_epsilon) if config.qk_norm else None
         self.key_norm = norm(config.norm_epsilon) if config.qk_norm else None
+
+    def queries(
+        self, x: Float[Array, "batch length embed"], layout: Layout
+    ) -> Float[Array, "batch length heads head_dim"]:
+        """What asks: [batch, length, embed] -> [batch, length, heads, head_dim]."""
+        query = self.query(x, layout, ("batch", "length", "heads", "head_dim"))
+        return query if self.query_norm is None else self.query_norm(query)
+
+    def keys(self, x: Float[Array, "batch length embed"], layout: Layout) -> Cache:
+        """What answers: [batch, length, embed] -> [batch, length, kv_heads, head_dim], twice."""
+        key = self.key(x, layout, ("batch", "length", "kv_heads", "head_dim"))
+        value = self.value(x, layout, ("batch", "length", "kv_heads", "head_dim"))
+        return Cache(key if self.key_norm is None else self.key_norm(key), value)
+
+    def mix(
+        self,
+        query: Float[Array, "batch length heads head_dim"],
+        seen: Cache,
+        mask: Mask,
+        layout: Layout,
+        *,
+        kernel: str,
+        bias: Float[Array, "groups heads length keys"] | None = None,
+        keys: Key[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch length embed"]:
+        """Attention to what is seen, and the way back; see `Attention`."""
+        config = self.config
+        drop = None
+        if keys is not None and config.attention_dropout:
+            names = ("batch", "kv_heads", None, None, None)
+            drop = partial(
+                dropout,
+                rate=config.attention_dropout,
+                keys=keys,
+                place=self.place,
+                layout=layout,
+                names=names,
+            )
+        y = attend(
+            query,
+            seen.key,
+            seen.value,
+            mask,
+            layout,
+            kernel=kernel,
+            bias=bias,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+            drop=drop,
+        )
+        return self.out(y, layout, ("batch", "residual_length", "embed"))
+
+
+class Attention(Projections):
+    """Attention of a text to itself."""
 
     def __call__(
         self,
@@ -50,6 +111,7 @@ class Attention(nnx.Module):
         layout: Layout,
         *,
         kernel: str,
+        bias: Float[Array, "groups heads length keys"] | None = None,
         keys: Key[Array, " batch"] | None = None,
         cache: Cache | None = None,
         slot: jax.Array | int = 0,
@@ -61,16 +123,13 @@ class Attention(nnx.Module):
           mask: who sees whom, and the positions of the tokens of x.
           layout: how things lie on the mesh.
           kernel: as `choose_attention` said.
+          bias: of the scores, as `attend` takes it, or None.
           keys: [batch] dropout keys of this layer, or None.
           cache: tokens seen before, or None.
           slot: where in the cache x goes.
         """
         config = self.config
-        query = self.query(x, layout, ("batch", "length", "heads", "head_dim"))
-        key = self.key(x, layout, ("batch", "length", "kv_heads", "head_dim"))
-        value = self.value(x, layout, ("batch", "length", "kv_heads", "head_dim"))
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        query, (key, value) = self.queries(x, layout), self.keys(x, layout)
         if config.position == "rotary":
             radians, factor = _rotation(config, mask)
             turn = partial(rotate, positions=mask.query_positions, radians=radians, amplitude=factor)
@@ -80,29 +139,43 @@ class Attention(nnx.Module):
             update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
             cache = Cache(update(cache.key, key), update(cache.value, value))
             key, value = cache
-        drop = None
-        if keys is not None and config.attention_dropout:
-            names = ("batch", "kv_heads", None, None, None)
-            drop = partial(
-                dropout,
-                rate=config.attention_dropout,
-                keys=keys,
-                place=ATTENTION,
-                layout=layout,
-                names=names,
-            )
-        y = attend(
-            query,
-            key,
-            value,
-            mask,
-            layout,
-            kernel=kernel,
-            scale=config.attention_scale,
-            softcap=config.attention_softcap,
-            drop=drop,
-        )
-        return self.out(y, layout, ("batch", "residual_length", "embed")), cache
+        return self.mix(query, Cache(key, value), mask, layout, kernel=kernel, bias=bias, keys=keys), cache
+
+
+class CrossAttention(Projections):
+    """Attention to another text, whose keys and values are given; it knows no positions."""
+
+    place: ClassVar[int] = CROSS
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        seen: Cache,
+        mask: Mask,
+        layout: Layout,
+        *,
+        kernel: str,
+        keys: Key[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch length embed"]:
+        """[batch, length, embed] -> [batch, residual_length, embed].
+
+        Args:
+          x: normalised residual stream.
+          seen: of `keys`, of the other text.
+          mask: who sees whom of it.
+          layout: how things lie on the mesh.
+          kernel: as `choose_attention` said.
+          keys: [batch] dropout keys of this layer, or None.
+        """
+        query, key, value = (checkpoint_name(each, "qkv_proj") for each in (self.queries(x, layout), *seen))
+        return self.mix(query, Cache(key, value), mask, layout, kernel=kernel, keys=keys)
+
+
+def _query_share(config: BlockConfig) -> float:
+    """Deviation of queries over that of keys: scores are as large whatever they are multiplied by."""
+    if config.init != "fan_in" or config.attention_scale is None:
+        return 1.0
+    return 1 / (math.sqrt(config.head_width) * config.attention_scale)
 
 
 def _rotation(config: BlockConfig, mask: Mask) -> tuple[Float32[Array, " half"], jax.Array | float]:
@@ -140,5 +213,7 @@ def choose_attention(
         packed_length=packed_length,
         dropout=config.attention_dropout,
         softcap=config.attention_softcap,
+        bias=config.position == "relative",
+        cross=isinstance(config, LanguageConfig) and config.shape == "encoder_decoder",
     )
     return choose(request, config.attention)

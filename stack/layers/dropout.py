@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from stack.parallel.rules import Layout
 
-EMBEDDING, ATTENTION, ATTENTION_OUT, MLP_OUT = range(4)
+EMBEDDING, ATTENTION, ATTENTION_OUT, MLP_OUT, CROSS, CROSS_OUT = range(6)
 """The places of a layer where bits are drawn."""
 
 

@@ -24,13 +24,14 @@ class Mlp(nnx.Module):
     """down(activation(up(x))), or down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
-        """Weights normal with deviation `init_std`; `down` writes to the residual stream."""
+        """Weights normal, of `matrix_std`; `down` writes to the residual stream."""
         embed, mlp = (("embed", config.embed_dim),), (("mlp", config.mlp_width),)
         linear = partial(Linear, bias=config.mlp_bias, rngs=rngs)
         self.kind = config.mlp
-        self.gate = linear(embed, mlp, std=config.init_std) if config.gated else None
-        self.up = linear(embed, mlp, std=config.init_std)
-        self.down = linear(mlp, embed, std=residual_std(config))
+        std = matrix_std(config, config.embed_dim)
+        self.gate = linear(embed, mlp, std=std) if config.gated else None
+        self.up = linear(embed, mlp, std=std)
+        self.down = linear(mlp, embed, std=residual_std(config, config.mlp_width))
 
     def __call__(
         self, x: Float[Array, "batch length embed"], layout: Layout
@@ -45,8 +46,12 @@ class Mlp(nnx.Module):
         return self.down(y, layout, ("batch", "residual_length", "embed"))
 
 
-def residual_std(config: BlockConfig) -> float:
+def matrix_std(config: BlockConfig, inputs: int) -> float:
+    """Deviation of a matrix of so many inputs."""
+    return config.init_std / math.sqrt(inputs) if config.init == "fan_in" else config.init_std
+
+
+def residual_std(config: BlockConfig, inputs: int) -> float:
     """Deviation of the projections that write to the residual stream (GPT-2, section 2.3)."""
-    return (
-        config.init_std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else config.init_std
-    )
+    std = matrix_std(config, inputs)
+    return std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else std

@@ -41,22 +41,45 @@ class Block(nnx.Module):
         mask: Mask,
         run: Execution,
         *,
+        bias: jax.Array | None = None,
         keys: jax.Array | None = None,
         cache: Cache | None = None,
         slot: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """[batch, residual_length, embed] -> the same, and the cache with this layer's keys and values."""
+        x, cache = self.attend(x, mask, run, bias=bias, keys=keys, cache=cache, slot=slot)
+        return self.transform(x, run, keys), cache
+
+    def attend(
+        self,
+        x: jax.Array,
+        mask: Mask,
+        run: Execution,
+        *,
+        bias: jax.Array | None,
+        keys: jax.Array | None,
+        cache: Cache | None,
+        slot: jax.Array | int,
+    ) -> tuple[jax.Array, Cache | None]:
+        """The first half of a block: attention."""
         layout = run.layout
-        drop = partial(dropout, rate=self.config.residual_dropout, keys=keys, layout=layout, names=RESIDUAL)
         whole = self.read(self.attention_norm, x, layout)
         y, cache = self.attention(
-            whole, mask, layout, kernel=run.kernels["attention"], keys=keys, cache=cache, slot=slot
+            whole, mask, layout, kernel=run.kernels["attention"], bias=bias, keys=keys, cache=cache, slot=slot
         )
         y = y if self.attention_out_norm is None else self.attention_out_norm(y)
-        x = self.write(self.attention_norm, x + drop(y, place=ATTENTION_OUT))
-        y = self.mlp(self.read(self.mlp_norm, x, layout), layout)
+        return self.write(self.attention_norm, x + self.drop(y, ATTENTION_OUT, run, keys)), cache
+
+    def transform(self, x: jax.Array, run: Execution, keys: jax.Array | None) -> jax.Array:
+        """The second half: the MLP."""
+        y = self.mlp(self.read(self.mlp_norm, x, run.layout), run.layout)
         y = y if self.mlp_out_norm is None else self.mlp_out_norm(y)
-        return self.write(self.mlp_norm, x + drop(y, place=MLP_OUT)), cache
+        return self.write(self.mlp_norm, x + self.drop(y, MLP_OUT, run, keys))
+
+    def drop(self, y: jax.Array, place: int, run: Execution, keys: jax.Array | None) -> jax.Array:
+        """What a half adds to the residual stream, some of it dropped in training."""
+        rate, layout = self.config.residual_dropout, run.layout
+        return dropout(y, rate=rate, keys=keys, place=place, layout=layout, names=RESIDUAL)
 
     def read(self, norm: Norm, x: jax.Array, layout: Layout) -> jax.Array:
         """What attention or the MLP reads of the residual stream: all of its length."""

@@ -1,17 +1,22 @@
 """What a model computes, of which FLOPs and planned time are both read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from stack.config import BlockConfig, LanguageConfig
+from stack.config import BlockConfig, EncoderDecoderConfig, LanguageConfig
 from stack.kernels.attention import Kind
 
 Axis = tuple[str, int]
 """A logical axis and its size; the table of axes tells whether `tensor` splits it."""
 
+Sizes = Mapping[str, int]
+"""Of the axes of a batch but its rows, as an objective names them: `length`, and `target_length` or
+`masked`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """A matrix product of every token with a weight [inner, columns]."""
+    """A matrix product of tokens with a weight [inner, columns]."""
 
     inner: Axis
     columns: Axis
@@ -20,6 +25,8 @@ class Product:
     parts: tuple[int, ...] = ()
     """Columns of the products it stands for, which read the same input, in the order they are computed;
     empty: it is one."""
+    tokens: str = "length"
+    """The axis of the batch whose tokens it is of."""
 
     @property
     def size(self) -> int:
@@ -42,6 +49,10 @@ class Attention:
     kind: Kind = "causal"
     window: int | None = None
     """Tokens seen; None: all."""
+    queries: str = "length"
+    """The axis of the batch whose tokens ask."""
+    keys: str = "length"
+    """The axis of the batch whose tokens they see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +66,13 @@ class Layers:
     elementwise: tuple[Axis, ...]
     """Arrays read or written per token by norms, sums and activations, with the axis along which they are
     split: (axis, elements)."""
+    cross: Attention | None = None
+    """To another text, besides."""
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Of one layer."""
+        return (self.attention,) if self.cross is None else (self.attention, self.cross)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +141,30 @@ def decoder_cost(config: LanguageConfig, *, sums: int = 2, kind: Kind = "causal"
         if number
     )
     return Cost(stacks=stacks, head=(head,))
+
+
+def encoder_decoder_cost(config: EncoderDecoderConfig) -> Cost:
+    """Blocks that read, and blocks that write and see what was read; the head scores what is written.
+
+    Of the decoder, attention to what was read has queries of tokens that are written, keys of those read.
+    """
+    encoder, head = block_cost(config, kind="full"), decoder_cost(config).head
+    qkv, out, *mlp = (replace(product, tokens=_WRITTEN) for product in encoder.products)
+    queries, keys, values = qkv.parts
+    cross = (
+        replace(qkv, columns=("heads", queries), parts=()),
+        replace(qkv, columns=("heads", keys + values), parts=(keys, values), tokens="length"),
+        out,
+    )
+    attention = replace(encoder.attention, kind="causal", queries=_WRITTEN, keys=_WRITTEN)
+    decoder = Layers(
+        number=config.decoder_layers,
+        products=(qkv, out, *cross, *mlp),
+        attention=attention,
+        elementwise=block_cost(config, sums=3).elementwise,
+        cross=replace(encoder.attention, window=None, queries=_WRITTEN),
+    )
+    return Cost(stacks=(encoder, decoder), head=tuple(replace(product, tokens=_WRITTEN) for product in head))
+
+
+_WRITTEN = "target_length"

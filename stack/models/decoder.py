@@ -15,6 +15,7 @@ from stack.kernels.attention import Mask, row_mask
 from stack.layers.attention import Cache
 from stack.layers.dropout import EMBEDDING, dropout, layer_keys
 from stack.layers.embedding import Embedding
+from stack.layers.mlp import matrix_std
 from stack.layers.norm import Norm
 from stack.models.block import RESIDUAL, Block
 from stack.models.cost import Cost, decoder_cost
@@ -44,7 +45,8 @@ class Decoder(nnx.Module):
         make = partial(_make_layer, self.block, config)
         self.layers = stack_layers(make, config.num_layers, rngs=rngs)
         self.final_norm = final_norm(config)
-        self.head = None if config.tied_embeddings else words(std=config.init_std, rngs=rngs)
+        std = matrix_std(config, config.embed_dim)
+        self.head = None if config.tied_embeddings else words(std=std, rngs=rngs)
 
     @staticmethod
     def cost(config: LanguageConfig) -> Cost:

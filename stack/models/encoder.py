@@ -14,7 +14,7 @@ from stack.kernels.attention import row_mask
 from stack.layers.dropout import EMBEDDING, dropout, layer_keys
 from stack.layers.embedding import Embedding, select
 from stack.layers.linear import Linear
-from stack.layers.mlp import ACTIVATIONS
+from stack.layers.mlp import ACTIVATIONS, matrix_std
 from stack.layers.norm import Norm
 from stack.layers.parameter import parameter
 from stack.models.block import RESIDUAL, Block
@@ -29,7 +29,7 @@ from stack.parallel.zero import gather_at_use
 def square(config: EncoderConfig, rngs: nnx.Rngs) -> Linear:
     """A layer as wide as its input."""
     width = (("embed", config.embed_dim),)
-    return Linear(width, width, bias=True, std=config.init_std, rngs=rngs)
+    return Linear(width, width, bias=True, std=matrix_std(config, config.embed_dim), rngs=rngs)
 
 
 class Head(nnx.Module):
@@ -61,11 +61,10 @@ class Encoder(nnx.Module):
         self.config = config
         embed = ("embed", config.embed_dim)
         table = partial(Embedding, embed_dim=config.embed_dim, rngs=rngs)
-        words = partial(
-            table, ("vocab", config.padded_vocab_size), used=config.vocab_size, std=config.init_std
-        )
+        words = partial(table, ("vocab", config.padded_vocab_size), used=config.vocab_size)
         rows = config.first_position + config.max_length
-        self.embed = words(scale=math.sqrt(config.embed_dim) if config.scale_embedding else None)
+        scale = math.sqrt(config.embed_dim) if config.scale_embedding else None
+        self.embed = words(std=config.init_std, scale=scale)
         self.position = (
             table(("length", rows), used=rows, std=config.position_init_std)
             if config.position == "learned"
@@ -80,7 +79,7 @@ class Encoder(nnx.Module):
         self.layers = stack_layers(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs)
         self.final_norm = final_norm(config)
         self.head = Head(config, rngs=rngs)
-        self.output = None if config.tied_embeddings else words()
+        self.output = None if config.tied_embeddings else words(std=matrix_std(config, config.embed_dim))
         self.pooler = square(config, rngs) if config.pooler else None
 
     @staticmethod
@@ -155,7 +154,8 @@ class Encoder(nnx.Module):
 
 
 def encoder_cost(config: EncoderConfig) -> Cost:
-    """As of a decoder, with all keys seen; the head is counted over every token."""
+    """As of a decoder, with all keys seen; the head is of the places that are hidden."""
     cost = decoder_cost(config, kind="full")
     square = Product(inner=("embed", config.embed_dim), columns=("embed", config.embed_dim))
-    return Cost(stacks=cost.stacks, head=(*[square] * config.head_transform, *cost.head))
+    head = (*[square] * config.head_transform, *cost.head)
+    return Cost(stacks=cost.stacks, head=tuple(replace(product, tokens="masked") for product in head))

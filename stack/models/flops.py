@@ -6,16 +6,21 @@ forward. Parameters of matrix products cost 6 FLOPs per token in training (arXiv
 (arXiv 2104.04473, appendix; arXiv 2204.02311, appendix B). Embedding look-ups, norms, biases and
 activations are left out.
 
+A model may run over rows of several lengths: what is read and what is written, or all of a row and the few
+places of it whose words are scored. FLOPs are per token of `length`, what is read, and those of the other
+rows are shared out over it; a plain number is the length of rows of which all tokens are scored.
+
 Two conventions for the keys of a token are in use, and move MFU by several percent: `full` counts the
 whole row, `causal` the half of it that a causal mask leaves. Compare projects in one convention only.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 from stack.config.model import ModelConfig
 from stack.hardware.mfu import Mfu, utilisation
 from stack.models import model_cost
-from stack.models.cost import Attention, Layers
+from stack.models.cost import Attention, Layers, Product, Sizes
 
 Convention = Literal["full", "causal"]
 
@@ -30,7 +35,7 @@ def keys_per_token(attention: Attention, length: int, convention: Convention) ->
 
     Args:
         attention: gives the window, and whether it is causal.
-        length: tokens per row.
+        length: tokens per row of keys.
         convention: `full` or `causal`.
     """
     window = min(attention.window or length, length)
@@ -46,32 +51,45 @@ def matmul_parameters(model: ModelConfig) -> int:
     return layers + sum(product.size for product in parts.head)
 
 
-def forward_flops_per_token(model: ModelConfig, length: int, convention: Convention = "causal") -> float:
-    """FLOPs of a forward pass per token, in rows of `length` tokens."""
-    head = 2 * sum(product.size for product in model_cost(model).head)
+def forward_flops_per_token(
+    model: ModelConfig, length: int | Sizes, convention: Convention = "causal"
+) -> float:
+    """FLOPs of a forward pass per token of rows of a length, or of an objective's `sizes`.
+
+    Raises:
+        KeyError: the sizes lack a row that the model runs over.
+    """
+    head = _products(model_cost(model).head, _sizes(length))
     return recomputed_flops_per_token(model, length, convention) + head
 
 
-def train_flops_per_token(model: ModelConfig, length: int, convention: Convention = "causal") -> float:
+def train_flops_per_token(
+    model: ModelConfig, length: int | Sizes, convention: Convention = "causal"
+) -> float:
     """FLOPs of a training step per token: a forward and a backward pass. MFU is of these."""
     return 3 * forward_flops_per_token(model, length, convention)
 
 
-def recomputed_flops_per_token(model: ModelConfig, length: int, convention: Convention = "causal") -> float:
+def recomputed_flops_per_token(
+    model: ModelConfig, length: int | Sizes, convention: Convention = "causal"
+) -> float:
     """FLOPs per token that `remat=full` adds to a training step: each layer's forward pass once more.
 
     They are spent, but not model FLOPs; some published utilisations count them (arXiv 2104.04473).
     """
-    return sum(_forward(stack, length, convention) for stack in model_cost(model).stacks)
+    sizes = _sizes(length)
+    return sum(_forward(stack, sizes, convention) for stack in model_cost(model).stacks)
 
 
-def mfu(model: ModelConfig, *, length: int, tokens_per_second_per_device: float, device_kind: str) -> Mfu:
+def mfu(
+    model: ModelConfig, *, length: int | Sizes, tokens_per_second_per_device: float, device_kind: str
+) -> Mfu:
     """Utilisation of a training run.
 
     Args:
         model: its dtype chooses the peak.
-        length: tokens per row.
-        tokens_per_second_per_device: tokens trained on, padding included, over seconds and devices.
+        length: tokens per row, or an objective's `sizes`.
+        tokens_per_second_per_device: tokens read, padding included, over seconds and devices.
         device_kind: `jax.Device.device_kind`.
     """
     return utilisation(
@@ -82,9 +100,21 @@ def mfu(model: ModelConfig, *, length: int, tokens_per_second_per_device: float,
     )
 
 
-def _forward(stack: Layers, length: int, convention: Convention) -> float:
-    """FLOPs per token of a stack of layers."""
-    # Scores and their product with the values: 2 FLOPs each per key and channel.
-    width = stack.attention.heads * stack.attention.head_dim
-    attention = 4 * width * keys_per_token(stack.attention, length, convention)
-    return stack.number * (2 * sum(product.size for product in stack.products) + attention)
+def _sizes(length: int | Sizes) -> Sizes:
+    """Where an objective scores not only some places of a row, it scores all."""
+    sizes = {"length": length} if isinstance(length, int) else length
+    return {"masked": sizes["length"], **sizes}
+
+
+def _forward(stack: Layers, sizes: Sizes, convention: Convention) -> float:
+    """FLOPs of a stack of layers, per token of `length`."""
+    attention = 0.0
+    for part in stack.attentions:
+        # Scores and their product with the values: 2 FLOPs each per key and channel.
+        keys = keys_per_token(part, sizes[part.keys], convention)
+        attention += 4 * part.heads * part.head_dim * keys * sizes[part.queries] / sizes["length"]
+    return stack.number * (_products(stack.products, sizes) + attention)
+
+
+def _products(products: Iterable[Product], sizes: Sizes) -> float:
+    return sum(2 * product.size * sizes[product.tokens] / sizes["length"] for product in products)

@@ -15,6 +15,7 @@ class FillInMiddle(Pairs):
     """
 
     name = "middle 1"
+    marks = True
 
     def __init__(self, config: Config) -> None:
         """As of causal rows: nothing is seen by what comes before it."""

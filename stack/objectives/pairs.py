@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
-from stack.config import Config
+from stack.config import Config, EncoderDecoderConfig
 from stack.data.dataset import Dataset
 from stack.data.examples import generator, longest
 from stack.data.fields import Field
@@ -155,14 +155,15 @@ class Pairs(Words):
         """In one row for a decoder, in two for an encoder and a decoder."""
         super().__init__(config)
         length = config.data.sequence_length
-        self.start = getattr(config.model, "start_token", 0)
+        self.start = 0
         self.lengths: tuple[int, int | None] = length, None
         self.fields, self.endings = WITH_PREFIX, ("held_out", "sample")
-        if config.model.shape == "encoder_decoder":
+        if isinstance(config.model, EncoderDecoderConfig):
             target_length = self._target_length(length)
+            self.start = config.model.start_token
             self.lengths = length, target_length
             self.sizes["target_length"] = target_length
-            self.fields, self.endings = TWO_ROWS, ("held_out",)
+            self.fields = TWO_ROWS
 
     def split_sizes(self, lengths: Int64[np.ndarray, " pieces"]) -> Sizes:
         """Of the parts of pieces of so many tokens."""

@@ -28,6 +28,10 @@ class Objective(Protocol):
     """Of the axes of the fields but `batch`."""
     endings: tuple[str, ...]
     """What is shown when a run ends: names of `stack.train.watch.endings`."""
+    continues: bool
+    """Whether what a model writes goes on with its prompt, or is a text of its own."""
+    marks: bool
+    """Whether special words written out in a prompt stand for themselves, and are shown in the answer."""
 
     def __init__(self, config: Any) -> None: ...
 

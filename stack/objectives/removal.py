@@ -17,6 +17,9 @@ Choose = Callable[[Tokens, np.random.Generator], Bool[np.ndarray, " tokens"]]
 class Removal(Pairs):
     """Mean cross-entropy of what was removed; subclasses say what is."""
 
+    continues = False
+    marks = True
+
     def most_removed(self, length: int) -> int:
         """Runs of tokens that are removed of a piece of so many tokens, at most."""
         raise NotImplementedError

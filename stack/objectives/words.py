@@ -5,7 +5,7 @@ Who prepares data needs no JAX, so what computes is imported where it does.
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from stack.config import Config, WordsConfig
 from stack.config.errors import ConfigError
@@ -37,6 +37,11 @@ class Words:
 
     fields: tuple[Field, ...] = PACKED
     endings: tuple[str, ...] = ("held_out",)
+    continues: ClassVar[bool] = True
+    """Whether what is written goes on with a prompt, which then begins a document; if not, the prompt is a
+    whole text, and what is written another."""
+    marks: ClassVar[bool] = False
+    """Whether special words that are written out in a prompt stand for themselves, and are shown."""
 
     def __init__(self, config: Config) -> None:
         """The options of the objective and of the model's head."""

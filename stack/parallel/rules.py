@@ -21,6 +21,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "target_length": (),
     "masked": (),
     "types": (),
+    "buckets": (),
     "embed": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -110,6 +111,16 @@ class Layout:
         """`x`, laid out as its logical axes say."""
         spec = self.spec(*names)
         return x if spec is None else jax.reshard(x, spec)
+
+    def sum_late(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """`x`, laid out as its logical axes say, for matmuls whose results are split over `tensor`.
+
+        Its gradient stays a partial sum on each device, of however many matmuls, until it leaves here.
+        """
+        spec = self.spec(*names)
+        if spec is None or self.size("tensor") == 1:
+            return self.shard(x, *names)
+        return jax.reshard(x, P(*spec.partitions, reduced={"tensor"}))
 
     def sharding(self, *names: str | None) -> NamedSharding:
         """The same as a sharding, for arrays made outside jit."""

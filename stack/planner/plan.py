@@ -67,14 +67,14 @@ class Plan:
     @property
     def flops_per_step(self) -> float:
         """Model FLOPs of a step over all devices, causal convention (see `stack.models.flops`)."""
-        return self.work.tokens * train_flops_per_token(self.work.model, self.work.length, "causal")
+        return self.work.tokens * train_flops_per_token(self.work.model, self.work.sizes, "causal")
 
     @property
     def recomputed_flops_per_step(self) -> float:
         """What `remat=full` adds to them; 0 for other policies, whose part is in the time alone."""
         if self.work.remat != "full":
             return 0.0
-        return self.work.tokens * recomputed_flops_per_token(self.work.model, self.work.length, "causal")
+        return self.work.tokens * recomputed_flops_per_token(self.work.model, self.work.sizes, "causal")
 
     @property
     def peak_flops(self) -> float | None:
@@ -85,7 +85,7 @@ class Plan:
         """Model FLOPs utilisation, `full` or `causal` (arXiv 2204.02311, appendix B)."""
         if self.peak_flops is None:
             return None
-        flops = train_flops_per_token(self.work.model, self.work.length, convention)
+        flops = train_flops_per_token(self.work.model, self.work.sizes, convention)
         return self.tokens_per_second_per_device * flops / self.peak_flops
 
     @property

@@ -181,6 +181,7 @@ def on_mesh(
             packed_length=data.sequence_length if data.packed else None,
         ),
     )
+    _check_rows(program)
     if config.optimizer.frozen or config.optimizer.groups:
         _ = program.optimizer  # Refused now, not when the text is tokenized.
     return program
@@ -199,6 +200,17 @@ def _check_resolved(config: Config) -> None:
     for name, auto in (("mesh", config.mesh.auto), ("train.remat", config.train.remat == "auto")):
         if auto:
             raise ConfigError(f"{name}: auto names no layout yet; name one, or let the trainer choose")
+
+
+def _check_rows(program: Program) -> None:
+    """`check_divides` of a row that only the objective knows the length of."""
+    length, tensor = program.objective.sizes.get("target_length", 0), program.layout.size("tensor")
+    if program.layout.sequence_parallel and length % tensor:
+        raise ConfigError(
+            f"mesh.sequence_parallel splits the {length} tokens of a row that is written over tensor={tensor}"
+            f" ways, which do not divide it; set objective.target_length={-(-length // tensor) * tensor}, or"
+            " sequence_parallel=false"
+        )
 
 
 def _memory_kinds(mesh: Mesh | AbstractMesh) -> set[str]:

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stack.config import ConfigError, DecoderConfig, EncoderConfig, StackError
+from stack.config import ConfigError, DecoderConfig, EncoderConfig, EncoderDecoderConfig, StackError
 from stack.config.paths import expand
 from stack.interop.hugging_face import tensors
 from stack.interop.hugging_face_files import write_files
@@ -59,7 +59,7 @@ def export(
     if target.exists():
         raise StackError(f"{target} exists; give a folder that does not, or delete it")
     config = trainer.config
-    if not isinstance(config.model, DecoderConfig | EncoderConfig):
+    if not isinstance(config.model, DecoderConfig | EncoderConfig | EncoderDecoderConfig):
         raise StackError(f"model.kind={config.model.kind} has no counterpart in transformers")
     plan = {tensor.name: tensor for tensor in tensors(config.model)}
     assert trainer.state is not None, "a run that was opened has parameters"

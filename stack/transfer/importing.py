@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from stack.config import Config, ConfigError, EncoderConfig, StackError
+from stack.config import Config, ConfigError, EncoderConfig, EncoderDecoderConfig, ModelConfig, StackError
 from stack.config.paths import expand
 from stack.data.dataset import digest
 from stack.data.tokenizer import FILE, named_marks
@@ -24,6 +25,9 @@ _FREE = {
     *("embedding_dropout", "attention_dropout", "residual_dropout"),
 }
 """What of a model its numbers are not of."""
+
+_OBJECTIVES = {"decoder": "causal", "encoder_decoder": "span_corruption"}
+"""What a model of a shape is trained for, unless an override says otherwise."""
 
 
 def load_weights(
@@ -86,17 +90,12 @@ def _config(weights: Folder, source: Path, target: Path, overrides: Sequence[str
     given = any(word.startswith("data.tokenizer=") for word in overrides)
     if not given and not tokenizer.is_file():
         raise StackError(f"{source} has no {FILE}; give one with data.tokenizer=FILE")
-    trained_for = (
-        {"objective": bert.objective(model, named_marks(source / "tokenizer_config.json"))}
-        if isinstance(model, EncoderConfig)
-        else {}
-    )
     config = Config.model_validate(
         {
             "name": target.name,
             "output_dir": str(target.parent),
             "model": model.model_dump(mode="json"),
-            **trained_for,
+            "objective": _trained_for(model, source),
             "data": {
                 "tokenizer": str(tokenizer),
                 "sequence_length": min(model.max_length, Config().data.sequence_length),
@@ -110,3 +109,10 @@ def _config(weights: Folder, source: Path, target: Path, overrides: Sequence[str
         if now[name] != then.get(name):
             raise ConfigError(f"model.{name} is what {source / CONFIG} says; leave it out")
     return config
+
+
+def _trained_for(model: ModelConfig, source: Path) -> dict[str, Any]:
+    """The objective of a model, unless an override says otherwise."""
+    if isinstance(model, EncoderConfig):
+        return bert.objective(model, named_marks(source / "tokenizer_config.json"))
+    return {"kind": "span_corruption" if isinstance(model, EncoderDecoderConfig) else "causal"}

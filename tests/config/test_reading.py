@@ -205,7 +205,7 @@ def test_a_bad_override_is_told_in_one_line(field, told):
     [
         (
             "model: {kind: decodr}",
-            "model.kind='decodr' must be one of decoder, parallel_decoder, encoder; did you mean decoder?",
+            "model.kind='decodr' must be one of decoder, parallel_decoder, encoder, encoder_decoder; did",
         ),
         ("model: {kind: 3}", "model.kind=3 must be one of decoder, parallel_decoder, encoder"),
         ("model: {num_layer: 3}", "model.num_layer is not a field; did you mean model.num_layers?"),

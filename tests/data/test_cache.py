@@ -30,13 +30,13 @@ class CountingTokenizer(ByteTokenizer):
 
     seen: list[str] = field(default_factory=list)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], *, marks: bool = False) -> list[np.ndarray]:
         self.seen.extend(texts)
-        return super().encode_batch(texts)
+        return super().encode_batch(texts, marks=marks)
 
 
 class FailingTokenizer(ByteTokenizer):
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], *, marks: bool = False) -> list[np.ndarray]:
         raise MemoryError("in the middle of the work")
 
 

@@ -124,3 +124,16 @@ def test_bpe_needs_room_for_the_bytes_and_some_text(tmp_path: Path) -> None:
     few = DataConfig(sources=(SourceConfig(kind="synthetic", max_bytes=1000),))
     with pytest.raises(StackError, match="cannot be written"):
         train_bpe(few, 260, tmp_path / "file" / "t.json")
+
+
+def test_special_words_are_named_only_where_they_may_be(tmp_path):
+    """Text forges none; a prompt that may name them does, and the tokenizer is then as it was."""
+    save_word_tokenizer(tmp_path / "tokenizer.json", ["</s>", "<extra_id_0>"])
+    for tokenizer in (load_tokenizer(str(tmp_path / "tokenizer.json")), load_tokenizer("bytes")):
+        mark = tokenizer.token("<extra_id_0>")
+        (named,) = tokenizer.encode_batch(["a<extra_id_0>a"], marks=True)
+        assert named.tolist() == [tokenizer.token("a"), mark, tokenizer.token("a")]
+        assert tokenizer.decode(named, marks=True).replace(" ", "") == "a<extra_id_0>a"
+        assert tokenizer.decode(named).replace(" ", "") == "aa"
+        (text,) = tokenizer.encode_batch(["a<extra_id_0>a"])
+        assert mark not in text

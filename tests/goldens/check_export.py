@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from make_hugging_face import CONFIGS, ENCODERS, POOLED, encoder, randomize
+from make_hugging_face import CONFIGS, ENCODERS, POOLED, T5_CONFIGS, encoder, make_t5, randomize, t5_keys
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -61,6 +61,17 @@ TEXTS = {
     "gemma2": GEMMA | {"attention_softcap": 20.0, "logit_softcap": 10.0},
     "gemma3": GEMMA | {"qk_norm": True, "rope": {"theta": 1e6}, "local_rope_theta": 1e4},
 }
+
+
+T5 = {
+    "position": "relative",
+    "norm": "rmsnorm",
+    "mlp": "geglu",
+    "attention_scale": 1.0,
+    "init": "fan_in",
+    "init_std": 1.0,
+    "scale_residual_init": False,
+} | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "tied_embeddings"), False)
 
 
 def stack(*words: object) -> str:
@@ -225,6 +236,55 @@ def check_masked(folder: Path) -> None:
     print(f"bert of bytes: scores of a masked text equal to {worst:.1e}", flush=True)  # noqa: T201
 
 
+def check_t5(family: str, folder: Path) -> None:
+    """In and out, in each dtype, of a model that reads one row and writes another."""
+    torch.manual_seed(0)
+    config = T5_CONFIGS[family]
+    model = make_t5(config)
+    read, written = torch.randint(4, 61, (2, 20)), torch.randint(4, 61, (2, 9))
+    for dtype in ("float32", "bfloat16", "float16"):
+        kind = getattr(torch, dtype)
+        source, run, target = (folder / f"{dtype}-{name}" for name in ("in", "run", "out"))
+        copy.deepcopy(model).to(kind).save_pretrained(source)
+        (source / "config.json").write_text(json.dumps(t5_keys(config)))
+        write_tokenizer(source)
+        stack("import", source, "--to", run)
+        stack("export", run, "--to", "hf", target, "--dtype", dtype)
+        stored, back = (
+            transformers.T5ForConditionalGeneration.from_pretrained(place, dtype=kind).eval()
+            for place in (source, target)
+        )
+        for name, tensor in model.to(kind).state_dict().items():
+            assert torch.equal(tensor, stored.state_dict()[name]), (family, dtype, name)
+            assert torch.equal(tensor, back.state_dict()[name]), (family, dtype, name)
+        with torch.no_grad():
+            first, second = (one(read, labels=written).logits for one in (stored, back))
+        assert torch.equal(first, second), (family, dtype)
+        model.float()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    assert tokenizer("w1 w2")["input_ids"] == [1, 2, 60]
+    print(f"{family}: in and out bit for bit, logits equal, in float32, bfloat16 and float16", flush=True)  # noqa: T201
+
+
+def check_spans(folder: Path) -> None:
+    """A run of Stack's own that writes what was removed of a text, greedily."""
+    model = TINY["model"] | {"kind": "encoder_decoder", "vocab_size": 361} | T5
+    config = TINY | {"output_dir": str(folder), "model": model, "objective": {"kind": "span_corruption"}}
+    (folder / "run.yaml").write_text(json.dumps(config))
+    stack("train", folder / "run.yaml")
+    prompt = "def <extra_id_0>(self):"
+    want = stack("sample", folder / "run", prompt, "--length", 40, "--temperature", 0)
+    stack("export", folder / "run", "--to", "hf", folder / "out")
+    model = transformers.T5ForConditionalGeneration.from_pretrained(folder / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "out")
+    new = model.generate(
+        **tokenizer(prompt, return_tensors="pt"), do_sample=False, temperature=None, max_new_tokens=40
+    )[0, 1:]
+    text = tokenizer.decode([number for number in new.tolist() if number != tokenizer.eos_token_id])
+    assert f"{prompt}\n{text}\n" == want, (text, want)
+    print(f"t5 of bytes: {len(new)} greedy words equal", flush=True)  # noqa: T201
+
+
 def check_text(kind: str, changes: dict, folder: Path) -> None:
     """A run of Stack's own, greedily."""
     config = TINY | {"output_dir": str(folder), "model": TINY["model"] | changes}
@@ -243,12 +303,17 @@ def check_text(kind: str, changes: dict, folder: Path) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
-        for family in sys.argv[2:] or (*CONFIGS, *ENCODERS):
+        for family in sys.argv[2:] or (*CONFIGS, *ENCODERS, *T5_CONFIGS):
             (Path(name) / family).mkdir()
-            check = check_encoder if family in ENCODERS else check_family
-            check(family, Path(name) / family)
-        (Path(name) / "masked").mkdir()
-        check_masked(Path(name) / "masked")
+            if family in ENCODERS:
+                check_encoder(family, Path(name) / family)
+            elif family in T5_CONFIGS:
+                check_t5(family, Path(name) / family)
+            else:
+                check_family(family, Path(name) / family)
+        for kind, check in (("masked", check_masked), ("spans", check_spans)):
+            (Path(name) / kind).mkdir()
+            check(Path(name) / kind)
         for kind, changes in TEXTS.items():
             folder = Path(name) / f"text-{kind}"
             folder.mkdir()

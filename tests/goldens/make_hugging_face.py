@@ -224,6 +224,97 @@ ENCODERS = {
 POOLED = ("bert",)
 
 
+T5 = {
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 44,
+    # With more layers that write than read transformers 5.24 has no cache.
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    # Distances reach the last bucket.
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 10,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 3,
+    "pad_token_id": 3,
+}
+T5_CONFIGS = {
+    "t5": transformers.T5Config(**T5, **COMMON),
+    "t5_v1_1": transformers.T5Config(
+        **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False, **COMMON
+    ),
+}
+"""Models that read one row and write another; see `golden_t5`."""
+
+
+def make_t5(config: transformers.T5Config) -> transformers.T5ForConditionalGeneration:
+    """A random model; transformers 5 ties the head of every T5 it makes, so that of v1.1 is made here."""
+    model = transformers.T5ForConditionalGeneration(config).float().eval()
+    width = config.d_model
+    if not config.scale_decoder_outputs:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(config.vocab_size, width))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight.normal_(1, 0.2)
+            elif "relative" in name:
+                weight.normal_(0, 1)
+            elif "shared" in name:
+                weight.normal_(0, 0.2)
+            else:
+                # Scores are not scaled.
+                weight.normal_(0, (0.4 if ".q." in name else 1.5) * width**-0.5)
+    return model
+
+
+def t5_keys(config: transformers.T5Config) -> dict:
+    """Its config.json as T5's authors publish it: transformers 5 writes that the head of v1.1 is tied."""
+    keys = config.to_dict()
+    return keys | {"tie_word_embeddings": keys.pop("scale_decoder_outputs")}
+
+
+def golden_t5(config: transformers.T5Config, seed: int) -> dict[str, np.ndarray]:
+    """As `golden`, with `target_tokens` [2, 11] that are written, `target_lengths`, and `logits` of them.
+
+    Prompts are padded on the right.
+    """
+    torch.manual_seed(seed)
+    model = make_t5(config)
+    tokens, written = (torch.randint(4, config.vocab_size, (2, size)) for size in (LENGTH, 11))
+    lengths, target_lengths = torch.tensor([LENGTH, LENGTH - PADDING]), torch.tensor([8, 11])
+    mask = (torch.arange(LENGTH) < lengths[:, None]).long()
+    labels = written.where(torch.arange(11) < target_lengths[:, None], -100)
+    # In float32 some of its own gradients are 4e-5 off.
+    model.double()
+    output = model(tokens, attention_mask=mask, labels=labels)
+    output.loss.backward()
+    model.float()
+    prompts = torch.randint(4, config.vocab_size, (2, max(PROMPT_LENGTHS)))
+    prompt_lengths = torch.tensor(PROMPT_LENGTHS)
+    prompt_mask = (torch.arange(prompts.shape[1]) < prompt_lengths[:, None]).long()
+    generated = generate(model, prompts, prompt_mask, begin=1)
+    arrays = {
+        "config": np.array(json.dumps(t5_keys(config), sort_keys=True)),
+        "logits": output.logits.detach().numpy().astype(np.float32),
+        "loss": output.loss.detach().numpy().astype(np.float32),
+    }
+    numbers = {
+        "tokens": tokens,
+        "lengths": lengths,
+        "target_tokens": written,
+        "target_lengths": target_lengths,
+        "prompts": prompts,
+        "prompt_lengths": prompt_lengths,
+        "generated": generated,
+    }
+    arrays |= {name: number.numpy().astype(np.int32) for name, number in numbers.items()}
+    for name, weight in model.named_parameters():
+        arrays[f"weight/{name}"] = weight.detach().numpy()
+        arrays[f"gradient/{name}"] = weight.grad.numpy()
+    return arrays
+
+
 def randomize(model: torch.nn.Module) -> None:
     """Weights large enough that attention and logits are far from uniform; no bias zero, no scale one."""
     gemma = model.config.model_type.startswith("gemma")
@@ -240,8 +331,17 @@ def randomize(model: torch.nn.Module) -> None:
                 weight.normal_(0, 2.0 * model.config.hidden_size**-0.5)
 
 
-def generate(model: transformers.PreTrainedModel, prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The greedy continuation, [2, NEW_TOKENS]; ValueError for one that would prove little."""
+def generate(
+    model: transformers.PreTrainedModel,
+    prompts: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    begin: int | None = None,
+) -> torch.Tensor:
+    """The greedy continuation, [2, NEW_TOKENS]; ValueError for one that would prove little.
+
+    What is written begins at `begin`; None: after the prompts.
+    """
     result = model.generate(
         prompts,
         attention_mask=mask,
@@ -254,7 +354,7 @@ def generate(model: transformers.PreTrainedModel, prompts: torch.Tensor, mask: t
     )
     best = torch.stack(result.logits).topk(2).values
     margin = (best[..., 0] - best[..., 1]).min().item()
-    generated = result.sequences[:, prompts.shape[1] :]
+    generated = result.sequences[:, prompts.shape[1] if begin is None else begin :]
     distinct = min(len(set(row.tolist())) for row in generated)
     if margin < SMALLEST_MARGIN or distinct < NEW_TOKENS // 2:
         raise ValueError(f"{distinct} distinct tokens, chosen by {margin:.1e}")
@@ -345,13 +445,15 @@ def write(name: str, arrays: dict[str, np.ndarray]) -> None:
 
 def main() -> None:
     """Writes a file for each config, or those named, from the first seed with a telling continuation."""
-    for family in sys.argv[1:] or (*CONFIGS, *ENCODERS):
+    configs = {**CONFIGS, **T5_CONFIGS}
+    for family in sys.argv[1:] or (*configs, *ENCODERS):
         if family in ENCODERS:
             write(family, encoder_golden(ENCODERS[family], pooler=family in POOLED))
             continue
+        make = golden_t5 if family in T5_CONFIGS else golden
         for seed in itertools.count():
             try:
-                arrays = golden(CONFIGS[family], seed)
+                arrays = make(configs[family], seed)
             except ValueError as error:
                 print(f"{family}, seed {seed}: {error}")  # noqa: T201
                 continue

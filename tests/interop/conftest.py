@@ -59,3 +59,13 @@ def gpt2():
 @pytest.fixture
 def llama():
     return read("llama")
+
+
+@pytest.fixture(params=["t5", "t5_v1_1"])
+def t5_golden(request):
+    return read(request.param)
+
+
+@pytest.fixture
+def t5_v1_1():
+    return read("t5_v1_1")

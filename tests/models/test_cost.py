@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from stack.config import DecoderConfig, ParallelDecoderConfig, load
+from stack.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ParallelDecoderConfig, load
 from stack.kernels.attention import Mask
 from stack.models import model_class, model_cost
 from stack.models.flops import forward_flops_per_token, matmul_parameters
@@ -24,13 +24,19 @@ MODELS = [
     DecoderConfig(**SMALL, **GATED, tied_embeddings=False),
     ParallelDecoderConfig(**SMALL),
 ]
+TWO_STACKS = EncoderDecoderConfig(
+    **SMALL, num_decoder_layers=2, mlp="geglu", position="relative", head_dim=24
+)
+MASKED = EncoderConfig(**SMALL)
 
 
 def abstract(config):
     return nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize("config", [*MODELS, *(load(recipe).model for recipe in RECIPES)], ids=repr)
+@pytest.mark.parametrize(
+    "config", [*MODELS, TWO_STACKS, MASKED, *(load(recipe).model for recipe in RECIPES)], ids=repr
+)
 def test_every_matrix_is_in_a_product(config):
     variables = [v for v in jax.tree.leaves(abstract(config), is_leaf=is_variable) if v.role == "matrix"]
     head = config.padded_vocab_size * config.embed_dim
@@ -50,6 +56,36 @@ def test_flops_are_those_of_the_traced_products(config):
 
     counted = count(jax.make_jaxpr(forward)(abstract(config), ids).jaxpr)
     assert counted == pytest.approx(rows * length * forward_flops_per_token(config, length, "full"))
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [(TWO_STACKS, {"length": 32, "target_length": 12}), (MASKED, {"length": 32, "masked": 5})],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_flops_of_two_rows_are_those_of_the_traced_products(config, sizes):
+    """Rows that are written, or a few places whose words are scored, are shorter than those that are read."""
+    rows = 2
+    axes = {
+        **dict.fromkeys(("tokens", "positions", "segments"), "length"),
+        **dict.fromkeys(("target_tokens", "target_positions", "target_segments"), "target_length"),
+        "masked": "masked",
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, sizes[axis]), jnp.int32)
+        for name, axis in axes.items()
+        if axis in sizes
+    }
+
+    def forward(model, batch):
+        output = model(batch, Execution())
+        return jnp.einsum("ble,ve->blv", output.hidden, output.table)
+
+    counted = count(jax.make_jaxpr(forward)(abstract(config), batch).jaxpr)
+    # The bias of positions is looked up by a product, once for each stack: 2 x buckets x heads x distances.
+    looked_up = 2 * 32 * 4 * (63 + 23) if config is TWO_STACKS else 0
+    stated = rows * 32 * forward_flops_per_token(config, sizes, "full")
+    assert counted - looked_up == pytest.approx(stated)
 
 
 def count(jaxpr) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stack.config.model import DecoderConfig
+from stack.config.model import DecoderConfig, EncoderConfig, EncoderDecoderConfig
 from stack.models import model_cost
 from stack.models.flops import (
     Convention,
@@ -65,6 +65,49 @@ def test_flops_are_the_formula_of_megatron(layers: int, hidden: int, heads: int,
         model, length, "full"
     )
     assert batch * length * per_token == pytest.approx(published, rel=1e-12)
+
+
+def test_of_two_rows_each_stack_counts_its_own() -> None:
+    """By hand: width 8, 2 heads of 5, MLP 16 with a gate, 128 words; 20 tokens read by 3 layers, 6 written
+    by 2."""
+    model = EncoderDecoderConfig(
+        num_layers=3,
+        num_decoder_layers=2,
+        embed_dim=8,
+        num_heads=2,
+        head_dim=5,
+        mlp_dim=16,
+        mlp="geglu",
+        vocab_size=100,
+    )
+    attention, mlp = 4 * 8 * 10, 3 * 8 * 16
+    read = 3 * 20 * (2 * (attention + mlp) + 4 * 10 * 20)
+    # Queries and the way back of the attention to what was read are of 6 tokens, keys and values of 20.
+    written = 2 * (6 * 2 * (attention + mlp + 2 * 8 * 10) + 20 * 2 * (2 * 8 * 10))
+    for convention, keys in (("full", 6), ("causal", 3)):
+        scores = 2 * 6 * 4 * 10 * (keys + 20)
+        total = read + written + scores + 6 * 2 * 128 * 8
+        per_token = forward_flops_per_token(model, {"length": 20, "target_length": 6}, convention)
+        assert per_token * 20 == pytest.approx(total)
+        trained = train_flops_per_token(model, {"length": 20, "target_length": 6}, convention)
+        assert trained == pytest.approx(3 * per_token)
+
+
+def test_of_masked_words_only_those_are_scored() -> None:
+    """By hand: a square layer and 128 words of width 8, of 3 places of 20."""
+    model = EncoderConfig(num_layers=1, embed_dim=8, num_heads=2, vocab_size=100)
+    sizes = {"length": 20, "masked": 3}
+    head = 2 * (8 * 8 + 8 * 128)
+    layers = recomputed_flops_per_token(model, sizes, "full")
+    assert layers == 2 * 12 * 8 * 8 + 4 * 8 * 20
+    assert forward_flops_per_token(model, sizes, "full") == pytest.approx(layers + head * 3 / 20)
+    # Rows of which nothing is masked are scored whole.
+    assert forward_flops_per_token(model, 20, "full") == layers + head
+
+
+def test_a_row_that_the_model_runs_over_must_have_a_length() -> None:
+    with pytest.raises(KeyError, match="target_length"):
+        train_flops_per_token(EncoderDecoderConfig(), 512)
 
 
 def test_matmul_parameters_are_the_published_parameters_without_tables_and_vectors() -> None:

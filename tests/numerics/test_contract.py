@@ -27,6 +27,7 @@ EVERYDAY: dict[Family, set[str]] = {
     "palm": {"fsdp zero 3 + tensor sequence parallel"},
     "bert": {"fsdp zero 3 + tensor sequence parallel"},
     "gemma": {"fsdp zero 1 + accumulation"},
+    "t5": {"fsdp zero 3 + tensor sequence parallel"},
 }
 PAIRS = {
     "fsdp zero 1 + accumulation",

@@ -18,7 +18,7 @@ def attend(
     layout: Layout,
     *,
     kernel: str,
-    bias: Float[Array, "#batch #heads #queries #keys"] | None = None,
+    bias: Float[Array, "#groups #heads #queries #keys"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     drop: Callable[[jax.Array], jax.Array] | None = None,
@@ -33,7 +33,8 @@ def attend(
       layout: how the arrays lie on the mesh.
       kernel: a name in `KERNELS`; nothing falls back.
       bias: added to the scores before the soft cap's result is masked, broadcast to
-        [batch, heads, queries, keys]; any float dtype.
+        [groups, heads, queries, keys]; any float dtype. The rows of the batch are so many groups, one
+        after another, each of which shares one.
       scale: what scores are multiplied by; None: 1 / sqrt(head_dim).
       softcap: c of c x tanh(score / c); None: as they are.
       drop: applied to the weights [batch, kv_heads, group, queries, keys]; None: nothing is dropped.

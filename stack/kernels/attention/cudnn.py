@@ -61,6 +61,7 @@ def obstacles(request: Request) -> list[str]:
         (request.dropout > 0, "it has no attention dropout"),
         (request.softcap is not None, "it has no soft cap"),
         (request.bias, "it takes no bias here"),
+        (request.cross, "here it attends to no row of another length"),
         (length is not None and length % 2 == 1, f"packed rows of {length} tokens, an odd number"),
     )
     return [text for failed, text in checks if failed]

@@ -27,3 +27,5 @@ class Request:
     """c of c x tanh(score / c); None: scores are as they are."""
     bias: bool = False
     """Whether something is added to the scores."""
+    cross: bool = False
+    """Whether some layers attend to a row of another length."""

@@ -31,8 +31,11 @@ def attend(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
-        bias = jnp.broadcast_to(bias.astype(jnp.float32), (bias.shape[0], heads, queries, key.shape[1]))
-        scores = scores + bias.reshape(-1, kv_heads, heads // kv_heads, queries, key.shape[1])
+        groups, shape = bias.shape[0], (heads, queries, key.shape[1])
+        bias = jnp.broadcast_to(bias.astype(jnp.float32), (groups, *shape))
+        if groups > 1:
+            bias = jnp.broadcast_to(bias[:, None], (groups, batch // groups, *shape)).reshape(batch, *shape)
+        scores = scores + bias.reshape(-1, kv_heads, heads // kv_heads, *shape[1:])
     scores = scores + jnp.where(mask.allowed(), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights if drop is None else drop(weights), value)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from stack.config import Config
+from stack.models import model_cost
 from stack.parallel import mesh as meshes
 from stack.planner.compiled.findings import Finding, Kind
 from stack.planner.compiled.report import Compiled
@@ -74,10 +75,11 @@ def limits(program: Program) -> Limits:
     ZeRO (arXiv 1910.02054): with P the bytes of the matrices in the compute dtype and G in that of
     reduction, `fsdp` gathers P and scatters G; stage 3 does so every micro-batch and gathers the layers
     twice; stage 2 scatters every micro-batch; `data` sums G / fsdp once. Vectors are whole, and may
-    be summed every micro-batch. Tensor parallelism (arXiv 1909.08053): with A the bytes of
-    a micro-batch's hidden states, two sums a layer forward and two backward; `sequence_parallel`
-    (arXiv 2205.05198) has a gather and a scatter for each sum; layers computed again repeat those of
-    their forward pass.
+    be summed every micro-batch. Adafactor sums its squares over the dimension that is split. Tensor
+    parallelism (arXiv 1909.08053): with A the bytes of a micro-batch's hidden states, two sums a layer
+    forward and two backward; `sequence_parallel` (arXiv 2205.05198) has a gather and a scatter for each
+    sum; layers computed again repeat those of their forward pass. Layers that attend to another text have
+    a sum more each way.
     """
     total: dict[tuple[str, str], float] = defaultdict(float)
     for kind, axes, size in (*_parameters(program), *_activations(program)):
@@ -99,6 +101,8 @@ class _Parameter:
     """One for each layer."""
     split: bool
     """Over `fsdp`, at rest."""
+    summed: int
+    """Elements of a sum over the dimension that `fsdp` splits; 0 if it splits none."""
     whole: bool
     """On all of `tensor`."""
 
@@ -110,12 +114,15 @@ def _leaves(program: Program) -> Iterator[_Parameter]:
     roles = jax.tree.leaves(program.roles)
     for leaf, axes, role in zip(leaves, names, roles, strict=True):
         ways = math.prod(layout.size(axis) for name in axes for axis in layout.mesh_axes(name))
+        entries = list(leaf.sharding.spec)
+        split = leaf.shape[entries.index("fsdp")] if "fsdp" in entries else 0
         yield _Parameter(
             elements=leaf.size // ways,
             matrix=role != "vector",
             table=role == "table",
             per_layer=axes[0] == "layers",
-            split="fsdp" in leaf.sharding.spec,
+            split=split > 0,
+            summed=leaf.size // ways // split if split else 0,
             whole=ways == 1,
         )
 
@@ -141,25 +148,31 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
         yield "all-gather", ("fsdp",), leaf.elements * compute * (1 if once else passes)
         yield "reduce-scatter", ("fsdp",), leaf.elements * reduce * (1 if once else scatters)
         yield "all-reduce", ("data",), leaf.elements * reduce / layout.size("fsdp")
+        if program.config.optimizer.kind == "adafactor":
+            yield "all-reduce", ("fsdp",), leaf.summed * 4
 
 
 def _activations(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]]:
     """(kind, axes, bytes per step) of what `tensor` needs, for the tokens of one replica."""
     config, layout = program.config, program.layout
-    tokens = config.train.batch_size * config.data.sequence_length / _replicas(program)
-    hidden = tokens * config.model.embed_dim * _itemsize(config.model.dtype)
-    layers = config.model.num_layers
+    rows, sizes = config.train.batch_size / _replicas(program), program.objective.sizes
+    width, cost = config.model.embed_dim * _itemsize(config.model.dtype), model_cost(config.model)
     # Nothing gathered is ever saved; sums are, by remat `dots`.
-    gathers_again = 0 if config.train.remat == "none" else 2
+    gathers_again = 0 if config.train.remat == "none" else 1
     sums_again = 0 if config.train.remat == "dots" else gathers_again
-    # The embedding and the final norm have one each; the loss has a plain sum of the hidden gradient.
+    for stack in cost.stacks:
+        hidden, layers = rows * sizes[stack.attention.queries] * width, stack.number
+        sums = len(stack.attentions) + 1
+        # The embedding and the final norm have one each, of what another stack reads once for all its layers.
+        if layout.sequence_parallel:
+            yield "all-gather", ("tensor",), hidden * (layers * sums * (2 + gathers_again) + 2)
+            yield "reduce-scatter", ("tensor",), hidden * (layers * sums * (2 + sums_again) + 2)
+        else:
+            # What a layer adds last is not needed again: one sum less than its forward pass has.
+            yield "all-reduce", ("tensor",), hidden * (layers * (2 * sums + sums_again * (sums - 1)) + 2)
+    tokens = rows * sizes.get(cost.head[-1].tokens, sizes["length"])
     if layout.sequence_parallel:
-        yield "all-gather", ("tensor",), hidden * (layers * (4 + gathers_again) + 2)
-        yield "reduce-scatter", ("tensor",), hidden * (layers * (4 + sums_again) + 2)
-        yield "all-reduce", ("tensor",), hidden
-    else:
-        # What a layer adds last is not needed again: one sum less than its forward pass has.
-        yield "all-reduce", ("tensor",), hidden * (layers * (4 + sums_again // 2) + 2)
+        yield "all-reduce", ("tensor",), tokens * width  # The loss has a plain sum of the hidden gradient.
     # Highest score, sum of exponentials and score of the label, float32.
     yield "all-reduce", ("tensor",), tokens * 3 * 4
 

@@ -194,7 +194,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
         yield activations | {
             "gradients": sums,
             "logits": 2 * s.table + _logits(w),
-            "temporaries": w.micro_tokens * w.model.embed_dim * s.compute,
+            "temporaries": w.scored_tokens * w.model.embed_dim * s.compute,
             "collectives": s.tables if w.zero == 3 and not w.holds_tables else 0.0,
         }
     stack = s.layers_shard if w.zero == 3 else s.layers_whole

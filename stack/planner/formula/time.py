@@ -157,7 +157,8 @@ def _size(work: Workload, axis: Axis) -> float:
 def _product(work: Workload, product: Product, precision: Precision, chip: Hardware) -> float:
     """Seconds of one product of a micro-batch on one device."""
     inner, columns = _size(work, product.inner), _size(work, product.columns)
-    return product_seconds(work.micro_tokens, columns, inner, precision, chip)
+    tokens = work.scored_tokens if product.tokens == "masked" else work.micro_tokens
+    return product_seconds(tokens, columns, inner, precision, chip)
 
 
 def product_seconds(rows: float, columns: float, inner: float, precision: Precision, chip: Hardware) -> float:
@@ -232,7 +233,9 @@ def _head(work: Workload, chip: Hardware) -> Seconds:
     """Logits, loss and their gradients of one micro-batch; never in float8."""
     precision = "bfloat16" if work.precision == "float8" else work.precision
     head = model_cost(work.model).head
-    scores = work.micro_tokens * sum(_size(work, product.columns) for product in head)
+    # A square layer before the table gives no scores.
+    columns = sum(_size(work, product.columns) for product in head if product.columns[0] == "vocab")
+    scores = work.scored_tokens * columns
     return Seconds(
         matmul=3 * sum(_product(work, product, precision, chip) for product in head),
         memory=scores * _LOGIT_BYTES / _bandwidth(chip),

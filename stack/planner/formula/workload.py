@@ -8,7 +8,9 @@ from stack.config import Config, ConfigError, ModelConfig
 from stack.config.layout import check_divides, resolve
 from stack.hardware.chip import Hardware, Precision
 from stack.layers.attention import choose_attention
+from stack.models.cost import Sizes
 from stack.models.stack import Remat as StackRemat
+from stack.objectives import build
 from stack.objectives.cross_entropy import chunk_columns, chunk_tokens
 
 Remat = Literal[
@@ -29,6 +31,8 @@ class Workload:
     """Shapes only."""
     length: int
     """Tokens per row."""
+    masked: int | None = None
+    """Places of a row whose words are scored; None: all."""
     batch: int
     """Rows per optimizer step over all devices."""
     micro_batch: int
@@ -90,14 +94,24 @@ class Workload:
         return self.batch * self.length
 
     @property
+    def sizes(self) -> Sizes:
+        """Of the axes of a batch, as an objective names them."""
+        return {"length": self.length, "masked": self.masked or self.length}
+
+    @property
     def micro_tokens(self) -> int:
         """Tokens of one micro-batch on one device, split over `context`, whole over `tensor`."""
         return self.micro_batch * self.length // self.context
 
     @property
+    def scored_tokens(self) -> int:
+        """Those of them whose words are scored."""
+        return self.micro_batch * self.sizes["masked"] // self.context
+
+    @property
     def loss_chunk(self) -> int:
         """Tokens whose logits a device holds at once."""
-        rows, length = self.micro_batch, self.length // self.context
+        rows, length = self.micro_batch, self.sizes["masked"] // self.context
         tokens = chunk_tokens(
             self.logits_bytes,
             embed_dim=self.model.embed_dim,
@@ -150,6 +164,11 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         )
     if config.optimizer.frozen:
         raise ConfigError("optimizer.frozen: the planner counts every parameter as trained; plan without it")
+    if model.shape == "encoder_decoder":
+        raise ConfigError(
+            "model.kind=encoder_decoder: the planner does not know two rows of two lengths yet;"
+            " it trains without a plan"
+        )
     sizes = resolve(config.mesh, num_devices)
     check_divides(config, sizes)
     attention = choose_attention(
@@ -162,6 +181,7 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
     return Workload(
         model=model,
         length=data.sequence_length,
+        masked=build(config).sizes.get("masked"),
         batch=train.batch_size,
         micro_batch=micro_batch,
         data=sizes["data"],

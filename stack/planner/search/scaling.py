@@ -107,11 +107,11 @@ def mfu(scaling: Scaling, point: Point) -> tuple[float, float] | None:
     peak = scaling.hardware.peak_flops.get(point.candidate.work.precision)
     if peak is None:
         return None
-    model, length = scaling.config.model, scaling.config.data.sequence_length
+    work = point.candidate.work
     rate = point.candidate.tokens_per_second / peak
     return (
-        rate * train_flops_per_token(model, length, "full"),
-        rate * train_flops_per_token(model, length, "causal"),
+        rate * train_flops_per_token(work.model, work.sizes, "full"),
+        rate * train_flops_per_token(work.model, work.sizes, "causal"),
     )
 
 

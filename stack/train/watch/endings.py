@@ -59,12 +59,13 @@ def show_tables(trainer: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any
 
 
 def show_sample(trainer: "Trainer", _: Mapping[str, Any]) -> dict[str, Any]:
-    """A continuation of the config's prompt, if it is to be."""
+    """What the model writes after the config's prompt, or of it, if it is to be."""
     if not trainer.config.sample.at_end:
         return {}
     prompt = trainer.config.sample.prompt
     sample = trainer.generate(prompt)[0]
-    shown = Text(printable(prompt), "bold").append(printable(sample), "not bold")
+    between = "" if trainer.program.objective.continues else "\n"
+    shown = Text(printable(prompt) + between, "bold").append(printable(sample), "not bold")
     return {"prompt": prompt, "sample": sample, "rows": [("sample", shown)]}
 
 
@@ -77,7 +78,8 @@ def check_sample(trainer: "Trainer") -> None:
     if not trainer.config.sample.at_end:
         return
     end_tokens(trainer.tokenizer, trainer.config)
-    (tokens,) = encode_prompts(trainer.tokenizer, [trainer.config.sample.prompt])
+    prompts, objective = [trainer.config.sample.prompt], trainer.program.objective
+    (tokens,) = encode_prompts(trainer.tokenizer, prompts, objective)
     check_prompt(tokens, trainer.config.model, name="sample.prompt")
 
 

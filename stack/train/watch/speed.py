@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from stack.config import Config
 from stack.models.flops import mfu
+from stack.objectives import build
 from stack.train.watch.listeners import Listener
 
 
@@ -17,6 +18,7 @@ class Speedometer(Listener):
     def __init__(self, config: Config, mesh: Mesh) -> None:
         """Stands still until the first step is heard of, as that one holds the compilation."""
         self._config = config
+        self._sizes = build(config).sizes
         self._devices = mesh.devices.size
         self._device: jax.Device = mesh.local_devices[0]
         self._last: float | None = None
@@ -67,7 +69,7 @@ class Speedometer(Listener):
     def _mfu(self, tokens_per_second_per_device: float) -> Any:
         return mfu(
             self._config.model,
-            length=self._config.data.sequence_length,
+            length=self._sizes,
             tokens_per_second_per_device=tokens_per_second_per_device,
             device_kind=self._device.device_kind,
         )

@@ -13,9 +13,11 @@ from stack.config import (
     Config,
     DataConfig,
     DecoderConfig,
+    EncoderDecoderConfig,
     MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
+    SpansConfig,
     TrainConfig,
     load,
 )
@@ -54,6 +56,22 @@ def config(mesh: MeshConfig, *, attention: str = "xla", rows: int = BATCH, **tra
     )
 
 
+def two_stacks(mesh: MeshConfig, *, remat: str = "none") -> Config:
+    """A small T5, whose stacks differ in depth and rows in length."""
+    lean = config(mesh, remat=remat)
+    model = EncoderDecoderConfig(
+        **{name: getattr(MODEL, name) for name in ("vocab_size", "num_layers", "embed_dim", "num_heads")},
+        num_decoder_layers=3,
+        max_length=LENGTH,
+        norm="rmsnorm",
+        mlp="geglu",
+        position="relative",
+        attention_scale=1.0,
+        **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), False),
+    )
+    return lean.model_copy(update={"model": model, "objective": SpansConfig(target_length=56)})
+
+
 def compiled(config: Config) -> Compiled:
     return compile_plan(config, hardware="h200", devices=8, schedule=False)
 
@@ -74,6 +92,9 @@ LAYOUTS = [
         config(TENSOR, remat="dots", accumulation=3), id="zero 1, tensor parallel", marks=pytest.mark.full
     ),
     pytest.param(config(MeshConfig(data=2, fsdp=4, zero=0)), id="zero 0", marks=pytest.mark.full),
+    pytest.param(
+        two_stacks(SEQUENCE, remat="full"), id="t5, zero 3, sequence parallel", marks=pytest.mark.full
+    ),
 ]
 
 

@@ -1,13 +1,16 @@
 """A workload is the step that the trainer makes of a config."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from stack import load
-from stack.config import Config, ConfigError
+from stack.config import Config, ConfigError, DataConfig, EncoderConfig, MaskedWordsConfig, TrainConfig
 from stack.hardware import chip as chips
+from stack.models.flops import train_flops_per_token
 from stack.parallel import mesh as meshes
+from stack.planner.formula.time import product_seconds, step_time
 from stack.planner.formula.workload import from_config
 from stack.step import program as programs
 
@@ -71,3 +74,33 @@ def test_a_chip_without_bfloat16_is_planned_in_float16() -> None:
 def test_what_is_left_to_the_planner_is_no_workload_yet(change: str) -> None:
     with pytest.raises(ConfigError, match="there is no layout yet"):
         from_config(load(CONFIGS / "gpt2_124m.yaml", [change]), 8)
+
+
+def test_a_model_of_two_stacks_is_refused_by_name() -> None:
+    """Its formulas are of one row and one stack: better no plan than a wrong one."""
+    with pytest.raises(ConfigError, match=r"model\.kind=encoder_decoder: the planner does not know two rows"):
+        from_config(load(CONFIGS / "t5_small.yaml"), 8)
+
+
+def test_of_masked_words_the_head_takes_the_time_of_those_that_are_scored() -> None:
+    """Of 512 places 77 are hidden: 0.15 of them, rounded up."""
+    chip = chips.load("h200")
+    model = EncoderConfig(vocab_size=30522, max_length=512, head_transform=False)
+    config = Config(
+        model=model,
+        objective=MaskedWordsConfig(),
+        data=DataConfig(sequence_length=512),
+        train=TrainConfig(batch_size=64),
+    )
+    masked = from_config(config, 1, chip)
+    whole = dataclasses.replace(masked, masked=None)
+    assert masked.sizes == {"length": 512, "masked": 77}
+    head = 2 * 768 * model.padded_vocab_size
+    for convention in ("full", "causal"):
+        less = train_flops_per_token(model, whole.sizes, convention)
+        less -= train_flops_per_token(model, masked.sizes, convention)
+        assert less == pytest.approx(3 * head * (1 - 77 / 512))
+    saved = step_time(whole, chip).matmul - step_time(masked, chip).matmul
+    product = product_seconds(64 * 512, model.padded_vocab_size, 768, "bfloat16", chip)
+    assert saved == pytest.approx(3 * product * (1 - 77 / 512), rel=1e-6)
+    assert (masked.scored_tokens, whole.scored_tokens) == (64 * 77, 64 * 512)

@@ -73,3 +73,21 @@ def test_what_comes_between_steps_is_no_part_of_one(speedometer, clock, pause):
 def test_the_peak_is_told_in_words(speedometer):
     peak = speedometer.on_start({"step": 0, "steps": 1})["peak"]
     assert peak == "989 TFLOP/s, NVIDIA H100 SXM, dense bfloat16"
+
+
+def test_of_two_rows_the_objective_tells_the_lengths(clock):
+    config = Config.model_validate(
+        {
+            "model": {"kind": "encoder_decoder", "num_layers": 1, "embed_dim": 64, "num_heads": 2},
+            "objective": {"kind": "span_corruption", "target_length": 24},
+            "data": {"sequence_length": 128},
+            "train": {"batch_size": 8},
+        }
+    )
+    device = SimpleNamespace(device_kind=H100.device_kinds[0], memory_stats=dict)
+    mesh = SimpleNamespace(devices=np.array([device]), local_devices=[device])
+    speedometer = Speedometer(config, cast("jax.sharding.Mesh", mesh))
+    hear(speedometer, 1)
+    clock.seconds += 0.5
+    flops = 128 * train_flops_per_token(config.model, {"length": 128, "target_length": 24}, "causal")
+    assert hear(speedometer, 2)["model_flops_per_second"] == pytest.approx(8 * flops / 0.5)
