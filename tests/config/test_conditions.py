@@ -68,7 +68,7 @@ def other_value(section: Any, path: str) -> Any:
     if get_origin(kind) is tuple:
         choices = get_args(get_args(kind)[0])
         if choices:
-            return [*default, next(choice for choice in choices if choice not in default)]
+            return [*default, next((choice for choice in choices if choice not in default), choices[0])]
         return ["other"]
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != default)
