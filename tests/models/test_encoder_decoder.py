@@ -191,7 +191,7 @@ def test_what_cannot_be_is_refused_in_a_line(options, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: {position: relative}", "model.position='relative' must be one of learned, rotary"),
+        ("model: {position: relative}", "model.position='relative' must be 'learned' or 'rotary'"),
         (
             "objective: {kind: span_corruption, target_length: 8}",
             "objective.target_length=8 is not read with model.kind=decoder",
