@@ -252,6 +252,8 @@ def make_t5(config: transformers.T5Config) -> transformers.T5ForConditionalGener
     """A random model; transformers 5 ties the head of every T5 it makes, so that of v1.1 is made here."""
     model = transformers.T5ForConditionalGeneration(config).float().eval()
     width = config.d_model
+    # Scores are not scaled. A tied head needs more for a text that is not one word again and again.
+    queries, others = (0.6, 2.0) if config.scale_decoder_outputs else (0.4, 1.5)
     if not config.scale_decoder_outputs:
         model.lm_head.weight = torch.nn.Parameter(torch.empty(config.vocab_size, width))
     with torch.no_grad():
@@ -263,8 +265,7 @@ def make_t5(config: transformers.T5Config) -> transformers.T5ForConditionalGener
             elif "shared" in name:
                 weight.normal_(0, 0.2)
             else:
-                # Scores are not scaled.
-                weight.normal_(0, (0.4 if ".q." in name else 1.5) * width**-0.5)
+                weight.normal_(0, (queries if ".q." in name else others) * width**-0.5)
     return model
 
 

@@ -1,21 +1,26 @@
 """T5 of transformers, v1.0 and v1.1: weights both ways bit by bit, and the same numbers and words."""
 
+import json
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 from stack.config import Config, EncoderDecoderConfig
 from stack.config.errors import StackError
+from stack.data.tokenizer import load_tokenizer
 from stack.inference.generate import generate
+from stack.inference.text import encode_prompts
 from stack.interop.hugging_face import config_from_hf, params_from_hf, params_to_hf
-from stack.interop.hugging_face_files import config_to_hf
+from stack.interop.hugging_face_files import config_to_hf, write_files
 from stack.layers.head import logits
 from stack.models.encoder_decoder import EncoderDecoder
 from stack.models.stack import Execution
+from stack.objectives import build as build_objective
 from stack.objectives.cross_entropy import Head, cross_entropy
 from stack.planner.formula.shapes import num_parameters
 from stack.step.program import build
@@ -205,3 +210,19 @@ def test_a_model_that_transformers_cannot_compute_is_not_exported(change):
     config = config_from_hf(PUBLISHED).model_copy(update=change)
     with pytest.raises(StackError, match=r"transformers' T5 has .*; this model has no counterpart there"):
         params_to_hf({}, config)
+
+
+def test_what_lies_beside_the_weights_reads_a_prompt_as_training_did(tmp_path):
+    """A text has an end and no beginning, the words that stand for what is removed are words."""
+    model = config_from_hf(PUBLISHED).model_copy(update={"vocab_size": 361, "start_token": 4})
+    tree = {"model": model, "objective": {"kind": "span_corruption"}, "data": {"sequence_length": 256}}
+    own = Config.model_validate(tree)
+    write_files(tmp_path, own, load_tokenizer("bytes"), "float32")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = "a<extra_id_0>b"
+    assert [tokenizer.encode(text).ids] == encode_prompts(
+        load_tokenizer("bytes"), [text], build_objective(own)
+    )
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (generation["decoder_start_token_id"], generation["pad_token_id"]) == (4, 4)
+    assert generation["eos_token_id"] == 256
