@@ -2,8 +2,8 @@
 
     uv run python benchmarks/objectives.py [--steps N] [--only NAME ...] [--json FILE]
 
-Models have the quickstart's size and read bytes; an encoder or a decoder as the objective needs. Losses of
-different objectives are of different labels and compare with their own beginning alone.
+Models have the quickstart's size and read bytes; an encoder, a decoder or both as the objective needs.
+Losses of different objectives are of different labels and compare with their own beginning alone.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from stack.train.trainer import Trainer
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 ENCODER = {"kind": "encoder", "num_types": 4, "tied_embeddings": True}
+TWO_STACKS = {"kind": "encoder_decoder", "num_layers": 2, "position": "relative", "attention_scale": 1.0}
+TWO_STACKS |= {"init": "fan_in", "init_std": 1.0, "scale_residual_init": False}
 CASES: dict[str, dict] = {
     "causal": {},
     "prefix_lm": {},
@@ -34,6 +36,7 @@ CASES: dict[str, dict] = {
     "masked_words": ENCODER,
     "masked_words, whole words": ENCODER,
     "unilm": ENCODER,
+    "span_corruption, two stacks": TWO_STACKS,
 }
 """The objective, up to a comma, and what its model has besides."""
 
@@ -45,7 +48,7 @@ def config_of(name: str, steps: int, folder: str) -> Config:
     tree["name"] = name.replace(", ", "-").replace(" ", "-")
     tree["output_dir"] = folder
     tree["model"] |= {"vocab_size": 361} | CASES[name]
-    tree["objective"] = {"kind": kind} | ({"whole_words": True} if more else {})
+    tree["objective"] = {"kind": kind} | ({"whole_words": True} if more == "whole words" else {})
     tree["data"] |= {"sequence_length": 256 if kind == "sentence_removal" else 128}
     tree["train"] |= {"steps": steps}
     tree["eval"] |= {"every": 25, "batches": 20, "baselines": False}

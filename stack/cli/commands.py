@@ -102,7 +102,8 @@ def sample(arguments: argparse.Namespace) -> None:
         between = "" if trainer.program.objective.continues else "\n"
         if len(prompts) == 1:
             text = trainer.stream(prompts[0], seed=arguments.seed)
-            pieces = itertools.chain(prompts, [between], text, ["\n"])
+            begin = next(text, "")  # What cannot be written is told before the prompt is.
+            pieces = itertools.chain(prompts, [between, begin], text, ["\n"])
         else:
             texts = trainer.generate(prompts, seed=arguments.seed)
             pieces = (f"{prompt}{between}{text}\n" for prompt, text in zip(prompts, texts, strict=True))

@@ -96,7 +96,8 @@ def page() -> str:
 def _walk(root: type[BaseModel], path: tuple[str, ...]) -> Iterator[Field]:
     """The fields of a section and of those below it; plain ones first, so that a table is of one section."""
     below = []
-    seen: set[str] = set()
+    names: set[str] = set()
+    seen: set[tuple[str, str, str]] = set()
     for name, field in root.model_fields.items():
         here = (*path, name)
         description = " ".join((field.description or "").split())
@@ -112,10 +113,16 @@ def _walk(root: type[BaseModel], path: tuple[str, ...]) -> Iterator[Field]:
         kinds = ", ".join(kind_of(section) for section in sections)
         for section in sections:
             for field in _walk(section, here):
-                if field.name not in seen:
-                    seen.add(field.name)
-                    is_kind = len(sections) > 1 and field.name == dotted((*here, "kind"))
-                    yield replace(field, type=kinds) if is_kind else field
+                if (about := (field.name, field.default, field.description)) in seen:
+                    continue
+                seen.add(about)
+                if field.name in names:  # Another kind's, which has the name for something else.
+                    description = f"With kind={kind_of(section)}: {field.description}"
+                    yield replace(field, description=description)
+                    continue
+                names.add(field.name)
+                is_kind = len(sections) > 1 and field.name == dotted((*here, "kind"))
+                yield replace(field, type=kinds) if is_kind else field
 
 
 def _inside(annotation: Any) -> tuple[bool, list[type[BaseModel]]]:

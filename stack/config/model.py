@@ -111,7 +111,8 @@ class BlockConfig(Section):
     qk_norm: bool = False
     """RMSNorm of every query and key head before the rotation (Qwen 3, arXiv 2302.05442)."""
     sliding_window: PositiveInt | None = None
-    """Each token sees this many tokens, itself included (arXiv 2310.06825); null: all before it."""
+    """Each token sees this many tokens, itself included (arXiv 2310.06825), and as many after it where it
+    sees those; null: all."""
     attention_pattern: tuple[Literal["local", "global"], ...] = Field(
         default=("local",), min_length=1, strict=False
     )

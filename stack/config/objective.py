@@ -71,6 +71,12 @@ class FillConfig(WordsConfig):
     middle_token: str = "<fim_middle>"
     """Word of the tokenizer before the middle."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len({self.prefix_token, self.suffix_token, self.middle_token}) < 3:
+            raise ValueError("prefix_token, suffix_token and middle_token must be three different words")
+        return self
+
 
 class RemovalConfig(WordsConfig):
     """Removal of pieces of a text that are then written by the model."""
@@ -82,8 +88,12 @@ class RemovalConfig(WordsConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.sentinel.count("{}") != 1:
-            raise ValueError(f"sentinel={self.sentinel!r} must hold {{}} once, in the place of the number")
+        around = self.sentinel.split("{}")
+        if len(around) != 2 or any(brace in part for part in around for brace in "{}"):
+            raise ValueError(
+                f"sentinel={self.sentinel!r} must hold {{}} once, in the place of the number, and no other"
+                " brace"
+            )
         return self
 
 

@@ -1,6 +1,6 @@
 """What an objective makes of packed text, row by row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -71,15 +71,15 @@ PLAIN = Plain()
 """What every token is predicted in."""
 
 
-def longest(examples: Examples, sequence_length: int) -> int:
-    """Tokens of the longest piece that a row takes.
+def longest(room: Callable[[np.ndarray], np.ndarray], sequence_length: int) -> int:
+    """Tokens of the longest piece that a row takes, by `Examples.room`.
 
     Raises:
       ConfigError: it takes none.
     """
 
     def fits(length: int) -> bool:
-        return bool(examples.room(np.array([length]))[0] <= sequence_length)
+        return bool(room(np.array([length]))[0] <= sequence_length)
 
     low, high = 0, 1
     while fits(high):
@@ -90,7 +90,7 @@ def longest(examples: Examples, sequence_length: int) -> int:
     if not low:
         raise ConfigError(
             f"data.sequence_length={sequence_length} has no room for a token of text beside what the"
-            f" objective adds ({int(examples.room(np.array([1]))[0])} places for one); raise it"
+            f" objective adds ({int(room(np.array([1]))[0])} places for one); raise it"
         )
     return low
 

@@ -142,7 +142,8 @@ class _Scheduled:
 
 def _parts(weights: Sequence[float]) -> list[int]:
     """Weights as whole parts of `_WHOLE`: what rounding down leaves goes to the largest."""
-    total = sum(weights)
-    parts = [int(weight / total * _WHOLE) for weight in weights]
+    largest = max(weights)  # The sum of large ones may be infinite.
+    total = sum(weight / largest for weight in weights)
+    parts = [int(weight / largest / total * _WHOLE) for weight in weights]
     parts[parts.index(max(parts))] += _WHOLE - sum(parts)
     return parts

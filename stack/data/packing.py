@@ -159,7 +159,7 @@ def pack_corpus(
         ConfigError: rows too short for any piece.
         StackError: a cache that can not be written.
     """
-    most = longest(examples, sequence_length)
+    most = longest(examples.room, sequence_length)
     parts = [
         VERSION,
         "named blocks",

@@ -150,13 +150,13 @@ class ByteTokenizer:
         return encoded[0] if len(encoded) == 1 else None
 
     def words(self) -> dict[int, str]:
-        """A letter for every byte, and the end of document."""
+        """A letter for every byte, the end of document, and `BYTE_MARKS`."""
         # Those that print are their own.
         prints = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in prints]
         letters = {byte: chr(byte) for byte in prints}
         letters |= {byte: chr(256 + number) for number, byte in enumerate(others)}
-        return letters | {self.eos: END_OF_DOCUMENT}
+        return letters | {self.eos: END_OF_DOCUMENT} | dict(enumerate(BYTE_MARKS, self.vocab_size))
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"], *, marks: bool = False) -> str:
         """The text of ids; see `Tokenizer`."""

@@ -25,7 +25,7 @@ def bytes_as_bpe() -> "tokenizers.Tokenizer":
 
     own = ByteTokenizer()
     words = own.words()
-    ids = {word: number for number, word in words.items()}
+    ids = {word: number for number, word in words.items() if number < own.vocab_size}
     model = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=[]))
     # The libraries' classes fill these properties although their types do not say so.
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyrefly: ignore

@@ -1,5 +1,6 @@
 """Texts in two parts, one read and one written, laid out for a decoder or for an encoder and a decoder."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -41,11 +42,17 @@ Split = Callable[[Tokens, np.random.Generator], Pair]
 """(a piece: n tokens and the one after them, random numbers) -> its two parts."""
 
 
+Room = Callable[[Int64[np.ndarray, " pieces"]], Int64[np.ndarray, " pieces"]]
+"""Places of a row that pieces of so many tokens take; see `stack.data.examples.Examples`."""
+
+
 class Sizes(NamedTuple):
     """The most tokens of the two parts of pieces, each [pieces] int64, which grow with the piece."""
 
     read: Int64[np.ndarray, " pieces"]
     written: Int64[np.ndarray, " pieces"]
+    both: Int64[np.ndarray, " pieces"] | None = None
+    """Of the two together; None: the sum of both."""
 
 
 class PairExamples:
@@ -54,7 +61,7 @@ class PairExamples:
     def __init__(
         self,
         split: Split,
-        sizes: Callable[[np.ndarray], Sizes],
+        room: Room,
         *,
         name: str,
         lengths: tuple[int, int | None],
@@ -64,23 +71,20 @@ class PairExamples:
 
         Args:
           split: makes a pair of a piece.
-          sizes: of the parts of pieces of n tokens.
-          name: of what the two are; equal names give equal rows.
+          room: places of the first row that pieces of n tokens take.
+          name: of `room`; equal names give equal rows.
           lengths: of the two rows; None: both parts stand in one.
           start: the word that what is written begins after, in a row of its own.
         """
         self.split = split
-        self.sizes = sizes
+        self._room = room
         self.length, self.target_length = lengths
         self.start = start
-        self.packing = f"{name} {lengths}"
+        self.packing = name
 
     def room(self, lengths: Int64[np.ndarray, " pieces"]) -> Int64[np.ndarray, " pieces"]:
-        """Places of the first row that keep both within theirs."""
-        read, written = self.sizes(lengths)
-        if self.target_length is None:
-            return read + written - 1
-        return np.maximum(np.maximum(read, 1), -(-written * self.length // self.target_length))
+        """Places of the first row; see `Pairs.room`."""
+        return self._room(lengths)
 
     def read(
         self,
@@ -179,22 +183,27 @@ class Pairs(Words):
 
     def examples(self, tokenizer: Tokenizer) -> PairExamples:
         """How rows are packed, and made of pieces; see `splitter` for errors."""
+        # All that may decide how large the parts are.
+        options = self.options.model_dump(exclude={"z_loss", "logits_bytes", "sentinel"})
+        name = f"{self.name} {self.lengths} {json.dumps(options, sort_keys=True)}"
         return PairExamples(
-            self.splitter(tokenizer), self.split_sizes, name=self.name, lengths=self.lengths, start=self.start
+            self.splitter(tokenizer), self.room, name=name, lengths=self.lengths, start=self.start
         )
+
+    def room(self, lengths: Int64[np.ndarray, " pieces"]) -> Int64[np.ndarray, " pieces"]:
+        """Places of the first row that keep both parts of pieces within theirs."""
+        read, written, both = self.split_sizes(lengths)
+        length, target_length = self.lengths
+        if target_length is None:
+            return (read + written if both is None else both) - 1
+        return np.maximum(np.maximum(read, 1), -(-written * length // target_length))
+
+    def longest_piece(self) -> int:
+        """Tokens of the longest piece that a row takes."""
+        return longest(self.room, self.lengths[0])
 
     def _target_length(self, length: int) -> int:
         """As the config says, or as the longest piece that fits what is read needs."""
         given = getattr(self.options, "target_length", None)
-        return given or int(self.split_sizes(np.array([self.longest_read(length)])).written[0])
-
-    def longest_read(self, length: int) -> int:
-        """Tokens of the longest piece whose first part is so long at most."""
-        alone = PairExamples(
-            lambda piece, _: Pair(piece, piece),
-            lambda lengths: self.split_sizes(lengths)._replace(written=np.ones_like(lengths)),
-            name=self.name,
-            lengths=(length, None),
-            start=self.start,
-        )
-        return longest(alone, length)
+        alone = longest(lambda lengths: self.split_sizes(lengths).read, length)
+        return given or int(self.split_sizes(np.array([alone])).written[0])

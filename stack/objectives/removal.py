@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from stack.config import RemovalConfig
+from stack.config.errors import ConfigError
 from stack.data.tokenizer import Tokenizer
 from stack.objectives.pairs import Pair, Pairs, Split, Tokens
 from stack.objectives.words import word
@@ -38,14 +39,17 @@ class Removal(Pairs):
         """
         options = self.options
         assert isinstance(options, RemovalConfig)
-        number = self.most_removed(self.longest_read(self.lengths[0]))
-        sentinels = np.array(
-            [
-                word(tokenizer, options.sentinel.format(i), self.model.vocab_size, field="sentinel")
-                for i in range(number)
-            ],
-            np.int32,
-        )
+        number = self.most_removed(self.longest_piece())
+        names = [options.sentinel.replace("{}", str(i)) for i in range(number)]
+        missing = [name for name in names if tokenizer.token(name) is None]
+        if missing:
+            raise ConfigError(
+                f"objective.sentinel: rows of {self.lengths[0]} tokens need {number} words, and the tokenizer"
+                f" has no word {missing[0]!r}; add it (`stack data extend`), lower objective.rate or"
+                " data.sequence_length, or name others"
+            )
+        size = self.model.vocab_size
+        sentinels = np.array([word(tokenizer, name, size, field="sentinel") for name in names], np.int32)
         choose = self.chooser(tokenizer)
         end = np.array([tokenizer.eos], np.int32)
 

@@ -31,7 +31,9 @@ class SentenceRemoval(Removal):
     def split_sizes(self, lengths: np.ndarray) -> Sizes:
         """Of no sentence and of as many as fit the share; both parts end with the end of a document."""
         removed = self._budget(lengths)
-        return Sizes(read=lengths + 1, written=removed + removed // self.sentences.shortest + 1)
+        sentences = removed // self.sentences.shortest
+        both = lengths + 2 * sentences + 2  # Each gap has a word in both.
+        return Sizes(read=lengths + 1, written=removed + sentences + 1, both=both)
 
     def most_removed(self, length: int) -> int:
         """Sentences, each of the shortest length."""

@@ -45,7 +45,8 @@ class UniLmExamples(MaskedExamples):
         weights = np.array(
             [options.bidirectional_weight, options.left_to_right_weight, options.sequence_to_sequence_weight]
         )
-        self.shares = weights / weights.sum()
+        shares = weights / weights.max()  # The sum of large ones may be infinite.
+        self.shares = shares / shares.sum()
 
     def read(
         self,

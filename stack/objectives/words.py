@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stack.config import Config, WordsConfig
-from stack.config.errors import ConfigError
+from stack.config.errors import ConfigError, StackError
+from stack.config.explain import kind_of
 from stack.data.examples import PLAIN, Examples
 from stack.data.fields import Field
 from stack.data.tokenizer import Tokenizer
@@ -88,8 +89,18 @@ class Words:
         return {"loss": sums["nll"] / divisor, "accuracy": sums["correct"] / divisor, "tokens": tokens}
 
     def evaluate(self, sums: Mapping[str, float], *, num_bytes: float | None) -> dict[str, float]:
-        """Loss (nats per label), perplexity, accuracy, nats_per_byte where text is known whole, tokens."""
-        tokens = max(sums["tokens"], 1.0)
+        """Loss (nats per label), perplexity, accuracy, nats_per_byte where text is known whole, tokens.
+
+        Raises:
+          StackError: there is no label.
+        """
+        tokens = sums["tokens"]
+        if not tokens:
+            raise StackError(
+                f"objective.kind={kind_of(type(self.options))} finds nothing to predict in the held-out rows"
+                " (`stack data report` shows rows); lengthen data.sequence_length, raise objective.rate or"
+                " hold out more text"
+            )
         loss = sums["nll"] / tokens
         per_byte = (
             {}

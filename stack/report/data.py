@@ -158,14 +158,16 @@ def _sources(data: Data, names: Sequence[str], drawn: np.ndarray) -> Iterator[So
         zip(names, data.train.parts, data.heldout.parts, strict=True)
     ):
         corpus = part.corpus
-        lengths = np.diff(corpus.offsets[:]) - 2
+        # A document that is cut lies on both sides; those like others on none.
+        documents = np.union1d(part.documents[:], held.documents[:])
+        lengths = np.diff(corpus.offsets[:])[documents] - 2
         asked, whole = schedule.due(number, len(drawn))
         quantiles = np.quantile(lengths, (0, 0.5, 0.9, 0.99, 1), method="nearest").astype(int)
         yield Source(
             name=name,
             documents=len(lengths),
             tokens=int(lengths.sum()),
-            megabytes=float(corpus.num_bytes[:].sum()) / 1e6,
+            megabytes=float(corpus.num_bytes[:][documents].sum()) / 1e6,
             lengths=tuple(quantiles.tolist()),
             rows=(part.num_rows, held.num_rows),
             asked=asked / whole / len(drawn),
@@ -275,8 +277,13 @@ def _marked(span: Span) -> str:
 
 def _visible(text: str) -> str:
     """Text that cannot move the cursor; a new line is told."""
-    shown = text.replace("\n", "⏎")
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
+    return _printable(text.replace("\n", "⏎"))
+
+
+def _printable(text: str, kept: str = "") -> str:
+    return "".join(
+        letter if letter.isprintable() or letter in kept else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
 
 
 def as_html(report: DataReport) -> str:
@@ -330,8 +337,9 @@ th:first-child,td:first-child{text-align:left}
 
 
 def _span(span: Span) -> str:
-    label = f"<b>{html.escape(span.label)}</b>" if span.kind == "hidden" else ""
-    return f'<span class="{span.kind}">{html.escape(span.text)}{label}</span>'
+    text, label = (html.escape(_printable(part, kept="\n\t")) for part in (span.text, span.label))
+    label = f"<b>{label}</b>" if span.kind == "hidden" else ""
+    return f'<span class="{span.kind}">{text}{label}</span>'
 
 
 def write_html(report: DataReport, path: Path) -> None:

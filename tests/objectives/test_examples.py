@@ -224,10 +224,10 @@ def test_spans_are_those_of_t5():
     """512 places take 568 tokens, of which 85 go in 28 spans and are written in 114: T5's figures."""
     objective = build(config("span_corruption", length=512))
     assert isinstance(objective, SpanCorruption)
-    assert objective.longest_read(512) == 568
+    assert longest(lambda lengths: objective.split_sizes(lengths).read, 512) == 568
     removed, spans = objective.counts(np.array([568]))
     assert (removed, spans) == (85, 28)
-    assert objective.split_sizes(np.array([568])) == (512, 114)
+    assert objective.split_sizes(np.array([568])) == (512, 114, None)
     choose = objective.chooser(TOKENIZER)
     text = np.full(568, 97, np.int32)
     masks = np.array([choose(text, generator(np.array([0, 0, i]))) for i in range(400)])
@@ -276,7 +276,7 @@ def test_sentences_end_with_marks_before_white_space_and_with_lines():
 @given(st.integers(0, 2**32), st.lists(st.integers(1, LENGTH), min_size=1, max_size=8))
 def test_no_text_takes_more_room_than_it_was_packed_for(kind, shape, seed, lengths):
     made = examples(kind, shape=shape)
-    most = longest(made, LENGTH)
+    most = longest(made.room, LENGTH)
     random = np.random.default_rng(seed)
     for length in (min(length, most) for length in lengths):
         piece = random.integers(97, 123, length + 1).astype(np.int32)
@@ -413,7 +413,10 @@ def test_every_token_is_read_or_written_once(made):
             "mask_token: the tokenizer has no word '<mask>'",
         ),
         ({"kind": "fill_in_middle", "middle_token": "<m>"}, "middle_token: the tokenizer has no word '<m>'"),
-        ({"kind": "span_corruption", "sentinel": "<s{}>"}, "sentinel: the tokenizer has no word '<s0>'"),
+        (
+            {"kind": "span_corruption", "sentinel": "<s{}>"},
+            "sentinel: rows of 64 tokens need 3 words, .* no word '<s0>'",
+        ),
         (
             {"kind": "span_corruption", "length": 511, "rate": 0.6, "mean_span": 1.0},
             "no word '<extra_id_100>'",
@@ -433,7 +436,7 @@ def test_a_model_without_a_row_for_a_word_is_told():
 
 def test_rows_too_short_for_what_is_added_are_told():
     with pytest.raises(ConfigError, match=r"sequence_length=3 has no room for a token.*4 places"):
-        longest(examples("fill_in_middle", length=3), 3)
+        longest(examples("fill_in_middle", length=3).room, 3)
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,15 @@ def test_a_place_that_holds_no_weights_is_told(folder) -> None:
 
 
 @pytest.mark.usefixtures("words")
+@pytest.mark.full
+def test_the_special_words_of_bytes_keep_their_ids(folder, words) -> None:
+    """Trained with rows for them, a model would have its mask overwritten by the first new word."""
+    if not (folder / "runs" / "marked").exists():
+        run(folder, "marked", "train.steps=1", "model.vocab_size=361")
+    with pytest.raises(StackError, match=r"id 257 is '\[MASK\]' in .* and '"):
+        begin(folder, "marked", words, "model.vocab_size=361")
+
+
 def test_an_id_that_means_another_word_is_refused_with_both(folder) -> None:
     path = folder / "other.json"
     text = (folder / "tokenizer.json").read_text()

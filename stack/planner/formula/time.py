@@ -196,7 +196,9 @@ def ring_seconds(size: float, members: int, stride: int, chip: Hardware) -> floa
 def _peak(chip: Hardware, precision: Precision) -> float:
     if precision in chip.peak_flops:
         return chip.peak_flops[precision]
-    return chip.peak_flops["float16" if "float16" in chip.peak_flops else "float32"]
+    # A TPU multiplies float32 in bfloat16, unless it is told to do it in several passes.
+    others = ("float16", "float32", "bfloat16")
+    return next(chip.peak_flops[name] for name in others if name in chip.peak_flops)
 
 
 def _bandwidth(chip: Hardware) -> float:

@@ -160,10 +160,11 @@ def _words(
     if then is None:
         notes.append(f"{source.name} has no tokenizer: whether ids mean the same words there, nobody knows")
     else:
+        then = {number: word for number, word in then.items() if number < there}
         check_same_words(then, now, names=(source.name, f"data.tokenizer={program.config.data.tokenizer}"))
         old_rows[:] = False
-        old_rows[[number for number in then if number < there]] = True
-        new |= now.keys() - then.keys()
+        old_rows[list(then)] = True
+        new |= {number for number in now.keys() - then.keys() if number < size}
     return old_rows, np.array(sorted(new), np.int64), notes
 
 
