@@ -20,7 +20,6 @@ SHORTER = {
     "stack train runs/quickstart train.steps=800": "train.steps=50",
     f"{_QUICKSTART} name=chat init_from=runs/quickstart data.tokenizer=chat/tokenizer.json"
     " model.vocab_size=259 train.steps=100": _FEW,
-    "launch/local.sh -n 2 -d 2 configs/quickstart.yaml name=two": _FEW,
 }
 """What is added to a command that takes long; it shortens, and changes nothing else."""
 
@@ -33,6 +32,7 @@ ELSEWHERE = {
     "uv sync --no-dev": "makes another environment",
     "uv sync --extra cuda13": "needs a GPU",
     "stack doctor --faults": "tests/doctor/test_faults.py",
+    "launch/local.sh -n 2 -d 2 configs/quickstart.yaml name=two": "tests/test_processes.py, with a tiny model",
 }
 """Commands that are not run here, and why or where else."""
 

@@ -105,7 +105,8 @@ class Config(Section):
                 f"objective.kind={objective.kind} trains no model.kind={model.kind}; set objective.kind to"
                 f" {' or '.join(able)}"
             )
-        if model.shape == "encoder" and (change := describe_changes(self.sample)):
+        sample = self.sample.model_copy(update={"at_end": True})  # That no text is shown is granted.
+        if model.shape == "encoder" and (change := describe_changes(sample)):
             raise ValueError(
                 f"sample.{change} is not read with model.kind={model.kind}, which writes no text; remove it"
             )

@@ -106,7 +106,8 @@ def test_parameters_after_three_steps_are_those_without_offload(mesh):
     plain, offloaded = program(*mesh, SMOOTH), program(*mesh, SMOOTH, OPTIMIZER, ACTIVATIONS)
     expected = train(plain, states.init(plain), 3)
     state = train(offloaded, states.init(offloaded), 3)
-    assert_close(state, expected)
+    # As much for each step, whose rounding the next one begins with: gradients of one are held to it below.
+    assert_close(state, expected, rtol=3e-6)
     assert kinds(moments(expected)) == {"device"}
     assert kinds(moments(state)) == {"pinned_host"}, "they go back after the update"
     assert kinds(state["params"]) == {"device"}
