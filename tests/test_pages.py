@@ -32,7 +32,7 @@ ELSEWHERE = {
     "uv sync --no-dev": "makes another environment",
     "uv sync --extra cuda13": "needs a GPU",
     "stack doctor --faults": "tests/doctor/test_faults.py",
-    "launch/local.sh -n 2 -d 2 configs/quickstart.yaml name=two": "tests/test_processes.py, with a tiny model",
+    "launch/local.sh -n 2 -d 2 configs/quickstart.yaml name=two": "tests/test_processes.py",
 }
 """Commands that are not run here, and why or where else."""
 
