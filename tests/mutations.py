@@ -31,6 +31,27 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
+        "a prefix is seen by what follows alone",
+        "stack/models/decoder.py",
+        'kind="prefix" if "prefix" in batch else "causal"',
+        'kind="causal"',
+        "tests/models/test_reach.py",
+    ),
+    Mutation(
+        "rows of other options are read",
+        "stack/objectives/pairs.py",
+        "json.dumps(options, sort_keys=True)",
+        '""',
+        "tests/objectives/test_room.py",
+    ),
+    Mutation(
+        "a special word is hidden",
+        "stack/objectives/masked_words.py",
+        "~self.special[np.minimum(tokens, len(self.special) - 1)]",
+        "(tokens >= 0)",
+        "tests/objectives/test_examples.py",
+    ),
+    Mutation(
         "optimizer.epsilon ignored",
         "stack/step/optimizer.py",
         "config.beta1, config.beta2, config.epsilon)",
