@@ -220,7 +220,7 @@ def _beside(path: Path) -> str:
     """Configs near a missing one: the closest name, else what its folder holds."""
     folders = [folder for folder in (Path("configs"), path.parent) if folder.is_dir()]
     files = {file.name: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
-    if match := nearest(path.with_suffix(".yaml").name, list(files)):
+    if match := nearest(f"{path.stem}.yaml", list(files)):
         return f"; did you mean {files[match]}?"
     if files:
         return f"; there are {', '.join(map(str, list(files.values())[:20]))}"

@@ -409,3 +409,10 @@ def test_paths_expand_alike(monkeypatch):
     assert expand("~/x") == Path("/home/someone/x")
     with pytest.raises(ConfigError, match="there is no user nobody_at_all"):
         expand("~nobody_at_all/x")
+
+
+@pytest.mark.parametrize("base", [".", "..", "/"])
+def test_a_base_that_is_a_folder_is_one_line(tmp_path, base):
+    (tmp_path / "run.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError, match="run.yaml:1: base .*no such file"):
+        load(tmp_path / "run.yaml")

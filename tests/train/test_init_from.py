@@ -117,11 +117,15 @@ def test_new_words_begin_at_the_mean_of_the_old_and_padding_is_zero(folder, word
 
 
 @pytest.mark.full
-def test_new_words_within_the_room_of_the_vocabulary_are_new_too(folder, words) -> None:
-    """The model had 300 rows for 257 words; the other 41 stay as they were."""
-    if not (folder / "runs" / "roomy").exists():
-        run(folder, "roomy", "train.steps=2", "model.vocab_size=300")
-    params, _, notes = begin(folder, "roomy", words, "model.vocab_size=300")
+def test_new_words_within_the_room_of_the_vocabulary_are_new_too(folder) -> None:
+    """The model had 300 rows for 258 words; the other 40 stay as they were."""
+    few, more = folder / "few" / "tokenizer.json", folder / "more" / "tokenizer.json"
+    assert main(["data", "extend", "bytes", "--special", "<|one|>", "--out", str(few)]) == 0
+    assert (
+        main(["data", "extend", str(few), "--special", "<|two|>", "--word", "Stack", "--out", str(more)]) == 0
+    )
+    run(folder, "roomy", "train.steps=2", "model.vocab_size=300", f"data.tokenizer={few}")
+    params, _, notes = begin(folder, "roomy", f"data.tokenizer={more}", "model.vocab_size=300")
     made = trainer(folder, "roomy", "model.vocab_size=300")
     with Checkpoints(made.ledger.store) as checkpoints:
         old = np.asarray(
@@ -129,10 +133,10 @@ def test_new_words_within_the_room_of_the_vocabulary_are_new_too(folder, words) 
                 "table"
             ]
         )
-    np.testing.assert_allclose(params["embed.table"][257:259], np.tile(old[:257].mean(0), (2, 1)), rtol=1e-5)
-    for rows in (slice(257), slice(259, None)):
+    np.testing.assert_allclose(params["embed.table"][258:260], np.tile(old[:258].mean(0), (2, 1)), rtol=1e-5)
+    for rows in (slice(258), slice(260, None)):
         np.testing.assert_array_equal(params["embed.table"][rows], old[rows])
-    assert notes == ["init_from: resized embed.table: 300 words, 2 new, at the mean of the 257 old"]
+    assert notes == ["init_from: resized embed.table: 300 words, 2 new, at the mean of the 258 old"]
 
 
 def test_what_the_weights_lack_is_as_the_seed_has_it(folder) -> None:
