@@ -414,5 +414,5 @@ def test_paths_expand_alike(monkeypatch):
 @pytest.mark.parametrize("base", [".", "..", "/"])
 def test_a_base_that_is_a_folder_is_one_line(tmp_path, base):
     (tmp_path / "run.yaml").write_text(f"base: {base}\n")
-    with pytest.raises(ConfigError, match="run.yaml:1: base .*no such file"):
+    with pytest.raises(ConfigError, match=r"run.yaml:1: base .*no such file"):
         load(tmp_path / "run.yaml")
