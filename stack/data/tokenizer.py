@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,10 +106,6 @@ class Tokenizer(Protocol):
         """The text of ids; special tokens leave nothing, or their names, broken UTF-8 leaves U+FFFD."""
         ...
 
-    def spell(self, ids: Sequence[int]) -> str:
-        """The same for people to look at: special tokens are named."""
-        ...
-
 
 @dataclass(frozen=True)
 class ByteTokenizer:
@@ -161,14 +157,9 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"], *, marks: bool = False) -> str:
         """The text of ids; see `Tokenizer`."""
         values = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
-        names = dict(enumerate(BYTE_MARKS, self.vocab_size)) if marks else {}
+        names = dict(enumerate((END_OF_DOCUMENT, *BYTE_MARKS), self.eos)) if marks else {}
         text = b"".join(bytes([i]) if i < 256 else names.get(i, "").encode() for i in values.tolist())
         return text.decode(errors="replace")
-
-    def spell(self, ids: Sequence[int]) -> str:
-        """The text of ids, special ones by name; see `Tokenizer`."""
-        names = (END_OF_DOCUMENT, *BYTE_MARKS)
-        return _spell(ids, self.decode, lambda i: names[i - 256] if 256 <= i < 256 + len(names) else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,31 +224,6 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, " ids"], *, marks: bool = False) -> str:
         """The text of ids; see `Tokenizer`. Ids of a padded vocabulary's unused words are passed over."""
         return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=not marks)
-
-    def spell(self, ids: Sequence[int]) -> str:
-        """The text of ids, special ones by name; see `Tokenizer`."""
-        special = self.spellings
-        return _spell(
-            ids,
-            self.decode,
-            lambda i: self.model.id_to_token(i) if i < self.vocab_size and special[i] is None else None,
-        )
-
-
-def _spell(
-    ids: Sequence[int],
-    decode: Callable[[Sequence[int]], str],
-    name: Callable[[int], str | None],
-) -> str:
-    """Runs of ordinary tokens decoded, and between them the names of special ones."""
-    text, run = "", []
-    for number in ids:
-        special = name(number)
-        if special is None:
-            run.append(number)
-        else:
-            text, run = text + decode(run) + special, []
-    return text + decode(run)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -1,6 +1,7 @@
 """Texts in two parts, one read and one written, laid out for a decoder or for an encoder and a decoder."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -149,7 +150,7 @@ def _places(kind: str, lengths: Sequence[int]) -> dict[str, np.ndarray]:
     }
 
 
-class Pairs(Words):
+class Pairs(Words, ABC):
     """An objective whose texts are pairs: subclasses say how they are split and how large the parts are."""
 
     name: str
@@ -169,17 +170,17 @@ class Pairs(Words):
             self.sizes["target_length"] = target_length
             self.fields = TWO_ROWS
 
+    @abstractmethod
     def split_sizes(self, lengths: Int64[np.ndarray, " pieces"]) -> Sizes:
         """Of the parts of pieces of so many tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def splitter(self, tokenizer: Tokenizer) -> Split:
         """Splits pieces.
 
         Raises:
           ConfigError: the tokenizer lacks a word.
         """
-        raise NotImplementedError
 
     def examples(self, tokenizer: Tokenizer) -> PairExamples:
         """How rows are packed, and made of pieces; see `splitter` for errors."""

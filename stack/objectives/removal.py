@@ -1,5 +1,6 @@
 """What is removed of a text, and what is left of it, each with words that stand for the other's place."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -21,13 +22,13 @@ class Removal(Pairs):
     continues = False
     marks = True
 
+    @abstractmethod
     def most_removed(self, length: int) -> int:
         """Runs of tokens that are removed of a piece of so many tokens, at most."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chooser(self, tokenizer: Tokenizer) -> Choose:
         """Chooses what is removed of a text."""
-        raise NotImplementedError
 
     def splitter(self, tokenizer: Tokenizer) -> Split:
         """What is left, and what was removed, both followed by the end of a document.

@@ -216,15 +216,19 @@ def _joined(tokens: Sequence[tuple[Kind, int, int]], tokenizer: Tokenizer) -> It
     kind: Any = None
     for what, token, label in tokens:
         if waiting and what != kind:
-            yield Span(kind=kind, text=tokenizer.spell(waiting))
+            yield Span(kind=kind, text=tokenizer.decode(waiting, marks=True))
             waiting = []
         kind = what
         if what == "hidden":
-            yield Span(kind="hidden", text=tokenizer.spell([token]), label=tokenizer.spell([label]))
+            yield Span(
+                kind="hidden",
+                text=tokenizer.decode([token], marks=True),
+                label=tokenizer.decode([label], marks=True),
+            )
         else:
             waiting.append(token)
     if waiting:
-        yield Span(kind=kind, text=tokenizer.spell(waiting))
+        yield Span(kind=kind, text=tokenizer.decode(waiting, marks=True))
 
 
 def as_text(report: DataReport) -> Iterator[str]:

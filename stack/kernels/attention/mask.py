@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -95,27 +96,17 @@ def row_mask(
       window: see `Mask`.
       prefix: [batch, length] int32, 1 for keys that are in their document's prefix; None: there is none.
     """
-    seen = None if prefix is None else prefix > 0
+    make = partial(Mask, kind=kind, window=window, prefix=None if prefix is None else prefix > 0)
     if packed:
-        return Mask(
-            kind=kind,
-            window=window,
+        return make(
             query_positions=positions,
             key_positions=positions,
             query_segments=segments,
             key_segments=segments,
-            prefix=seen,
         )
     columns = jax.lax.broadcasted_iota(positions.dtype, positions.shape, 1, out_sharding=_spec(positions))
     lengths = (segments > 0).sum(1, dtype=positions.dtype)
-    return Mask(
-        kind=kind,
-        window=window,
-        query_positions=columns,
-        key_positions=columns,
-        lengths=lengths,
-        prefix=seen,
-    )
+    return make(query_positions=columns, key_positions=columns, lengths=lengths)
 
 
 def _spec(x: jax.Array) -> jax.sharding.PartitionSpec | None:
