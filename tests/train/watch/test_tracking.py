@@ -265,7 +265,7 @@ def test_after_a_kill_no_step_is_told_twice(tmp_path) -> None:
     second.start(4, kept)
     second.train(5, 8)
     second.end()
-    assert follower.end(time.monotonic()) == []
+    assert follower.end(time.monotonic() + 60) == [], "it has let go of the log, and may still be ending"
     want = written(second.folder)
     assert [step for step, _ in want] == list(range(1, 9))
     assert rows_of_mlflow(tmp_path / "store") == want
