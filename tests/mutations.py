@@ -283,6 +283,13 @@ MUTATIONS = (
         "tests/layers/test_dropout.py",
     ),
     Mutation(
+        "attention dropout of the second word of a query alone",
+        "stack/kernels/attention/dropout.py",
+        "jnp.uint32(GOLDEN) + row0",
+        "jnp.uint32(GOLDEN)",
+        "tests/kernels/attention/test_dropout.py",
+    ),
+    Mutation(
         "every layer drops the same",
         "stack/models/stack.py",
         "layer_keys(run.keys, index)",

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Float32, Key
 
 from stack.config import BlockConfig, LanguageConfig, RopeConfig
 from stack.kernels.attention import Choice, Mask, Request, attend, choose
-from stack.layers.dropout import ATTENTION, CROSS, dropout
+from stack.kernels.attention.dropout import draw
+from stack.layers.dropout import ATTENTION, CROSS, layer_keys
 from stack.layers.linear import Linear
 from stack.layers.mlp import matrix_std, residual_std
 from stack.layers.norm import Norm
@@ -75,16 +76,14 @@ class Projections(nnx.Module):
     ) -> Float[Array, "batch length embed"]:
         """Attention to what is seen, and the way back; see `Attention`."""
         config = self.config
-        drop = None
+        dropout = None
         if keys is not None and config.attention_dropout:
-            names = ("batch", "kv_heads", None, None, None)
-            drop = partial(
-                dropout,
+            dropout = draw(
+                layer_keys(keys, self.place),
                 rate=config.attention_dropout,
-                keys=keys,
-                place=self.place,
+                heads=config.num_heads,
+                queries=query.shape[1],
                 layout=layout,
-                names=names,
             )
         y = attend(
             query,
@@ -96,7 +95,7 @@ class Projections(nnx.Module):
             bias=bias,
             scale=config.attention_scale,
             softcap=config.attention_softcap,
-            drop=drop,
+            dropout=dropout,
         )
         return self.out(y, layout, ("batch", "residual_length", "embed"))
 

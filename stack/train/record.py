@@ -42,6 +42,9 @@ _CONTENT = {
 and orders them."""
 _BEFORE = {"init_from": None}
 """What a config that does not say it began with."""
+_DROPOUT = "attention dropout"
+_DRAWS = {_DROPOUT: "2"}
+"""Version of the bits that drop attention weights, which change no expectation: 1 where nothing is said."""
 _VERSIONS = ("rows", "order")
 """Those that were not always recorded, and were 1 then."""
 
@@ -65,9 +68,9 @@ class Record:
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Of its first parameters, as `starting.begin` tells it; empty: from the seed."""
     versions: Mapping[str, str | None] = field(
-        default_factory=lambda: {name: installed_version(name) for name in RECORDED}
+        default_factory=lambda: {name: installed_version(name) for name in RECORDED} | _DRAWS
     )
-    """Of the packages that made it."""
+    """Of the packages that made it, and of how it draws."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -197,11 +200,14 @@ def extension(config: Config) -> list[str]:
 
 def version_note(record: Record) -> str | None:
     """Which versions are others than those the run began with."""
+    then: dict[str, str | None] = dict(record.versions)
     now = {name: installed_version(name) for name in RECORDED}
+    if record.config["model"].get("attention_dropout"):
+        then, now = {_DROPOUT: "1"} | then, now | _DRAWS
     changed = [
-        f"{name} {record.versions[name]} -> {version}"
+        f"{name} {then[name]} -> {version}"
         for name, version in now.items()
-        if record.versions.get(name) not in (None, version)
+        if then.get(name) not in (None, version)
     ]
     if not changed:
         return None

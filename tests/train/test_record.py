@@ -217,3 +217,12 @@ def test_other_versions_are_told() -> None:
     note = version_note(recorded(versions={"jax": "0.1", "optax": None}))
     assert note is not None
     assert note.startswith("jax 0.1 -> ")
+
+
+def test_other_bits_of_attention_dropout_are_told_where_there_is_any() -> None:
+    assert version_note(recorded(versions={})) is None
+    drops = CONFIG.replace("model.attention_dropout=0.1")
+    assert version_note(recorded(drops)) is None
+    note = version_note(recorded(drops, versions={}))
+    assert note is not None
+    assert note.startswith("attention dropout 1 -> 2 since")

@@ -2,7 +2,19 @@
 
 from stack.kernels.attention.api import attend
 from stack.kernels.attention.choice import KERNELS, Choice, Kernel, choose
+from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask, row_mask
 from stack.kernels.attention.request import Request
 
-__all__ = ["KERNELS", "Choice", "Kernel", "Kind", "Mask", "Request", "attend", "choose", "row_mask"]
+__all__ = [
+    "KERNELS",
+    "Choice",
+    "Dropout",
+    "Kernel",
+    "Kind",
+    "Mask",
+    "Request",
+    "attend",
+    "choose",
+    "row_mask",
+]

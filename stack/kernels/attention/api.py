@@ -1,11 +1,9 @@
 """One entry for every implementation of attention."""
 
-from collections.abc import Callable
-
-import jax
 from jaxtyping import Array, Float
 
 from stack.kernels.attention.choice import KERNELS
+from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Mask
 from stack.parallel.rules import Layout
 
@@ -21,7 +19,7 @@ def attend(
     bias: Float[Array, "#groups #heads #queries #keys"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    drop: Callable[[jax.Array], jax.Array] | None = None,
+    dropout: Dropout | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """softmax(scale query key^T + bias) value, over the keys that a mask allows.
 
@@ -37,7 +35,7 @@ def attend(
         after another, each of which shares one.
       scale: what scores are multiplied by; None: 1 / sqrt(head_dim).
       softcap: c of c x tanh(score / c); None: as they are.
-      drop: applied to the weights [batch, kv_heads, group, queries, keys]; None: nothing is dropped.
+      dropout: of the weights, in training; None: nothing is dropped.
 
     Returns:
       Shape and dtype of `query`.
@@ -48,4 +46,6 @@ def attend(
     if kernel not in KERNELS:
         raise ValueError(f"unknown attention kernel {kernel!r}: {', '.join(KERNELS)}")
     implementation = KERNELS[kernel].attend
-    return implementation(query, key, value, mask, layout, bias=bias, scale=scale, softcap=softcap, drop=drop)
+    return implementation(
+        query, key, value, mask, layout, bias=bias, scale=scale, softcap=softcap, dropout=dropout
+    )

@@ -8,6 +8,7 @@ import jax
 
 from stack.config.errors import ConfigError
 from stack.kernels.attention import cudnn, xla
+from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask
 from stack.kernels.attention.request import Request
 from stack.parallel.rules import Layout
@@ -41,7 +42,7 @@ class Attend(Protocol):
         bias: jax.Array | None,
         scale: float | None,
         softcap: float | None,
-        drop: Callable[[jax.Array], jax.Array] | None,
+        dropout: Dropout | None,
     ) -> jax.Array:
         """[batch, queries, heads, head_dim], in the dtype of `query`."""
         ...

@@ -1,12 +1,12 @@
 """cuDNN's fused attention, on NVIDIA GPUs from compute capability 8.0."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import jax
 from jax.sharding import PartitionSpec as P
 
+from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Mask
 from stack.kernels.attention.request import Request
 from stack.parallel.rules import Layout
@@ -22,7 +22,7 @@ def attend(
     bias: jax.Array | None,
     scale: float | None,
     softcap: float | None,
-    drop: Callable[[jax.Array], jax.Array] | None,
+    dropout: Dropout | None,
 ) -> jax.Array:
     """See `stack.kernels.attention.attend`; whole rows only, as many queries as keys.
 
@@ -34,7 +34,7 @@ def attend(
         raise ValueError(
             f"cudnn attends whole rows, not {query.shape[1]} queries to {key.shape[1]} keys; use xla"
         )
-    if bias is not None or softcap is not None or drop is not None:
+    if bias is not None or softcap is not None or dropout is not None:
         raise ValueError("cudnn has no bias, soft cap or dropout of attention; use xla")
     if layout.trivial:
         return _attend_local(query, key, value, mask, scale=scale)

@@ -1,10 +1,9 @@
 """Attention in plain array operations: the reference, and the only kernel off NVIDIA GPUs."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
+from stack.kernels.attention.dropout import Dropout, keep
 from stack.kernels.attention.mask import Mask
 from stack.kernels.attention.request import Request
 from stack.parallel.rules import Layout
@@ -20,7 +19,7 @@ def attend(
     bias: jax.Array | None,
     scale: float | None,
     softcap: float | None,
-    drop: Callable[[jax.Array], jax.Array] | None,
+    dropout: Dropout | None,
 ) -> jax.Array:
     """See `stack.kernels.attention.attend`. Scores are in float32."""
     batch, queries, heads, head_dim = query.shape
@@ -38,7 +37,11 @@ def attend(
         scores = scores + bias.reshape(-1, kv_heads, heads // kv_heads, *shape[1:])
     scores = scores + jnp.where(mask.allowed(), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights if drop is None else drop(weights), value)
+    if dropout is not None:
+        rows = dropout.rows.reshape(batch, kv_heads, heads // kv_heads, queries, 2)
+        kept = keep(rows, jnp.arange(key.shape[1]), dropout.rate)
+        weights = jnp.where(kept, weights / (1 - dropout.rate), jnp.zeros((), weights.dtype))
+    mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, value)
     return mixed.reshape(query.shape)
 
 

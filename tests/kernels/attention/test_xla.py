@@ -153,17 +153,6 @@ def test_gradients_stay_within_the_document():
         assert not np.asarray(gradient)[1].any()
 
 
-def test_dropout_sees_the_weights():
-    seen = {}
-
-    def drop(weights):
-        seen["shape"] = weights.shape
-        return weights * 0
-
-    assert not np.asarray(xla(QUERY, KEY, VALUE, WHOLE, drop=drop)).any()
-    assert seen["shape"] == (BATCH, KV_HEADS, HEADS // KV_HEADS, LENGTH, LENGTH)
-
-
 def test_an_unknown_kernel_is_an_error():
     with pytest.raises(ValueError, match="unknown attention kernel 'flash': cudnn, xla"):
         attend(QUERY, KEY, VALUE, WHOLE, ONE_DEVICE, kernel="flash")
