@@ -23,7 +23,6 @@ from stack.kernels.attention.mosaic_gpu.tiles import (
     Tile,
     accumulate,
     feed,
-    kept,
     matrix,
     product,
     spread,
@@ -110,7 +109,7 @@ def query_gradient(
                 d_weights = product(d, v.transpose((1, 0)), *shape)
                 plgpu.barrier_arrive(v_free.at[slot])
                 if rows_ref:
-                    keep = kept(*(spread(word, shape, 0) for word in words), columns, scores.dropout)
+                    keep = scores.kept([spread(word, shape, 0) for word in words], columns)
                     d_weights = jnp.where(keep, d_weights * (1 / (1 - scores.dropout)), 0.0)
                 d_scores = weights * (d_weights - spread(inner, shape, 0)) * scores.slope(s)
                 sums = accumulate(d_scores.astype(jnp.bfloat16), k, sums)
@@ -240,7 +239,7 @@ def key_gradients(
                 if masked:
                     start, end = load(seen_ring)
                     weights = jnp.where((columns >= start) & (columns < end), weights, 0.0)
-                keep = kept(*load(rows_ring), columns, scores.dropout) if rows_ref else None
+                keep = scores.kept(load(rows_ring), columns) if rows_ref else None
                 plgpu.commit_smem()  # What was read so is written anew by another path to memory.
                 plgpu.barrier_wait(d_ready.at[slot])
                 sums = []

@@ -22,7 +22,6 @@ from stack.kernels.attention.mosaic_gpu.tiles import (
     Tile,
     accumulate,
     feed,
-    kept,
     matrix,
     spread,
     swizzle_of,
@@ -91,8 +90,12 @@ def forward(
             for source, target in copies:
                 plgpu.copy_gmem_to_smem(source, target, q_ready.at[group])
             plgpu.barrier_wait(q_ready.at[group])
-            start, end = (plgpu.load(seen_buffer.at[group, i], layout=ROWS) for i in range(2))
-            words = [plgpu.load(ref.at[group, i], layout=ROWS) for ref in [rows_buffer] * len(rows_ref) for i in range(2)]
+
+            def load(buffer: Any) -> list[jax.Array]:
+                return [plgpu.load(buffer.at[group, i], layout=ROWS) for i in range(2)]
+
+            start, end = load(seen_buffer)
+            words = load(rows_buffer) if rows_ref else []
 
             def step(block: jax.Array, carry: tuple, *, masked: bool) -> tuple:
                 sums, highest, total = carry
@@ -117,7 +120,7 @@ def forward(
                 total = total * shrink + weights.sum(1)
                 sums *= spread(shrink, sums.shape, 0)
                 if rows_ref:
-                    keep = kept(*(spread(word, shape, 0) for word in words), columns, scores.dropout)
+                    keep = scores.kept([spread(word, shape, 0) for word in words], columns)
                     weights = jnp.where(keep, weights, 0.0)
                 weights = weights.astype(jnp.bfloat16)
                 plgpu.barrier_arrive(turn)

@@ -1,18 +1,20 @@
 """The sizes of blocks, and what the kernels share."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+
+from stack.kernels.attention.dropout import mix, threshold
 
 COMPUTE = 2
 """Warpgroups that compute; one more copies."""
@@ -22,14 +24,40 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Tile:
     """What a warpgroup works on at a time."""
 
     queries: int
     keys: int
-    stages: int
+    stages: int = 2
     """Blocks that shared memory holds of what is copied while others are used."""
+
+
+class Tiles(NamedTuple):
+    """Those of the three kernels."""
+
+    forward: Tile
+    query_gradient: Tile
+    key_gradients: Tile
+
+
+def tiles_of(width: int, *, plain: bool) -> Tiles:
+    """Tiles that fit into shared memory and hardly leave the registers.
+
+    Args:
+      width: of a head, a multiple of 16 up to 256.
+      plain: whether the scores have neither soft cap nor dropout, whose numbers need registers too.
+    """
+    if width <= 64:
+        return Tiles(Tile(64, 128), Tile(64, 128), Tile(64, 64))
+    if width <= 128:
+        return Tiles(Tile(64, 128), Tile(64, 128 if plain else 64), Tile(64 if plain else 32, 64))
+    return Tiles(Tile(64, 64), Tile(64, 32), Tile(32, 64))
+
+
+WIDEST_OF_BOTH = 128
+"""Of heads of which one kernel holds the sums of both keys' and values' gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +69,20 @@ class Scores:
     dropout: float
     """Share of weights dropped."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether they are but scaled."""
+        return self.softcap is None and not self.dropout
+
     def scaled(self, products: jax.Array) -> jax.Array:
         """Scores in powers of two: log2(e) x cap(scale x query key^T)."""
         if self.softcap is None:
             return products * (self.scale * LOG2_E)
         return _tanh(products * (self.scale / self.softcap)) * (self.softcap * LOG2_E)
+
+    def kept(self, words: Sequence[jax.Array], columns: jax.Array) -> jax.Array:
+        """Which weights stay; see `stack.kernels.attention.dropout.keep`."""
+        return mix(*words, columns.astype(jnp.uint32)) < jnp.uint32(threshold(self.dropout))
 
     def slope(self, scores: jax.Array) -> jax.Array | float:
         """d score / d product of scores that are in powers of two, in natural units."""
@@ -146,14 +183,3 @@ def feed(
 def spread(values: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
     """One number for each row (axis 0) or column (axis 1) of a matrix, in all of its places."""
     return lax.broadcast_in_dim(values, shape, [axis])
-
-
-def kept(row0: jax.Array, row1: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    x = key.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + row0
-    x ^= x >> 16
-    x *= jnp.uint32(0x21F0AAAD)
-    x += row1
-    x ^= x >> 15
-    x *= jnp.uint32(0xD35A2D97)
-    x ^= x >> 15
-    return x < jnp.uint32(min(2**32 - 1, round((1 - rate) * 2**32)))
