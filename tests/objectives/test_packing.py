@@ -12,6 +12,8 @@ from stack.data import Data, open_data
 from stack.data.loader import heldout_batches, training_batches
 from stack.data.tokenizer import ByteTokenizer
 from stack.doctor.numerics import LIMIT
+from stack.kernels.attention import Kind, row_mask
+from stack.kernels.attention.intervals import intervals
 from stack.objectives import build
 from stack.parallel import mesh as meshes
 from stack.step import program as programs
@@ -125,6 +127,22 @@ def test_texts_that_share_a_row_cost_what_they_cost_alone(folder, kind, model):
         np.testing.assert_allclose(float(sums["nll"]), float(packed["nll"]), rtol=1e-6)
         for one, exact in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(one, exact, atol=LIMIT * float(jnp.abs(exact).max()))
+
+
+@pytest.mark.parametrize(("kind", "model"), KINDS)
+def test_what_a_token_of_a_real_row_sees_is_one_run_of_columns(folder, kind, model):
+    """Kernels that go by blocks rely on it."""
+    tree = config(kind, model, folder)
+    data, objective = opened(tree), build(tree)
+    draws = np.stack([np.zeros(8, int), np.zeros(8, int), np.arange(8)], axis=1)
+    rows = data.train.examples.read(data.train, np.arange(8), draws, objective.fields)
+    segments, positions = (jnp.asarray(rows[name]) for name in ("segments", "positions"))
+    kinds: list[Kind] = ["prefix"] if "prefix" in rows else ["causal", "full"]
+    prefix = jnp.asarray(rows["prefix"]) if "prefix" in rows else None
+    for mask in (row_mask(segments, positions, packed=True, kind=each, prefix=prefix) for each in kinds):
+        real = np.asarray(segments) > 0
+        told = np.asarray(intervals(mask).allowed(LENGTH))
+        np.testing.assert_array_equal(told[real], np.asarray(mask.allowed())[real])
 
 
 @pytest.mark.parametrize(("kind", "model"), KINDS)

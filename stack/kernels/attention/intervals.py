@@ -15,7 +15,7 @@ from stack.kernels.attention.mask import Mask
 
 
 class Intervals(NamedTuple):
-    """The keys that each query sees are those of columns `start` <= key < `end`; none where they are equal."""
+    """Each query sees the keys of columns `start` <= key < `end`; none where they are equal."""
 
     start: Int32[Array, "batch queries"]
     end: Int32[Array, "batch queries"]
@@ -27,8 +27,10 @@ class Intervals(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """For each block of one side, the blocks of the other that it meets: `first` <= block < `last`; of
-    those, `whole_first` <= block < `whole_last` are seen whole, and need no mask."""
+    """For each block of one side, the blocks of the other that it meets: `first` <= block < `last`.
+
+    Of those, `whole_first` <= block < `whole_last` are seen whole and need no mask.
+    """
 
     first: Int32[Array, "batch blocks"]
     whole_first: Int32[Array, "batch blocks"]
@@ -78,7 +80,7 @@ def intervals(mask: Mask) -> Intervals:
 def _by_segment(
     extreme: Literal["min", "max"], values: jax.Array, segments: jax.Array, wanted: jax.Array
 ) -> jax.Array:
-    """For each wanted number of a document, the least or largest value among its columns; 0 if it has none."""
+    """For each wanted number of a document, the least or largest value of its columns; 0 for none."""
     # Numbers count from 1 and every document has a column, so there are no more than columns.
     shape = (values.shape[0], 1 + values.shape[1])
     rows = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 0)

@@ -119,9 +119,7 @@ def _flash_forward(
     scores: Scores,
 ) -> tuple[jax.Array, tuple]:
     tile = tiles_of(query.shape[3], plain=scores.plain).forward
-    met = key_blocks(
-        Intervals(*seen), queries=COMPUTE * tile.queries, keys=tile.keys, length=key.shape[1]
-    )
+    met = key_blocks(Intervals(*seen), queries=COMPUTE * tile.queries, keys=tile.keys, length=key.shape[1])
     output, lse = forward(query, key, value, seen, _stack(met), rows, scores, tile)
     return output, (query, key, value, seen, rows, output, lse)
 
@@ -132,14 +130,10 @@ def _flash_backward(scores: Scores, saved: tuple, cotangent: jax.Array) -> tuple
     inner = jnp.einsum("bqhd,bqhd->bhq", output, cotangent, preferred_element_type=jnp.float32)
     inputs = query, key, value, cotangent, jnp.stack([lse, inner]), seen
     tile = tiles.query_gradient
-    met = key_blocks(
-        Intervals(*seen), queries=COMPUTE * tile.queries, keys=tile.keys, length=key.shape[1]
-    )
+    met = key_blocks(Intervals(*seen), queries=COMPUTE * tile.queries, keys=tile.keys, length=key.shape[1])
     d_query = query_gradient(*inputs, _stack(met), rows, scores, tile)
     tile = tiles.key_gradients
-    met = query_blocks(
-        Intervals(*seen), queries=tile.queries, keys=COMPUTE * tile.keys, length=key.shape[1]
-    )
+    met = query_blocks(Intervals(*seen), queries=tile.queries, keys=COMPUTE * tile.keys, length=key.shape[1])
     of_keys = partial(key_gradients, *inputs, _stack(met), rows, scores, tile)
     if query.shape[3] <= WIDEST_OF_BOTH:
         d_key, d_value = of_keys("both")

@@ -182,7 +182,7 @@ def forward(
         free,
         plgpu.Barrier(num_arrivals=COMPUTE),
     )
-    return plgpu.kernel(
+    run = plgpu.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(query.shape, jnp.bfloat16),
@@ -194,4 +194,6 @@ def forward(
         num_threads=COMPUTE + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(query, key, value, seen, blocks, *(() if rows is None else (rows,)))
+    )
+    output, lse = run(query, key, value, seen, blocks, *(() if rows is None else (rows,)))
+    return output, lse

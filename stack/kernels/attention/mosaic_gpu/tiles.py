@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.experimental.pallas as pl
@@ -82,10 +82,11 @@ class Scores:
 
     def kept(self, words: Sequence[jax.Array], columns: jax.Array) -> jax.Array:
         """Which weights stay; see `stack.kernels.attention.dropout.keep`."""
-        return mix(*words, columns.astype(jnp.uint32)) < jnp.uint32(threshold(self.dropout))
+        first, second = words
+        return mix(first, second, columns.astype(jnp.uint32)) < jnp.uint32(threshold(self.dropout))
 
     def slope(self, scores: jax.Array) -> jax.Array | float:
-        """d score / d product of scores that are in powers of two, in natural units."""
+        """D score / d product of scores that are in powers of two, in natural units."""
         if self.softcap is None:
             return self.scale
         share = scores * (1 / (self.softcap * LOG2_E))
@@ -118,7 +119,7 @@ def zeros(rows: int, columns: int) -> jax.Array:
 
 
 def product(left: Any, right: Any, rows: int, columns: int) -> jax.Array:
-    """left right, float32: of two matrices in shared memory."""
+    """Left right, float32: of two matrices in shared memory."""
 
     def multiply(result: Any) -> jax.Array:
         plgpu.wgmma(result, left, right)
@@ -128,7 +129,7 @@ def product(left: Any, right: Any, rows: int, columns: int) -> jax.Array:
 
 
 def accumulate(left: jax.Array, right: Any, sums: jax.Array) -> jax.Array:
-    """sums + left right, in place: of a matrix in registers, and one in shared memory."""
+    """Sums + left right, in place: of a matrix in registers, and one in shared memory."""
     if _is_interpreted.get():  # The interpreter has no sums to begin with, and no products of registers.
         sums += jnp.dot(left, right[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()
@@ -137,7 +138,7 @@ def accumulate(left: jax.Array, right: Any, sums: jax.Array) -> jax.Array:
     def multiply(result: Any) -> None:
         plgpu.wgmma(result, left, right)
 
-    return pl.run_state(multiply)(plgpu.ACC.init(sums))
+    return cast("jax.Array", pl.run_state(multiply)(plgpu.ACC.init(sums)))
 
 
 _is_interpreted: ContextVar[bool] = ContextVar("is_interpreted", default=False)
