@@ -77,8 +77,25 @@ def obstacles(request: Request) -> list[str]:
         (request.dtype != "bfloat16", f"dtype is {request.dtype}, not bfloat16"),
         (request.head_dim > 256, f"head width {request.head_dim} is over 256"),
         (request.bias, "it takes no bias"),
+        (
+            request.platform == "gpu" and 12_080 <= (version := _cuda_version()) < 12_091,
+            f"the assembler of CUDA {version // 1000}.{version % 1000 // 10} compiles masks wrongly;"
+            " it is mended in 12.9.1",
+        ),
     )
     return [text for failed, text in checks if failed]
+
+
+def _cuda_version() -> int:
+    """Of the CUDA that is installed here, e.g. 12080 for 12.8; 0: there is none."""
+    from jax._src.lib import cuda_versions
+
+    if cuda_versions is None:
+        return 0
+    try:
+        return cuda_versions.cuda_runtime_get_version()
+    except RuntimeError:
+        return 0
 
 
 def _attend_local(

@@ -30,7 +30,7 @@ class Tile:
 
     queries: int
     keys: int
-    stages: int = 2
+    stages: int
     """Blocks that shared memory holds of what is copied while others are used."""
 
 
@@ -50,10 +50,12 @@ def tiles_of(width: int, *, plain: bool) -> Tiles:
       plain: whether the scores have neither soft cap nor dropout, whose numbers need registers too.
     """
     if width <= 64:
-        return Tiles(Tile(64, 128), Tile(64, 128), Tile(64, 64))
+        return Tiles(Tile(64, 128, 4), Tile(64, 128 if plain else 64, 4), Tile(64, 64, 4))
     if width <= 128:
-        return Tiles(Tile(64, 128), Tile(64, 128 if plain else 64), Tile(64 if plain else 32, 64))
-    return Tiles(Tile(64, 64), Tile(64, 32), Tile(32, 64))
+        return Tiles(Tile(64, 128, 2), Tile(64, 128 if plain else 64, 2), Tile(64 if plain else 32, 64, 3))
+    if width <= 192:
+        return Tiles(Tile(64, 64, 3), Tile(64, 64, 2), Tile(64 if plain else 32, 64, 2))
+    return Tiles(Tile(64, 64, 2), Tile(64, 32, 2), Tile(32, 64, 2))
 
 
 WIDEST_OF_BOTH = 128
