@@ -1,5 +1,6 @@
 """Attention within documents."""
 
+from stack.kernels.attention import reference
 from stack.kernels.attention.api import attend
 from stack.kernels.attention.choice import KERNELS, Choice, Kernel, choose
 from stack.kernels.attention.dropout import Dropout
@@ -16,5 +17,6 @@ __all__ = [
     "Request",
     "attend",
     "choose",
+    "reference",
     "row_mask",
 ]

@@ -38,7 +38,8 @@ def attend(
       dropout: of the weights, in training; None: nothing is dropped.
 
     Returns:
-      Shape and dtype of `query`.
+      Shape and dtype of `query`. Of a query that sees no key zeros, without a gradient (where it is padding,
+      cudnn gives what it likes).
 
     Raises:
       ValueError: there is no such kernel, or it cannot do what is asked; `choose` tells beforehand.

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import jax
 
 from stack.config.errors import ConfigError
-from stack.kernels.attention import cudnn, mosaic_gpu, xla
+from stack.kernels.attention import cudnn, mosaic_gpu, xla, xla_chunked
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask
 from stack.kernels.attention.request import Request
@@ -61,6 +61,7 @@ KERNELS: dict[str, Kernel] = {
     "cudnn": Kernel(attend=cudnn.attend, obstacles=cudnn.obstacles),
     "mosaic_gpu": Kernel(attend=mosaic_gpu.attend, obstacles=mosaic_gpu.obstacles),
     "xla": Kernel(attend=xla.attend, obstacles=xla.obstacles),
+    "xla_chunked": Kernel(attend=xla_chunked.attend, obstacles=xla_chunked.obstacles),
 }
 """THE list, the fastest first; the last can do everything."""
 

@@ -35,14 +35,16 @@ def attend(
         if groups > 1:
             bias = jnp.broadcast_to(bias[:, None], (groups, batch // groups, *shape)).reshape(batch, *shape)
         scores = scores + bias.reshape(-1, kv_heads, heads // kv_heads, *shape[1:])
-    scores = scores + jnp.where(mask.allowed(), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
+    allowed = mask.allowed()
+    scores = scores + jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     if dropout is not None:
         rows = dropout.rows.reshape(batch, kv_heads, heads // kv_heads, queries, 2)
         kept = keep(rows, jnp.arange(key.shape[1]), dropout.rate)
         weights = jnp.where(kept, weights / (1 - dropout.rate), jnp.zeros((), weights.dtype))
     mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, value)
-    return mixed.reshape(query.shape)
+    # Of no key nothing: the softmax of a row without one is even over all of them.
+    return jnp.where(allowed.any(-1)[..., None, None], mixed.reshape(query.shape), jnp.zeros((), mixed.dtype))
 
 
 def obstacles(_: Request) -> list[str]:

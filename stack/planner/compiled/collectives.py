@@ -26,6 +26,7 @@ _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?(\S+) = (.+?) ({_KINDS})(-start)?\(
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _CALLEE = re.compile(r"(?:calls|body|condition|to_apply|called_computations)=\{?%([^\s,}]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ABOUT = re.compile(r'op_name="[^"]*about_(\d+)_times/while"')
 _CARRY = re.compile(r"%[^\s,()]+#(\d+)|get-tuple-element\([^)]*\), index=(\d+)")
 _DEFINITION = re.compile(r"^\s+(?:ROOT )?%(\S+) = ")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
@@ -179,8 +180,11 @@ def runs(hlo: str) -> dict[str, int]:
 
 
 def _trips(line: str, hlo: str, definitions: Mapping[str, str]) -> int:
-    """Trips of a loop that counts by one: as the compiler notes, or from where it starts and ends."""
-    if count := _TRIPS.search(line):
+    """Trips of a loop that counts by one: as the compiler notes, or from where it starts and ends.
+
+    A loop as long as data say has a name that says about how often: `about_9_times`.
+    """
+    if count := _TRIPS.search(line) or _ABOUT.search(line):
         return int(count[1])
     operand, condition = re.search(r" while\(%([^)]+)\)", line), re.search(r"condition=%([^\s,]+)", line)
     if operand and condition:

@@ -143,3 +143,12 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 def test_kernels_are_counted_with_the_trips_of_their_loops():
     assert kernels(KERNELS) == {"__cublas$lt$matmul": 13, "__triton_collective": 12}
+
+
+def test_a_loop_as_long_as_data_say_runs_as_often_as_its_name_says():
+    known = 'backend_config={"known_trip_count":{"n":"12"}}'
+    named = 'metadata={op_name="jit(step)/about_3_times/while" stack_frame_id=26}'
+    assert kernels(KERNELS.replace(known, named))["__triton_collective"] == 3
+    unnamed = KERNELS.replace(known, 'metadata={op_name="jit(step)/about_3_times/scan/while"}')
+    with pytest.raises(ValueError, match="a loop of unknown length"):
+        kernels(unnamed.replace("condition=%cond, ", ""))
