@@ -1,12 +1,15 @@
 """Every implementation that runs here is the definition, forward and backward."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from attention_cases import EVERY_DAY, Case, others, runs
 
 from stack.kernels.attention import xla_chunked
+from stack.kernels.attention.mosaic_gpu import interpreted
 
-IMPLEMENTATIONS = ("xla", "xla_chunked")
+IMPLEMENTATIONS = ("xla", "xla_chunked", "mosaic_gpu")
 """Those that run on a CPU, or in an interpreter there; `obstacles` says which cases each is given."""
 
 LIMITS = {"float32": 2e-6, "bfloat16": 8e-3}
@@ -23,7 +26,9 @@ def _small_blocks(monkeypatch):
 def check(case, kernel):
     if not runs(case, kernel):
         pytest.skip(f"{kernel} cannot")
-    expected, actual = case.expected(), case.actual(kernel)
+    expected = case.expected()
+    with interpreted() if kernel == "mosaic_gpu" else nullcontext():
+        actual = case.actual(kernel)
     assert expected.keys() == actual.keys()
     for name, array in expected.items():
         error = np.linalg.norm(actual[name] - array) / np.linalg.norm(array)

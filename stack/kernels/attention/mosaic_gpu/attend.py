@@ -79,8 +79,7 @@ def obstacles(request: Request) -> list[str]:
         (request.bias, "it takes no bias"),
         (
             request.platform == "gpu" and 12_080 <= (version := _cuda_version()) < 12_091,
-            f"the assembler of CUDA {version // 1000}.{version % 1000 // 10} compiles masks wrongly;"
-            " it is mended in 12.9.1",
+            f"CUDA {version // 1000}.{version % 1000 // 10} assembles masks wrongly, mended in 12.9.1",
         ),
     )
     return [text for failed, text in checks if failed]
