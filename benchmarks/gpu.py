@@ -193,7 +193,8 @@ def parity_config(case: Parity, dtype: str, kernel: Kernel) -> Config:
     if case.tiny:
         model |= {"num_heads": 4}
     tree = {
-        "model": model | families[case.family] | {"dtype": dtype, "attention": kernel},
+        "model": model | families[case.family] | {"dtype": dtype},
+        "kernels": {"attention": kernel},
         "data": {"sequence_length": length, "packed": case.packed},
         "train": {"batch_size": rows, "remat": "full"},
         "objective": {"logits_bytes": 256 * 4 * 5120},
@@ -294,7 +295,7 @@ def sum_rows_twice(case: Rows) -> Row:
 def speed_config(case: Speed) -> Config:
     """The recipe on one device, without accumulation."""
     overrides = [
-        f"model.attention={case.kernel}",
+        f"kernels.attention={case.kernel}",
         f"data.packed={str(case.packed).lower()}",
         f"train.remat={case.remat}",
         f"train.batch_size={2 if case.tiny else case.rows}",

@@ -69,6 +69,19 @@ def plan(arguments: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
+def explain_kernels(arguments: argparse.Namespace) -> None:
+    """Prints what runs each operation of a config, and why."""
+    environment.import_jax()
+    from stack.config import load
+    from stack.planner import kernels
+
+    operations = list(kernels.explain(load(arguments.config, arguments.rest), arguments.hardware))
+    if arguments.json:
+        print(json.dumps(kernels.as_json(operations), indent=2))
+    else:
+        print("\n".join(kernels.lines(operations)))
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Prints what a run's held-out text gives."""
     environment.import_jax()

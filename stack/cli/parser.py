@@ -99,6 +99,16 @@ def _parser() -> tuple[_Parser, list[str]]:
     _add_launch(verbs)
     _add_plan(verbs)
 
+    kernels = _verb(verbs, "kernels", None, "tell what runs the operations of a step")
+    kernel_verbs = kernels.add_subparsers(metavar="COMMAND", required=True)
+    text = "what runs each operation of a config, why, and what keeps the others from it"
+    explained = _verb(kernel_verbs, "explain", commands.explain_kernels, text)
+    explained.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of a run")
+    _add_overrides(explained)
+    text = "a chip as `stack plan` knows it (default: target.hardware, else the device here)"
+    explained.add_argument("--hardware", metavar="CHIP", help=text)
+    explained.add_argument("--json", action="store_true", help="print JSON")
+
     evaluate = _verb(verbs, "eval", commands.evaluate, "evaluate a run on its held-out text")
     evaluate.add_argument("config", metavar="RUN", help="the folder of a run")
     _add_overrides(evaluate)

@@ -2,6 +2,7 @@
 
 from stack.config.data import DataConfig, SourceConfig, Weight, weight_at
 from stack.config.errors import ConfigError, StackError
+from stack.config.kernels import KernelsConfig
 from stack.config.mesh import AXES, MeshConfig
 from stack.config.model import (
     BlockConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "EvalConfig",
     "FillConfig",
     "GroupConfig",
+    "KernelsConfig",
     "LanguageConfig",
     "MaskedConfig",
     "MaskedWordsConfig",

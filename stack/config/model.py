@@ -136,8 +136,6 @@ class BlockConfig(Section):
     sqrt(2 x num_layers) (GPT-2, section 2.3); Llama and Qwen do not."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What matmuls and activations are computed in; parameters are always float32."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention kernel; `auto` takes cudnn where it can honour the whole config, and prints why."""
     scan_unroll: PositiveInt = 1
     """Layers per iteration of the scan over layers; 1 compiles one layer whatever the depth.
     num_layers unrolls it whole: faster for tiny models on a CPU, slower to compile. Only with remat none."""
@@ -185,15 +183,6 @@ class BlockConfig(Section):
             raise ValueError(f"rotary positions need an even head width, not {self.head_width}; set head_dim")
         if "local" not in self.attention_pattern:
             raise ValueError("attention_pattern has no local layer; set sliding_window=null instead")
-        if self.attention == "cudnn":
-            if self.attention_dropout:
-                raise ValueError("attention=cudnn has no dropout; set attention_dropout=0 or attention=xla")
-            if self.attention_softcap:
-                raise ValueError(
-                    "attention=cudnn has no soft cap; set attention_softcap=null or attention=xla"
-                )
-            if self.dtype != "bfloat16":
-                raise ValueError("attention=cudnn computes in bfloat16; set dtype=bfloat16 or attention=xla")
         return self
 
 

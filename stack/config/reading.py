@@ -1,6 +1,8 @@
 """Configs from YAML files, overrides and back."""
 
+import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +77,37 @@ def _build(located: Located, overrides: Sequence[str] = ()) -> Config:
     if isinstance(overrides, str):
         raise ConfigError(f"overrides must be a list, not the text {overrides!r}; write [{overrides!r}]")
     check_type("overrides", "they", overrides, Sequence, '["train.steps=100"]')
+    located = _moved(located)
     for override in overrides:
         check_type("overrides", "one of them", override, str, '["train.steps=100"]')
-        located = _override(located, override)
+        located = _moved(_override(located, override))
     try:
         return Config.model_validate(located.plain())
     except ValidationError as error:
         raise ConfigError(explain(error, Config, located)) from None
+
+
+def _moved(located: Located) -> Located:
+    """`model.attention`, as it was called once, stands where it does now; of both, the later layer counts."""
+    old, new = located.find(("model", "attention")), located.find(("kernels", "attention"))
+    if old is None:
+        return located
+    fields, model = dict(located.value), located.value["model"]
+    rest = {name: value for name, value in model.value.items() if name != "attention"}
+    fields["model"] = Located(value=rest, place=model.place)
+    if new is not None and new.place.layer >= old.place.layer:
+        _tell(f"{old.place.text}: model.attention is not read beside kernels.attention; remove it")
+    else:
+        _tell(f"{old.place.text}: model.attention is kernels.attention now, and is read as such")
+        kernels = Located(value={"attention": old}, place=old.place)
+        fields["kernels"] = merge(fields["kernels"], kernels) if "kernels" in fields else kernels
+    return Located(value=fields, place=located.place)
+
+
+@cache
+def _tell(line: str) -> None:
+    """Once, beside what a command prints."""
+    sys.stderr.write(f"{line}\n")
 
 
 def _for_editors(tree: Any) -> Any:

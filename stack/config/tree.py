@@ -1,12 +1,13 @@
 """The whole config: one frozen tree, the same names in YAML, on the command line and in Python."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import NonNegativeInt, model_validator
 
 from stack.config.condition import Condition, describe_changes
 from stack.config.data import DataConfig
 from stack.config.explain import kind_of
+from stack.config.kernels import KernelsConfig
 from stack.config.mesh import MeshConfig
 from stack.config.model import AnyModel, DecoderConfig, EncoderConfig
 from stack.config.objective import OBJECTIVES, AnyObjective, CausalConfig, RemovalConfig, UniLmConfig
@@ -56,6 +57,7 @@ class Config(Section):
     """What for, by `kind`."""
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
+    kernels: KernelsConfig = KernelsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     stability: StabilityConfig = StabilityConfig()
@@ -65,6 +67,17 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     target: TargetConfig | None = None
     """The machine it is planned for; see its fields."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _move(cls, fields: Any) -> Any:
+        """`model.attention` is where `kernels.attention` was, before other operations had a choice."""
+        model = fields.get("model") if isinstance(fields, dict) else None
+        if not isinstance(model, dict) or "attention" not in model:
+            return fields
+        kernels = {"attention": model["attention"]} | fields.get("kernels", {})
+        model = {name: value for name, value in model.items() if name != "attention"}
+        return fields | {"model": model, "kernels": kernels}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

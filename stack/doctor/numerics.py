@@ -109,7 +109,6 @@ _SHARED: dict[str, Any] = {
     "embedding_dropout": 0.1,
     "attention_dropout": 0.1,
     "residual_dropout": 0.1,
-    "attention": "xla",
 }
 _FAMILIES: dict[Family, dict[str, Any]] = {
     # The soft cap gives the key bias a gradient: without it the softmax takes it out.

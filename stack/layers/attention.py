@@ -10,8 +10,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Key
 
-from stack.config import BlockConfig, LanguageConfig, RopeConfig
-from stack.kernels.attention import Choice, Mask, Request, attend, choose
+from stack.config import BlockConfig, RopeConfig
+from stack.kernels.attention import Mask, attend
 from stack.kernels.attention.dropout import draw
 from stack.layers.dropout import ATTENTION, CROSS, layer_keys
 from stack.layers.linear import Linear
@@ -184,35 +184,3 @@ def _rotation(config: BlockConfig, mask: Mask) -> tuple[Float32[Array, " half"],
         return whole
     local = frequencies(RopeConfig(theta=config.local_rope_theta), config.head_width), 1.0
     return local if mask.local is None else jax.tree.map(partial(jnp.where, mask.local), local, whole)
-
-
-def choose_attention(
-    config: BlockConfig,
-    *,
-    platform: str,
-    compute_capability: float | None = None,
-    packed_length: int | None = None,
-) -> Choice:
-    """The attention kernel of a model's blocks on a platform, and why.
-
-    Args:
-      config: the blocks.
-      platform: `cpu`, `gpu`, `rocm` or `tpu`.
-      compute_capability: of an NVIDIA GPU, e.g. 9.0; None: not known, taken as new enough.
-      packed_length: tokens of a row that documents share; None: each has rows of its own.
-
-    Raises:
-      ConfigError: a kernel was asked for that cannot run; nothing falls back.
-    """
-    request = Request(
-        platform=platform,
-        compute_capability=compute_capability,
-        dtype=config.dtype,
-        head_dim=config.head_width,
-        packed_length=packed_length,
-        dropout=config.attention_dropout,
-        softcap=config.attention_softcap,
-        bias=config.position == "relative",
-        cross=isinstance(config, LanguageConfig) and config.shape == "encoder_decoder",
-    )
-    return choose(request, config.attention)

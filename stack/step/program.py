@@ -15,7 +15,6 @@ from stack.config import Config, ConfigError
 from stack.config.layout import check_divides
 from stack.data.fields import abstract_batch
 from stack.kernels.attention import Choice
-from stack.layers.attention import choose_attention
 from stack.models import model_class
 from stack.models.stack import Execution
 from stack.objectives import build as build_objective
@@ -25,6 +24,7 @@ from stack.parallel.rules import Layout, Role
 from stack.parallel.zero import is_variable
 from stack.step import optimizer as optimizers
 from stack.step.groups import matching
+from stack.step.kernels import choose_attention
 
 Path = tuple[str, ...]
 """The way to a parameter in their tree."""
@@ -166,7 +166,7 @@ def on_mesh(
     config: Config, mesh: Mesh | AbstractMesh, platform: str, compute_capability: float | None = None
 ) -> Program:
     """The same on a mesh, which may be abstract: shapes and shardings of devices that are not here."""
-    train, data = config.train, config.data
+    train = config.train
     _check_resolved(config)
     check_offload(config, _memory_kinds(mesh))
     check_divides(config, dict(mesh.shape))
@@ -174,12 +174,7 @@ def on_mesh(
         config=config,
         mesh=mesh,
         layout=Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype),
-        attention=choose_attention(
-            config.model,
-            platform=platform,
-            compute_capability=compute_capability,
-            packed_length=data.sequence_length if data.packed else None,
-        ),
+        attention=choose_attention(config, platform=platform, compute_capability=compute_capability),
     )
     _check_rows(program)
     if config.optimizer.frozen or config.optimizer.groups:

@@ -20,7 +20,6 @@ _READ = ("seed", "model", "objective", "data")
 """What of it changes the meaning of an evaluation or a sample."""
 _FREE = (
     # How a model runs, and nothing of what it is.
-    "model.attention",
     "model.scan_unroll",
     "objective.logits_bytes",
     # Told instead, with the jump that they make.

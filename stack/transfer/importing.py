@@ -21,7 +21,7 @@ from stack.train.trainer import Trainer
 from stack.train.weights.folder import CONFIG, Folder
 
 _FREE = {
-    *("dtype", "attention", "scan_unroll", "vocab_multiple"),
+    *("dtype", "scan_unroll", "vocab_multiple"),
     *("embedding_dropout", "attention_dropout", "residual_dropout"),
 }
 """What of a model its numbers are not of."""

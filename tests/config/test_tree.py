@@ -87,9 +87,6 @@ def test_a_list_stands_for_a_tuple():
             {"rope": {"scaling": "llama3", "low_frequency_factor": 4.0}},
             "rope: low_frequency_factor=4.0 must be below high_frequency_factor=4.0",
         ),
-        (DecoderConfig, {"attention": "cudnn", "attention_dropout": 0.1}, "attention=cudnn has no dropout"),
-        (DecoderConfig, {"attention": "cudnn", "attention_softcap": 50.0}, "attention=cudnn has no soft cap"),
-        (DecoderConfig, {"attention": "cudnn", "dtype": "float32"}, "attention=cudnn computes in bfloat16"),
         (TrainConfig, {"accumulation": 3}, "batch_size=8 is not a multiple of accumulation=3"),
         (TrainConfig, {"profile_steps": [5, 5]}, "profile_steps=[5, 5]: the first must be below the second"),
         (

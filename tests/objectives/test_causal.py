@@ -29,7 +29,6 @@ FIELDS = {
         "position_init_std": 0.4,
         "qkv_bias": False,  # A key's bias has no gradient but rounding.
         "dtype": "float32",
-        "attention": "xla",
     },
     "train": {"batch_size": 2},
 }

@@ -45,7 +45,6 @@ def config(kind: str, model: str, folder: str, *, packed: bool = True, seed: int
                 "position_init_std": 0.4,
                 "qkv_bias": False,
                 "dtype": "float32",
-                "attention": "xla",
                 **more,
             },
             "objective": {"kind": kind, **({"rate": 0.4} if kind == "span_corruption" else {})},

@@ -14,6 +14,7 @@ from stack.config import (
     Config,
     DataConfig,
     DecoderConfig,
+    KernelsConfig,
     MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -34,7 +35,6 @@ MODEL = DecoderConfig(
     embed_dim=256,
     num_heads=8,
     max_length=LENGTH,
-    attention="xla",
 )
 
 
@@ -48,6 +48,7 @@ def no_cache() -> Iterator[None]:
 def config(mesh: MeshConfig, accumulation: int, remat: str = "full") -> Config:
     return Config(
         model=MODEL,
+        kernels=KernelsConfig(attention="xla"),
         data=DataConfig(sequence_length=LENGTH),
         mesh=mesh,
         optimizer=OptimizerConfig(schedule=ScheduleConfig(warmup_steps=1)),

@@ -61,7 +61,8 @@ def test_loss_and_gradients_equal_one_device(family, sizes):
 MODEL = {"vocab_size": 5000, "num_layers": 2, "embed_dim": 256, "num_heads": 8, "max_length": 160}
 LARGE = Config.model_validate(
     {
-        "model": MODEL | {"attention": "xla"},
+        "model": MODEL,
+        "kernels": {"attention": "xla"},
         "data": {"sequence_length": 160},
         "train": {"batch_size": 96, "remat": "full"},
     }

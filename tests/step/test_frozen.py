@@ -30,7 +30,6 @@ FIELDS = {
         "qkv_bias": False,
         "tied_embeddings": False,
         "dtype": "float32",
-        "attention": "xla",
     },
     "data": {"sequence_length": 16},
     "optimizer": {"schedule": {"kind": "constant", "warmup_steps": 0}},

@@ -15,6 +15,7 @@ from stack.config import (
     Config,
     DataConfig,
     DecoderConfig,
+    KernelsConfig,
     MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -25,9 +26,7 @@ from stack.planner.compiled.compile import compile_step, devices
 
 pytestmark = pytest.mark.usefixtures("quick_gpu_compiler")
 
-MODEL = DecoderConfig(
-    vocab_size=1000, num_layers=4, embed_dim=256, num_heads=8, max_length=160, attention="xla"
-)
+MODEL = DecoderConfig(vocab_size=1000, num_layers=4, embed_dim=256, num_heads=8, max_length=160)
 
 
 class Instruction(NamedTuple):
@@ -49,6 +48,7 @@ def schedule(zero: int) -> dict[str, Instruction]:
     """The instructions of one step, in the order in which they start."""
     config = Config(
         model=MODEL,
+        kernels=KernelsConfig(attention="xla"),
         data=DataConfig(sequence_length=160),
         mesh=MeshConfig(fsdp=8, zero=zero),
         optimizer=OptimizerConfig(schedule=ScheduleConfig(warmup_steps=1)),

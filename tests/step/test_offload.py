@@ -27,7 +27,6 @@ FIELDS = {
         "num_heads": 2,
         "max_length": 16,
         "dtype": "float32",
-        "attention": "xla",
         # A key's bias has no gradient but rounding, as the softmax takes it out.
         "qkv_bias": False,
     },

@@ -70,7 +70,7 @@ def test_every_field_is_of_the_run_or_free() -> None:
         if not name.startswith(("model.", "objective.", "optimizer.", "data.")) and name != "seed"
     }
     assert free - set(_IDENTITY) == {
-        *("name", "output_dir", "target"),
+        *("name", "output_dir", "target", "kernels.attention"),
         *(f"mesh.{axis}" for axis in type(Config().mesh).model_fields),
         *(f"eval.{name}" for name in type(Config().eval).model_fields),
         *(f"sample.{name}" for name in type(Config().sample).model_fields),
@@ -96,7 +96,7 @@ def test_every_field_is_of_the_run_or_free() -> None:
     [
         *("name=other", "train.steps=2000", "train.accumulation=2", "train.remat=full", "train.log_every=1"),
         *("mesh.data=2", "checkpoint.every=7", "eval.every=3", "sample.prompt=x", "data.cache_dir=elsewhere"),
-        *("model.attention=xla", "optimizer.learning_rate=1", "optimizer.schedule.kind=constant"),
+        *("kernels.attention=xla", "optimizer.learning_rate=1", "optimizer.schedule.kind=constant"),
     ],
 )
 def test_how_a_run_is_run_is_free(override) -> None:

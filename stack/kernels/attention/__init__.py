@@ -2,7 +2,7 @@
 
 from stack.kernels.attention import reference
 from stack.kernels.attention.api import attend
-from stack.kernels.attention.choice import KERNELS, Choice, Kernel, choose
+from stack.kernels.attention.choice import KERNELS, Choice, Kernel, choose, fitting
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask, row_mask
 from stack.kernels.attention.request import Request
@@ -17,6 +17,7 @@ __all__ = [
     "Request",
     "attend",
     "choose",
+    "fitting",
     "reference",
     "row_mask",
 ]

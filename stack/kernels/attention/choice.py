@@ -11,7 +11,12 @@ from stack.kernels.attention import cudnn, mosaic_gpu, xla, xla_chunked
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask
 from stack.kernels.attention.request import Request
+from stack.kernels.measured import Measured, measured
 from stack.parallel.rules import Layout
+
+LONG = 1024
+"""Keys of a row from which on scores that are stored matter, where nothing was measured: 4 MiB a head and
+row in float32, more than attention in blocks holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +27,13 @@ class Choice:
     reason: str
 
     def __str__(self) -> str:
-        """`attention: xla (no NVIDIA GPU)`."""
+        """`attention: xla (asked for)`."""
         return f"attention: {self.kernel} ({self.reason})"
+
+    @property
+    def stores_scores(self) -> bool:
+        """Whether scores of all queries and keys are written to memory."""
+        return KERNELS[self.kernel].stores_scores
 
 
 @runtime_checkable
@@ -55,40 +65,88 @@ class Kernel:
     attend: Attend
     obstacles: Callable[[Request], list[str]]
     """Everything that keeps it from computing what is asked; empty: it can."""
+    stores_scores: bool = False
+    """Whether scores of all queries and keys are written to memory."""
 
 
 KERNELS: dict[str, Kernel] = {
     "cudnn": Kernel(attend=cudnn.attend, obstacles=cudnn.obstacles),
     "mosaic_gpu": Kernel(attend=mosaic_gpu.attend, obstacles=mosaic_gpu.obstacles),
-    "xla": Kernel(attend=xla.attend, obstacles=xla.obstacles),
     "xla_chunked": Kernel(attend=xla_chunked.attend, obstacles=xla_chunked.obstacles),
+    "xla": Kernel(attend=xla.attend, obstacles=xla.obstacles, stores_scores=True),
 }
-"""THE list, the fastest first; the last can do everything."""
+"""THE list; those that were not measured are preferred in this order. The last two can do everything."""
 
 
 def choose(request: Request, wanted: str = "auto") -> Choice:
     """The kernel for what is asked.
 
+    `auto` takes, of those that can:
+
+    1. the fastest that was measured on such a device at such shapes, if it is faster than `xla`;
+    2. else, on a GPU or TPU, the first that stores no scores, measured or not; attention in blocks only
+       where a row has `LONG` keys or more;
+    3. else `xla`.
+
     Args:
       request: the attention of a model, on a platform.
-      wanted: a kernel by name, or `auto`: the first that can.
+      wanted: a kernel by name, or `auto`.
 
     Raises:
       ConfigError: the wanted kernel cannot; nothing falls back.
     """
+    obstacles = {name: kernel.obstacles(request) for name, kernel in KERNELS.items()}
     if wanted != "auto":
-        if obstacles := KERNELS[wanted].obstacles(request):
+        if obstacles[wanted]:
+            able = " or ".join(name for name in KERNELS if not obstacles[name])
             raise ConfigError(
-                f"model.attention={wanted} cannot run: {'; '.join(obstacles)}; set model.attention=xla"
+                f"kernels.attention={wanted} cannot run: {'; '.join(obstacles[wanted])};"
+                f" set kernels.attention=auto, {able}"
             )
         return Choice(kernel=wanted, reason="asked for")
-    reasons = []
-    for name, kernel in KERNELS.items():
-        obstacles = kernel.obstacles(request)
-        if not obstacles:
-            return Choice(kernel=name, reason="; ".join(reasons) or "honours the whole config")
-        reasons.append(f"{name} cannot: " + "; ".join(obstacles))
-    raise AssertionError("xla can do everything")
+    cannot = [f"{name} cannot: {'; '.join(texts)}" for name, texts in obstacles.items() if texts]
+    able = [name for name, texts in obstacles.items() if not texts]
+    timed = [entry for name in able for entry in fitting(request, name) if entry.speed > 1]
+    if timed:
+        best = max(timed, key=lambda entry: entry.speed)
+        reason = f"measured on {best.device}: {best.speed:.3g} times as fast as xla"
+        return Choice(kernel=best.implementation, reason=reason)
+    stores_none = [name for name in able if not KERNELS[name].stores_scores]
+    long = request.length is None or request.length >= LONG
+    if request.platform != "cpu":
+        for name in stores_none:
+            if name != "xla_chunked" or long:
+                reason = "not measured at such shapes on such a device, but xla would store all scores"
+                return Choice(kernel=name, reason="; ".join([reason, *cannot]))
+    plain = "nothing was measured to be faster" if request.platform == "cpu" or long else "its rows are short"
+    return Choice(kernel="xla", reason="; ".join([plain, *cannot]))
 
 
-__all__ = ["KERNELS", "Choice", "Kernel", "Kind", "Request", "choose"]
+def fitting(request: Request, name: str) -> list[Measured]:
+    """What was measured of a kernel on such a device at such shapes."""
+    device = request.platform if request.compute_capability is None else f"{request.compute_capability:.1f}"
+    if request.platform == "gpu" and request.compute_capability is None:
+        device = "9.0"  # What is planned without a chip is planned for a new one.
+    extras = {
+        "window": request.window,
+        "softcap": request.softcap is not None,
+        "dropout": request.dropout > 0,
+        "bias": request.bias,
+        "cross": request.cross,
+    }
+    used = {extra for extra, has in extras.items() if has}
+    return [
+        entry
+        for entry in measured("attention")
+        if entry.implementation == name
+        and entry.device_class == device
+        and request.dtype in entry.dtypes
+        and entry.head_dims[0] <= request.head_dim <= entry.head_dims[1]
+        and ("whole" if request.packed_length is None else "packed") in entry.rows
+        and request.kind in entry.kinds
+        and used <= set(entry.extras)
+        and (request.length is None or request.length >= entry.length_from)
+    ]
+
+
+__all__ = ["KERNELS", "Choice", "Kernel", "Kind", "Request", "choose", "fitting"]

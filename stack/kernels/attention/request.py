@@ -11,6 +11,8 @@ class Request:
 
     platform: str
     """`cpu`, `gpu` (NVIDIA's), `rocm` or `tpu`."""
+    length: int | None = None
+    """Keys of the longest row; None: not known, taken as long."""
     compute_capability: float | None = None
     """Of an NVIDIA GPU, e.g. 9.0; None: not known, taken as new enough."""
     dtype: str
@@ -19,6 +21,8 @@ class Request:
     """Width of a head."""
     kind: Kind = "causal"
     """Of the mask."""
+    window: bool = False
+    """Whether some layers see a part of the row alone."""
     packed_length: int | None = None
     """Tokens of a row that documents share; None: each has rows of its own."""
     dropout: float = 0.0

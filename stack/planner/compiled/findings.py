@@ -200,7 +200,7 @@ def _parameter_findings(program: Program) -> list[Finding]:
 
 def _attention_findings(program: Program) -> list[Finding]:
     choice = program.attention
-    if choice.kernel != "xla" or choice.reason == "asked for":
+    if not choice.stores_scores or choice.reason == "asked for":
         return []
     return [Finding(kind="attention", text=f"XLA's plain one, which stores all scores: {choice.reason}")]
 

@@ -7,11 +7,11 @@ from typing import Literal, get_args
 from stack.config import Config, ConfigError, ModelConfig
 from stack.config.layout import check_divides, resolve
 from stack.hardware.chip import Hardware, Precision
-from stack.layers.attention import choose_attention
 from stack.models.cost import Sizes
 from stack.models.stack import Remat as StackRemat
 from stack.objectives import build
 from stack.objectives.cross_entropy import chunk_columns, chunk_tokens
+from stack.step.kernels import choose_attention
 
 Remat = Literal[
     "none", "full", "dots", "save_qkv_proj", "attention_core", "alternate_layers", "alternate_products"
@@ -57,7 +57,9 @@ class Workload:
     precision: Precision = "bfloat16"
     """Of the layers' matrix products; attention and the head are never in float8."""
     fused_attention: bool = True
-    """False: attention scores are written to memory, as XLA's kernel does."""
+    """False: attention scores are all written to memory, as XLA's kernel does."""
+    blocked_attention: bool = False
+    """Of fused attention: it is of plain operations, which write the scores of a block at a time."""
     logits_bytes: int | None = None
     """Of the float32 logits that exist at once; None: as the objective takes them by itself."""
     optimizer: str = "adamw"
@@ -172,10 +174,9 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
     sizes = resolve(config.mesh, num_devices)
     check_divides(config, sizes)
     attention = choose_attention(
-        model,
+        config,
         platform="gpu" if chip is None else chip.platform,
         compute_capability=9.0 if chip is None else chip.compute_capability,
-        packed_length=data.sequence_length if data.packed else None,
     )
     micro_batch = train.batch_size // (sizes["data"] * sizes["fsdp"] * train.accumulation)
     return Workload(
@@ -195,7 +196,8 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         sequence_parallel=config.mesh.sequence_parallel,
         remat=train.remat,
         precision=_precision(model.dtype, chip),
-        fused_attention=attention.kernel == "cudnn",
+        fused_attention=not attention.stores_scores,
+        blocked_attention=attention.kernel == "xla_chunked",
         logits_bytes=config.objective.logits_bytes,
         optimizer=config.optimizer.kind,
         ema=config.optimizer.ema_decay is not None,

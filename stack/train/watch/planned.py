@@ -65,7 +65,7 @@ class Comparison:
         wait = statistics.median(self._waits)
         if wait > 0.8 * measured:  # A shorter wait is hidden behind the step before.
             return f"{wait:.3g} s of it wait for the next batch; look at the disk and at data.*"
-        if planned.work.fused_attention and self._attention.kernel == "xla":
+        if planned.work.fused_attention and self._attention.stores_scores:
             return f"planned with a fused kernel, but {self._attention}"
         ordered = sorted(self._seconds)
         if ordered[len(ordered) // 10] < 0.8 * statistics.median(ordered):
@@ -93,7 +93,7 @@ class Comparison:
         )
         if measured < expected:
             return text + "the compiler shares buffers that the formula counts apart"
-        if planned.work.fused_attention and self._attention.kernel == "xla":
+        if planned.work.fused_attention and self._attention.stores_scores:
             return text + f"planned with a fused kernel, but {self._attention}"
         evaluated = self._config.eval.batch_size
         if (

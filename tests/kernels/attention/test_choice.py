@@ -1,87 +1,93 @@
 """The kernel that runs is a value with its reason; what was asked for runs or is refused."""
 
+import dataclasses
 from functools import partial
 
 import pytest
 
-from stack.config import ConfigError, DecoderConfig
+from stack.config import Config, ConfigError
 from stack.kernels.attention import KERNELS, Request, choose
-from stack.layers.attention import choose_attention
+from stack.kernels.measured import measured
+from stack.step.kernels import attention_request, choose_attention
 
-PLAIN = {"dtype": "bfloat16"}
-
-
-def chosen(platform, capability=None, **model):
-    return choose_attention(DecoderConfig(**PLAIN | model), platform=platform, compute_capability=capability)
+GPT = Request(platform="gpu", compute_capability=9.0, dtype="bfloat16", head_dim=64, length=1024)
+PLAIN = Config().replace("data.sequence_length=1024", "data.packed=false")
 
 
-@pytest.mark.parametrize("capability", [8.0, 9.0, 10.0, None])
-def test_auto_takes_cudnn_where_it_honours_the_whole_config(capability):
-    choice = chosen("gpu", capability, sliding_window=128, num_kv_heads=4)
-    assert str(choice) == "attention: cudnn (honours the whole config)"
+def chosen(platform, capability=None, *overrides):
+    return choose_attention(PLAIN.replace(*overrides), platform=platform, compute_capability=capability)
+
+
+def test_auto_takes_what_was_measured_to_be_fastest_and_says_where():
+    assert str(choose(GPT)) == (
+        "attention: cudnn (measured on NVIDIA H100 80GB HBM3: 2.4 times as fast as xla)"
+    )
+
+
+@pytest.mark.parametrize("capability", [8.0, 10.0])
+@pytest.mark.parametrize("change", [{}, {"head_dim": 128}, {"window": True}, {"kind": "full"}])
+def test_what_was_not_measured_is_taken_where_xla_would_store_all_scores(capability, change):
+    request = dataclasses.replace(GPT, compute_capability=capability, **change)
+    assert choose(request).kernel == "cudnn"
+    assert choose(request).reason == (
+        "not measured at such shapes on such a device, but xla would store all scores"
+    )
 
 
 @pytest.mark.parametrize(
-    ("platform", "capability", "model", "reason"),
+    ("platform", "capability", "overrides", "reason"),
     [
-        ("cpu", None, {}, "the platform is cpu, not an NVIDIA GPU"),
-        ("tpu", None, {}, "the platform is tpu, not an NVIDIA GPU"),
-        ("rocm", None, {}, "the platform is rocm, not an NVIDIA GPU"),
-        ("gpu", 7.5, {}, "compute capability 7.5 < 8.0"),
-        ("gpu", 9.0, {"dtype": "float32"}, "dtype is float32, not bfloat16"),
-        ("gpu", 9.0, {"head_dim": 20}, "head width 20 is not a multiple of 8"),
-        ("gpu", 9.0, {"head_dim": 264}, "head width 264 is over 256"),
-        ("gpu", 8.0, {"head_dim": 152}, "head width 152 is over 128"),
-        ("gpu", 9.0, {"attention_dropout": 0.1}, "it has no attention dropout"),
-        ("gpu", 9.0, {"attention_softcap": 50.0}, "it has no soft cap"),
+        ("tpu", None, (), "the platform is tpu, not an NVIDIA GPU"),
+        ("rocm", None, (), "the platform is rocm, not an NVIDIA GPU"),
+        ("gpu", 7.5, (), "compute capability 7.5 < 8.0"),
+        ("gpu", 9.0, ("model.dtype=float32",), "dtype is float32, not bfloat16"),
+        ("gpu", 9.0, ("model.head_dim=20",), "head width 20 is not a multiple of 8"),
+        ("gpu", 9.0, ("model.head_dim=264",), "head width 264 is over 256"),
+        ("gpu", 8.0, ("model.head_dim=152",), "head width 152 is over 128"),
+        ("gpu", 9.0, ("model.attention_dropout=0.1",), "it has no attention dropout"),
+        ("gpu", 9.0, ("model.attention_softcap=50.0",), "it has no soft cap"),
     ],
 )
-def test_auto_says_why_it_takes_xla(platform, capability, model, reason):
-    choice = chosen(platform, capability, **model)
-    assert choice.kernel == "xla"
-    assert choice.reason == f"cudnn cannot: {reason}"
+def test_long_rows_that_cudnn_cannot_have_blocks_and_short_ones_xla(platform, capability, overrides, reason):
+    choice = chosen(platform, capability, *overrides)
+    assert choice.kernel == "xla_chunked"
+    assert not choice.stores_scores
+    assert choice.reason == (
+        "not measured at such shapes on such a device, but xla would store all scores;"
+        f" cudnn cannot: {reason}"
+    )
+    short = chosen(platform, capability, *overrides, "data.sequence_length=512")
+    assert str(short) == f"attention: xla (its rows are short; cudnn cannot: {reason})"
+    assert short.stores_scores
 
 
-def test_packed_rows_of_an_odd_length_are_left_to_xla():
-    packed = partial(choose_attention, DecoderConfig(**PLAIN), platform="gpu", compute_capability=9.0)
-    assert packed(packed_length=1023).reason == "cudnn cannot: packed rows of 1023 tokens, an odd number"
-    assert packed(packed_length=1024).kernel == packed(packed_length=None).kernel == "cudnn"
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_processor_has_blocks_from_the_length_on_that_was_measured(dtype):
+    choice = partial(chosen, "cpu", None, f"model.dtype={dtype}")
+    assert choice("data.sequence_length=128").kernel == "xla"
+    assert choice("data.sequence_length=128").reason.startswith("nothing was measured to be faster;")
+    assert choice("data.sequence_length=1024").kernel == "xla_chunked"
+    assert "times as fast as xla" in choice("data.sequence_length=1024").reason
+
+
+def test_packed_rows_of_an_odd_length_are_not_left_to_cudnn():
+    packed = partial(chosen, "gpu", 9.0, "data.packed=true", "model.max_length=2048")
+    assert "packed rows of 1025 tokens, an odd number" in packed("data.sequence_length=1025").reason
+    assert packed("data.sequence_length=1024").kernel == "cudnn"
+    assert chosen("gpu", 9.0, "model.max_length=2048", "data.sequence_length=1025").kernel == "cudnn"
 
 
 def test_every_obstacle_is_named():
-    choice = chosen("gpu", 7.5, dtype="float32", attention_dropout=0.1)
-    assert choice.reason.count(";") == 2
+    reason = chosen("gpu", 7.5, "model.dtype=float32", "model.attention_dropout=0.1").reason
+    assert reason.partition("cudnn cannot: ")[2].count(";") == 2
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_xla_is_taken_when_asked_for(platform):
-    assert str(chosen(platform, 9.0, attention="xla")) == "attention: xla (asked for)"
-
-
-def test_cudnn_is_taken_when_asked_for():
-    assert str(chosen("gpu", 9.0, attention="cudnn")) == "attention: cudnn (asked for)"
-
-
-@pytest.mark.parametrize(
-    ("platform", "capability", "model", "reason"),
-    [
-        ("cpu", None, {}, "the platform is cpu"),
-        ("gpu", 8.0, {"head_dim": 152}, "head width 152 is over 128"),
-    ],
-)
-def test_cudnn_that_cannot_be_honoured_is_refused_with_the_remedy(platform, capability, model, reason):
-    with pytest.raises(ConfigError, match=rf"model\.attention=cudnn cannot run: .*{reason}.*attention=xla"):
-        chosen(platform, capability, attention="cudnn", **model)
-
-
-def test_a_bias_is_left_to_xla():
-    request = Request(platform="gpu", compute_capability=9.0, dtype="bfloat16", head_dim=64, bias=True)
-    assert choose(request).reason == "cudnn cannot: it takes no bias here"
-
-
-def test_the_last_kernel_can_do_everything():
+@pytest.mark.parametrize("kernel", ["xla", "xla_chunked"])
+def test_what_can_do_everything_is_taken_when_asked_for(platform, kernel):
+    assert str(chosen(platform, 9.0, f"kernels.attention={kernel}")) == f"attention: {kernel} (asked for)"
     worst = Request(
-        platform="cpu",
+        platform=platform,
         dtype="float32",
         head_dim=7,
         kind="prefix",
@@ -90,5 +96,45 @@ def test_the_last_kernel_can_do_everything():
         softcap=1.0,
         bias=True,
     )
-    *_, last = KERNELS.values()
-    assert last.obstacles(worst) == []
+    assert KERNELS[kernel].obstacles(worst) == []
+
+
+def test_cudnn_is_taken_when_asked_for():
+    assert str(chosen("gpu", 9.0, "kernels.attention=cudnn")) == "attention: cudnn (asked for)"
+
+
+def test_a_kernel_that_cannot_is_refused_with_all_reasons_and_the_remedy():
+    with pytest.raises(ConfigError) as error:
+        chosen("cpu", None, "kernels.attention=cudnn", "model.attention_softcap=2.0")
+    assert str(error.value) == (
+        "kernels.attention=cudnn cannot run: the platform is cpu, not an NVIDIA GPU; it has no soft cap;"
+        " set kernels.attention=auto, xla_chunked or xla"
+    )
+
+
+def test_a_request_is_what_the_config_asks():
+    ask = partial(attention_request, platform="gpu", compute_capability=9.0)
+    gemma = PLAIN.replace("model.sliding_window=64", "model.attention_softcap=50.0", "data.packed=true")
+    assert ask(gemma) == dataclasses.replace(
+        GPT, packed_length=1024, softcap=50.0, window=True, dtype=gemma.model.dtype
+    )
+    assert ask(PLAIN.replace("objective.kind=prefix_lm")).kind == "prefix"
+    encoder = ("model.kind=encoder", "objective.kind=masked_words")
+    assert ask(PLAIN.replace(*encoder)).kind == "full"
+    two = ("model.kind=encoder_decoder", "objective.kind=span_corruption", "objective.target_length=256")
+    two_stacks = ask(PLAIN.replace(*two, "data.sequence_length=512", "model.position=relative"))
+    assert (two_stacks.cross, two_stacks.bias, two_stacks.length) == (True, True, 512)
+
+
+def test_the_table_is_of_kernels_that_there_are_and_that_could_run():
+    for entry in measured("attention"):
+        for head_dim in entry.head_dims:
+            request = Request(
+                platform="cpu" if entry.device_class == "cpu" else "gpu",
+                compute_capability=None if entry.device_class == "cpu" else float(entry.device_class),
+                dtype=entry.dtypes[0],
+                head_dim=head_dim,
+                length=entry.length_from,
+            )
+            assert KERNELS[entry.implementation].obstacles(request) == []
+            assert entry.implementation != "xla", "that is what all are compared with"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stack.config import Config, DataConfig, DecoderConfig, MeshConfig, TrainConfig
+from stack.config import Config, DataConfig, DecoderConfig, KernelsConfig, MeshConfig, TrainConfig
 from stack.kernels.attention import Mask, attend, row_mask
 from stack.parallel import mesh as meshes
 from stack.parallel.mesh import without_cache
@@ -166,9 +166,9 @@ def test_the_compiled_step_calls_cudnn_both_ways_and_gathers_no_batch(packed, wi
             num_kv_heads=4,
             head_dim=152,
             max_length=length,
-            attention="cudnn",
             **windows,
         ),
+        kernels=KernelsConfig(attention="cudnn"),
         data=DataConfig(sequence_length=length, packed=packed),
         mesh=MeshConfig(data=2, fsdp=4, tensor=tensor, zero=3),
         train=TrainConfig(batch_size=rows, remat="full"),

@@ -14,6 +14,7 @@ from stack.config import (
     DataConfig,
     DecoderConfig,
     EncoderDecoderConfig,
+    KernelsConfig,
     MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -35,9 +36,7 @@ pytestmark = pytest.mark.usefixtures("quick_gpu_compiler")
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 BATCH, LENGTH = 48, 160  # Numbers no other dimension has.
-MODEL = DecoderConfig(
-    vocab_size=1000, num_layers=4, embed_dim=256, num_heads=8, max_length=LENGTH, attention="xla"
-)
+MODEL = DecoderConfig(vocab_size=1000, num_layers=4, embed_dim=256, num_heads=8, max_length=LENGTH)
 FSDP = MeshConfig(data=2, fsdp=4, zero=2)
 TENSOR = MeshConfig(fsdp=4, tensor=2, zero=1)
 SEQUENCE = MeshConfig(data=2, fsdp=2, tensor=2, zero=3, sequence_parallel=True)
@@ -48,7 +47,8 @@ micro-batch."""
 
 def config(mesh: MeshConfig, *, attention: str = "xla", rows: int = BATCH, **train: object) -> Config:
     return Config(
-        model=MODEL.model_copy(update={"attention": attention}),
+        model=MODEL,
+        kernels=KernelsConfig(attention=attention),
         data=DataConfig(sequence_length=LENGTH),
         mesh=mesh,
         optimizer=OptimizerConfig(schedule=ScheduleConfig(warmup_steps=1)),

@@ -6,6 +6,7 @@ from stack.config import (
     Config,
     DataConfig,
     EncoderConfig,
+    KernelsConfig,
     MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -24,7 +25,6 @@ MODEL = EncoderConfig(
     embed_dim=256,
     num_heads=8,
     max_length=LENGTH,
-    attention="xla",
     norm_placement="post",
     mlp="gelu",
     num_types=4,
@@ -47,6 +47,7 @@ def test_an_encoder_moves_what_its_layout_needs_and_nothing_else(layout):
     mesh, train = LAYOUTS[layout]
     config = Config(
         model=MODEL,
+        kernels=KernelsConfig(attention="xla"),
         objective=UniLmConfig(),
         data=DataConfig(sequence_length=LENGTH),
         mesh=mesh,

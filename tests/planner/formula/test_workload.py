@@ -29,7 +29,7 @@ def config(*changes: str) -> Config:
         ("data.packed=true", "data.sequence_length=1023"),
         ("data.packed=false", "data.sequence_length=1023"),
         ("model.dtype=float32",),
-        ("model.attention=xla",),
+        ("kernels.attention=xla",),
         ("model.attention_dropout=0.1",),
     ],
 )
@@ -39,21 +39,21 @@ def test_a_chip_is_planned_with_the_attention_that_a_run_gets_there(
     chip, tree = chips.load(name), config(*changes)
     mesh = meshes.abstract(tree.mesh, 8)
     choice = programs.on_mesh(tree, mesh, chip.platform, chip.compute_capability).attention
-    assert from_config(tree, 8, chip).fused_attention == (choice.kernel == "cudnn")
+    assert from_config(tree, 8, chip).fused_attention == (not choice.stores_scores)
 
 
-def test_packed_rows_of_odd_length_are_planned_without_the_fused_kernel() -> None:
+def test_packed_rows_of_odd_length_are_planned_with_attention_in_blocks() -> None:
     h100 = chips.load("h100")
-    packed, odd = "data.packed=true", "data.sequence_length=1023"
-    assert not from_config(config(packed, odd), 8, h100).fused_attention
-    assert from_config(config(packed), 8, h100).fused_attention
-    assert from_config(config("data.packed=false", odd), 8, h100).fused_attention
-    assert not from_config(config(packed, odd), 8).fused_attention, "without a chip, of a new NVIDIA GPU"
+    packed, odd = "data.packed=true", ("data.sequence_length=1025", "model.max_length=1025")
+    assert from_config(config(packed, *odd), 8, h100).blocked_attention
+    assert not from_config(config(packed), 8, h100).blocked_attention
+    assert not from_config(config("data.packed=false", *odd), 8, h100).blocked_attention
+    assert from_config(config(packed, *odd), 8).blocked_attention, "without a chip, of a new NVIDIA GPU"
 
 
 def test_a_kernel_that_was_asked_for_and_cannot_run_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"the platform is tpu, not an NVIDIA GPU"):
-        from_config(config("model.attention=cudnn"), 8, chips.load("tpu-v5e"))
+        from_config(config("kernels.attention=cudnn"), 8, chips.load("tpu-v5e"))
 
 
 @pytest.mark.parametrize(

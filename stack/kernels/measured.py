@@ -1,0 +1,53 @@
+"""The table of what was measured on devices, `measured.yaml`."""
+
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+type _Text = Annotated[str, Field(min_length=1)]
+
+
+class Measured(BaseModel):
+    """One implementation on one device, at a class of shapes: its numerics passed, and it was timed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    implementation: _Text
+    device: _Text
+    """As JAX calls it."""
+    device_class: _Text
+    """What it counts for: `cpu`, or the compute capability of NVIDIA GPUs, as `9.0`."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...]
+    head_dims: tuple[int, int]
+    """Least and most."""
+    rows: tuple[Literal["whole", "packed"], ...]
+    kinds: tuple[Literal["causal", "full", "prefix"], ...]
+    extras: tuple[Literal["window", "softcap", "dropout", "bias", "cross"], ...]
+    """What of these was in use; a request with another of them does not fit."""
+    length_from: int
+    """Keys of a row, at least."""
+    numerics: _Text
+    """What was compared, and how far apart it was."""
+    timed: _Text
+    seconds: Annotated[float, Field(gt=0)]
+    xla_seconds: Annotated[float, Field(gt=0)]
+    """Of the same with `xla`."""
+    commit: _Text
+    command: _Text
+    versions: _Text
+
+    @property
+    def speed(self) -> float:
+        """How many times as fast as `xla`."""
+        return self.xla_seconds / self.seconds
+
+
+@cache
+def measured(operation: str) -> tuple[Measured, ...]:
+    """All that was measured of an operation."""
+    table = yaml.safe_load(files("stack.kernels").joinpath("measured.yaml").read_text("utf-8"))
+    entries = TypeAdapter(dict[str, tuple[Measured, ...]]).validate_python(table)
+    return entries.get(operation, ())

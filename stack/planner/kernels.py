@@ -1,0 +1,114 @@
+"""`stack kernels explain`: what runs each operation of a config on a chip, why, and why not the others."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from stack.config import Config
+from stack.hardware import chip as chips
+from stack.kernels.attention import KERNELS, choose, fitting
+from stack.objectives import build
+from stack.objectives.cross_entropy import chunk_tokens
+from stack.planner.compiled.findings import gib
+from stack.step.kernels import attention_request
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Other:
+    """An implementation that there is."""
+
+    kernel: str
+    obstacles: Sequence[str]
+    """What keeps it from running here; empty: it can."""
+    measured: Sequence[str]
+    """Figures of such a device at such shapes."""
+    stores_scores: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operation:
+    """An operation of a training step."""
+
+    name: str
+    kernel: str
+    reason: str
+    others: Sequence[Other] = ()
+    """All implementations, the one that runs too, where there are several."""
+
+
+def explain(config: Config, hardware: str | None = None) -> Iterator[Operation]:
+    """The operations of a config, one after another.
+
+    Args:
+      config: what is trained.
+      hardware: a chip by name, or a YAML file of one; None: target.hardware, else the device here.
+
+    Raises:
+      ConfigError: there is no such chip, or a kernel was asked for that cannot run on it.
+    """
+    platform, capability = device(config, hardware)
+    request = attention_request(config, platform=platform, compute_capability=capability)
+    choice = choose(request, config.kernels.attention)
+    others = [
+        Other(
+            kernel=name,
+            obstacles=kernel.obstacles(request),
+            measured=[
+                f"{entry.speed:.3g} times as fast as xla on {entry.device} ({entry.timed}; {entry.commit})"
+                for entry in fitting(request, name)
+            ],
+            stores_scores=kernel.stores_scores,
+        )
+        for name, kernel in KERNELS.items()
+    ]
+    yield Operation(name="attention", kernel=choice.kernel, reason=choice.reason, others=others)
+    model = config.model
+    tokens = chunk_tokens(
+        config.objective.logits_bytes,
+        embed_dim=model.embed_dim,
+        vocab_size=model.padded_vocab_size,
+        tensor=max(1, config.mesh.tensor),
+    )
+    size = gib(4 * tokens * model.padded_vocab_size / max(1, config.mesh.tensor))
+    scored = "places that are asked for" if "masked" in build(config).sizes else "tokens"
+    yield Operation(
+        name="cross-entropy",
+        kernel="xla",
+        reason=f"the only one; logits of up to {tokens:,} {scored} exist at once on a device, {size}",
+    )
+    how = {"gpu": "XLA takes cuBLAS or a Triton kernel for each product", "cpu": "XLA's own and oneDNN's"}
+    reason = f"the only one; {how.get(platform, 'what XLA has there')}, of {model.dtype} operands"
+    yield Operation(name="matmul", kernel="xla", reason=reason)
+
+
+def device(config: Config, hardware: str | None) -> tuple[str, float | None]:
+    """Platform and compute capability of what a config runs on; see `explain`."""
+    if hardware is None and config.target is not None:
+        hardware = config.target.hardware
+    if hardware is not None:
+        chip = chips.load(hardware)
+        return chip.platform, chip.compute_capability
+    here = jax.devices()[0]
+    capability = getattr(here, "compute_capability", None)  # "9.0"; AMD's are like "gfx942"
+    if capability and capability.startswith("gfx"):
+        return "rocm", None
+    return here.platform, float(capability) if capability else None
+
+
+def lines(operations: Sequence[Operation]) -> Iterator[str]:
+    """For the screen."""
+    for operation in operations:
+        yield f"{operation.name}: {operation.kernel} ({operation.reason})"
+        for other in operation.others:
+            told = "cannot: " + "; ".join(other.obstacles) if other.obstacles else "can"
+            if not other.obstacles:
+                told += f"; {'; '.join(other.measured) or 'not measured at such shapes on such a device'}"
+                told += "; stores all scores" if other.stores_scores else "; stores no scores"
+            yield f"  {other.kernel:<12} {told}"
+
+
+def as_json(operations: Sequence[Operation]) -> list[dict[str, Any]]:
+    """The same as plain values."""
+    return [dataclasses.asdict(operation) for operation in operations]

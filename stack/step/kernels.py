@@ -1,0 +1,42 @@
+"""What a config asks of the operations that have several implementations."""
+
+from stack.config import Config
+from stack.kernels.attention import Choice, Request, choose
+from stack.objectives import build
+
+
+def attention_request(config: Config, *, platform: str, compute_capability: float | None = None) -> Request:
+    """The attention of a config's model on a platform.
+
+    Args:
+      config: what is trained.
+      platform: `cpu`, `gpu`, `rocm` or `tpu`.
+      compute_capability: of an NVIDIA GPU, e.g. 9.0; None: not known, taken as that of a new one.
+    """
+    model, data = config.model, config.data
+    objective = build(config)
+    plain = "full" if model.shape == "encoder" else "causal"
+    return Request(
+        platform=platform,
+        compute_capability=compute_capability,
+        length=max(size for name, size in objective.sizes.items() if name != "masked"),
+        dtype=model.dtype,
+        head_dim=model.head_width,
+        kind="prefix" if any(field.name == "prefix" for field in objective.fields) else plain,
+        window=model.window is not None,
+        packed_length=data.sequence_length if data.packed else None,
+        dropout=model.attention_dropout,
+        softcap=model.attention_softcap,
+        bias=model.position == "relative",
+        cross=model.shape == "encoder_decoder",
+    )
+
+
+def choose_attention(config: Config, *, platform: str, compute_capability: float | None = None) -> Choice:
+    """The attention kernel of a config on a platform, and why; see `attention_request`.
+
+    Raises:
+      ConfigError: a kernel was asked for that cannot run; nothing falls back.
+    """
+    request = attention_request(config, platform=platform, compute_capability=compute_capability)
+    return choose(request, config.kernels.attention)
