@@ -29,7 +29,7 @@ def test_auto_takes_what_was_measured_to_be_fastest_and_says_where():
 def test_what_was_not_measured_is_taken_where_xla_would_store_all_scores(capability, change):
     request = dataclasses.replace(GPT, compute_capability=capability, **change)
     assert choose(request).kernel == "cudnn"
-    assert choose(request).reason == (
+    assert choose(request).reason.startswith(
         "not measured at such shapes on such a device, but xla would store all scores"
     )
 
@@ -41,24 +41,40 @@ def test_what_was_not_measured_is_taken_where_xla_would_store_all_scores(capabil
         ("rocm", None, (), "the platform is rocm, not an NVIDIA GPU"),
         ("gpu", 7.5, (), "compute capability 7.5 < 8.0"),
         ("gpu", 9.0, ("model.dtype=float32",), "dtype is float32, not bfloat16"),
-        ("gpu", 9.0, ("model.head_dim=20",), "head width 20 is not a multiple of 8"),
+        ("gpu", 8.0, ("model.head_dim=20",), "head width 20 is not a multiple of 8"),
         ("gpu", 9.0, ("model.head_dim=264",), "head width 264 is over 256"),
         ("gpu", 8.0, ("model.head_dim=152",), "head width 152 is over 128"),
-        ("gpu", 9.0, ("model.attention_dropout=0.1",), "it has no attention dropout"),
-        ("gpu", 9.0, ("model.attention_softcap=50.0",), "it has no soft cap"),
+        ("gpu", 8.0, ("model.attention_dropout=0.1",), "it has no attention dropout"),
+        ("gpu", 10.0, ("model.attention_softcap=50.0",), "it has no soft cap"),
     ],
 )
-def test_long_rows_that_cudnn_cannot_have_blocks_and_short_ones_xla(platform, capability, overrides, reason):
+def test_long_rows_that_no_kernel_can_have_blocks_and_short_ones_xla(platform, capability, overrides, reason):
     choice = chosen(platform, capability, *overrides)
     assert choice.kernel == "xla_chunked"
     assert not choice.stores_scores
-    assert choice.reason == (
+    assert choice.reason.startswith(
         "not measured at such shapes on such a device, but xla would store all scores;"
-        f" cudnn cannot: {reason}"
+        f" cudnn cannot: {reason}; mosaic_gpu cannot: "
     )
     short = chosen(platform, capability, *overrides, "data.sequence_length=512")
-    assert str(short) == f"attention: xla (its rows are short; cudnn cannot: {reason})"
+    assert str(short).startswith(f"attention: xla (its rows are short; cudnn cannot: {reason}; mosaic_gpu")
     assert short.stores_scores
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("model.attention_dropout=0.1",), "it has no attention dropout"),
+        (("model.attention_softcap=50.0",), "it has no soft cap"),
+        (("model.head_dim=20", "model.attention_dropout=0.1"), "it has no attention dropout"),
+        (("data.packed=true", "data.sequence_length=1023"), "packed rows of 1023 tokens, an odd number"),
+    ],
+)
+def test_hopper_has_a_kernel_for_what_cudnn_cannot(overrides, reason):
+    choice = chosen("gpu", 9.0, *overrides)
+    assert choice.kernel == "mosaic_gpu"
+    assert "not measured" in choice.reason
+    assert reason in choice.reason
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -79,7 +95,12 @@ def test_packed_rows_of_an_odd_length_are_not_left_to_cudnn():
 
 def test_every_obstacle_is_named():
     reason = chosen("gpu", 7.5, "model.dtype=float32", "model.attention_dropout=0.1").reason
-    assert reason.partition("cudnn cannot: ")[2].count(";") == 2
+    cudnn, _, mosaic = reason.partition("cudnn cannot: ")[2].partition("; mosaic_gpu cannot: ")
+    assert cudnn.count(";") == 2
+    assert mosaic == (
+        "compute capability 7.5 is not 9.0 (H100, H200), whose instructions it uses;"
+        " dtype is float32, not bfloat16"
+    )
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

@@ -68,6 +68,7 @@ def attend(
 def obstacles(request: Request) -> list[str]:
     """Everything that keeps the kernels from computing what is asked; empty: they can."""
     capability = request.compute_capability
+    version = _cuda_version() if request.platform == "gpu" else 0
     checks = (
         (request.platform != "gpu", f"the platform is {request.platform}, not an NVIDIA GPU"),
         (
@@ -78,7 +79,7 @@ def obstacles(request: Request) -> list[str]:
         (request.head_dim > 256, f"head width {request.head_dim} is over 256"),
         (request.bias, "it takes no bias"),
         (
-            request.platform == "gpu" and 12_080 <= (version := _cuda_version()) < 12_091,
+            12_080 <= version < 12_091,
             f"CUDA {version // 1000}.{version % 1000 // 10} assembles masks wrongly, mended in 12.9.1",
         ),
     )
