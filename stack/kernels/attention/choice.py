@@ -25,6 +25,8 @@ class Choice:
 
     kernel: str
     reason: str
+    measured: bool = False
+    """Whether it was, at such shapes on such a device."""
 
     def __str__(self) -> str:
         """`attention: xla (asked for)`."""
@@ -67,13 +69,15 @@ class Kernel:
     """Everything that keeps it from computing what is asked; empty: it can."""
     stores_scores: bool = False
     """Whether scores of all queries and keys are written to memory."""
+    own_code: bool = True
+    """Whether it is more than array operations that XLA compiles: until it was measured, a run tries it."""
 
 
 KERNELS: dict[str, Kernel] = {
     "cudnn": Kernel(attend=cudnn.attend, obstacles=cudnn.obstacles),
     "mosaic_gpu": Kernel(attend=mosaic_gpu.attend, obstacles=mosaic_gpu.obstacles),
-    "xla_chunked": Kernel(attend=xla_chunked.attend, obstacles=xla_chunked.obstacles),
-    "xla": Kernel(attend=xla.attend, obstacles=xla.obstacles, stores_scores=True),
+    "xla_chunked": Kernel(attend=xla_chunked.attend, obstacles=xla_chunked.obstacles, own_code=False),
+    "xla": Kernel(attend=xla.attend, obstacles=xla.obstacles, stores_scores=True, own_code=False),
 }
 """THE list; those that were not measured are preferred in this order. The last two can do everything."""
 
@@ -103,14 +107,14 @@ def choose(request: Request, wanted: str = "auto") -> Choice:
                 f"kernels.attention={wanted} cannot run: {'; '.join(obstacles[wanted])};"
                 f" set kernels.attention=auto, {able}"
             )
-        return Choice(kernel=wanted, reason="asked for")
+        return Choice(kernel=wanted, reason="asked for", measured=bool(fitting(request, wanted)))
     cannot = [f"{name} cannot: {'; '.join(texts)}" for name, texts in obstacles.items() if texts]
     able = [name for name, texts in obstacles.items() if not texts]
     timed = [entry for name in able for entry in fitting(request, name) if entry.speed > 1]
     if timed:
         best = max(timed, key=lambda entry: entry.speed)
         reason = f"measured on {best.device}: {best.speed:.3g} times as fast as xla"
-        return Choice(kernel=best.implementation, reason=reason)
+        return Choice(kernel=best.implementation, reason=reason, measured=True)
     stores_none = [name for name in able if not KERNELS[name].stores_scores]
     long = request.length is None or request.length >= LONG
     if request.platform != "cpu":

@@ -12,6 +12,7 @@ from stack.step import state as states
 from stack.step.program import Program
 from stack.train.watch.bad_steps import BadSteps
 from stack.train.watch.goodput import Goodput
+from stack.train.watch.kernel_trial import KernelTrial
 from stack.train.watch.listeners import Listener, Listeners
 from stack.train.watch.metrics import MetricsLog
 from stack.train.watch.plan import Plan
@@ -29,7 +30,7 @@ def show_progress(listeners: Sequence[Listener]) -> Listeners:
 def standard_listeners(
     program: Program, devices: Sequence[jax.Device], folder: Path, *, resolved: bool
 ) -> tuple[Listener, ...]:
-    """Speed, plan, bad steps, where time goes, the log and who follows it: each adds to what the next hears.
+    """Speed, kernels, plan, bad steps, where time goes, the log and who follows it: each adds to what the next hears.
 
     Args:
       program: of the run.
@@ -40,6 +41,7 @@ def standard_listeners(
     config: Config = program.config
     return (
         Speedometer(config, states.concrete(program)),
+        KernelTrial(program),
         Plan(program, devices, resolved=resolved),
         BadSteps(config),
         Goodput(folder, time.time() - (time.monotonic() - environment.STARTED)),

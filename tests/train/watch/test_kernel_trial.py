@@ -1,0 +1,73 @@
+"""A kernel of its own that was never measured is compared with the definition before the first step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from stack.config import Config, StackError
+from stack.kernels.attention import KERNELS, Request
+from stack.kernels.attention import trial as trials
+from stack.kernels.attention.mosaic_gpu import interpreted
+from stack.kernels.attention.trial import LIMIT, trial_error
+from stack.step import program as programs
+from stack.train.watch.kernel_trial import KernelTrial
+
+ASKED = Request(platform="cpu", dtype="bfloat16", head_dim=32, length=200, packed_length=200)
+
+
+def told(monkeypatch, change=None, *overrides):
+    """What the introduction says of attention where the kernel in blocks is taken for one of its own."""
+    kernel = KERNELS["xla_chunked"]
+    attend = (
+        kernel.attend
+        if change is None
+        else lambda *arrays, **options: change(kernel.attend(*arrays, **options))
+    )
+    monkeypatch.setitem(KERNELS, "xla_chunked", dataclasses.replace(kernel, attend=attend, own_code=True))
+    config = Config().replace(
+        "kernels.attention=xla_chunked", "model.num_layers=1", "model.embed_dim=64", "model.num_heads=4",
+        "model.head_dim=32", "data.sequence_length=128", "model.dtype=bfloat16", *overrides
+    )  # fmt: skip
+    program = programs.build(config, jax.devices()[:1])
+    assert not program.attention.measured
+    return KernelTrial(program).on_start({"attention": str(program.attention)})
+
+
+def test_it_says_how_far_off_the_kernel_is(monkeypatch):
+    line = told(monkeypatch, None, "model.sliding_window=50", "model.attention_dropout=0.1")["attention"]
+    assert line.startswith("attention: xla_chunked (asked for); tried here: 0.")
+    assert line.endswith("% off the definition")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda output: output.at[:, -1].set(0), "off by"), (lambda output: output * jnp.nan, "no number")],
+)
+def test_one_that_is_wrong_ends_the_run_before_it_begins(monkeypatch, change, message):
+    with pytest.raises(StackError, match=f"xla_chunked is wrong on cpu: {message}.*set kernels.attention="):
+        told(monkeypatch, change)
+
+
+@pytest.mark.parametrize("name", ["xla", "xla_chunked"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"kind": "full", "softcap": 5.0},
+        {"kind": "prefix"},
+        {"dropout": 0.2},
+        {"packed_length": None},
+        {"cross": True},
+    ],
+    ids=str,
+)
+def test_the_definition_is_within_the_limit(name, more):
+    assert trial_error(name, dataclasses.replace(ASKED, **more), window=60, shared_by=2) < LIMIT / 2
+
+
+def test_the_kernel_for_hopper_is_tried_as_others(monkeypatch):
+    monkeypatch.setattr(trials, "_LONGEST", 128)
+    with interpreted():
+        assert trial_error("mosaic_gpu", ASKED, shared_by=2) < LIMIT / 2
