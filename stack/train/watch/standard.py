@@ -30,7 +30,7 @@ def show_progress(listeners: Sequence[Listener]) -> Listeners:
 def standard_listeners(
     program: Program, devices: Sequence[jax.Device], folder: Path, *, resolved: bool
 ) -> tuple[Listener, ...]:
-    """Speed, kernels, plan, bad steps, where time goes, the log and who follows it: each adds to what the next hears.
+    """Each adds to what the next hears.
 
     Args:
       program: of the run.

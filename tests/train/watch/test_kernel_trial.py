@@ -1,6 +1,7 @@
 """A kernel of its own that was never measured is compared with the definition before the first step."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +18,31 @@ from stack.train.watch.kernel_trial import KernelTrial
 ASKED = Request(platform="cpu", dtype="bfloat16", head_dim=32, length=200, packed_length=200)
 
 
-def told(monkeypatch, change=None, *overrides):
-    """What the introduction says of attention where the kernel in blocks is taken for one of its own."""
+def told(monkeypatch, change, *overrides: str) -> str:
+    """What the introduction says of attention, where the kernel in blocks is taken for one of its own."""
     kernel = KERNELS["xla_chunked"]
-    attend = (
-        kernel.attend
-        if change is None
-        else lambda *arrays, **options: change(kernel.attend(*arrays, **options))
-    )
+
+    def attend(*arrays: Any, **options: Any) -> jax.Array:
+        return change(kernel.attend(*arrays, **options))
+
     monkeypatch.setitem(KERNELS, "xla_chunked", dataclasses.replace(kernel, attend=attend, own_code=True))
-    config = Config().replace(
-        "kernels.attention=xla_chunked", "model.num_layers=1", "model.embed_dim=64", "model.num_heads=4",
-        "model.head_dim=32", "data.sequence_length=128", "model.dtype=bfloat16", *overrides
-    )  # fmt: skip
-    program = programs.build(config, jax.devices()[:1])
+    tiny = ("model.num_layers=1", "model.embed_dim=64", "model.num_heads=4", "model.head_dim=32")
+    asked = ("kernels.attention=xla_chunked", "data.sequence_length=128", "model.dtype=bfloat16")
+    program = programs.build(Config().replace(*tiny, *asked, *overrides), jax.devices()[:1])
     assert not program.attention.measured
-    return KernelTrial(program).on_start({"attention": str(program.attention)})
+    info = {"attention": str(program.attention)}
+    return (info | (KernelTrial(program).on_start(info) or {}))["attention"]
 
 
 def test_it_says_how_far_off_the_kernel_is(monkeypatch):
-    line = told(monkeypatch, None, "model.sliding_window=50", "model.attention_dropout=0.1")["attention"]
+    line = told(monkeypatch, jnp.asarray, "model.sliding_window=50", "model.attention_dropout=0.1")
     assert line.startswith("attention: xla_chunked (asked for); tried here: 0.")
     assert line.endswith("% off the definition")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(lambda output: output.at[:, -1].set(0), "off by"), (lambda output: output * jnp.nan, "no number")],
+    [(lambda output: output.at[:, 5].set(0), "off by"), (lambda output: output * jnp.nan, "no number")],
 )
 def test_one_that_is_wrong_ends_the_run_before_it_begins(monkeypatch, change, message):
     with pytest.raises(StackError, match=f"xla_chunked is wrong on cpu: {message}.*set kernels.attention="):
