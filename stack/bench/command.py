@@ -13,7 +13,7 @@ import jax
 
 from stack.bench import table
 from stack.bench.case import Case, Machine, Row
-from stack.bench.run import PEERS, ROOT, STACK, Team, best, environment, probe, run_cases
+from stack.bench.run import PEERS, STACK, Team, best, environment, probe, run_cases
 from stack.bench.suites import attention, cross_entropy, embedding, matmul, parity, step
 from stack.bench.worker import EndedError, LateError
 from stack.config.errors import ConfigError, StackError
@@ -187,7 +187,16 @@ def _torch(python: str | None, machine: Machine) -> tuple[tuple[str, ...], str]:
 
 def _commit() -> str:
     """Of the code that runs, and whether it was changed since."""
-    call = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=, changed", "--abbrev=10", "--exclude=*"]
+    call = [
+        "git",
+        "-C",
+        str(_TORCH_CHILD.parent),
+        "describe",
+        "--always",
+        "--dirty=, changed",
+        "--abbrev=10",
+        "--exclude=*",
+    ]
     try:
         done = subprocess.run(call, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):

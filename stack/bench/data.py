@@ -44,6 +44,11 @@ def batch(rows: int, length: int, words: int, *, packed: bool) -> dict[str, np.n
     }
 
 
+def words(tokens: int, number: int) -> np.ndarray:
+    """Labels, int32 [tokens]."""
+    return np.random.default_rng(2).integers(0, number, tokens, dtype=np.int32)
+
+
 def normal(seed: int, *shape: int) -> np.ndarray:
     """Numbers of a normal distribution, float32: zeros would multiply faster on a GPU."""
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)

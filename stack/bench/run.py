@@ -2,19 +2,15 @@
 
 import dataclasses
 import json
-import os
 import random
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from stack.bench.case import Case, Machine, Row, Status, derive
 from stack.bench.worker import EndedError, LateError, Worker
 
-ROOT = Path(__file__).resolve().parents[2]
-"""Where `stack` is imported from, also by a peer's interpreter."""
 GRACE_SECONDS = 60
 """What a case may run on after the time that was given."""
 FEWEST_BLOCKS = 3
@@ -37,10 +33,9 @@ STACK = Team(name="stack", command=(sys.executable, "-m", "stack.bench.child"))
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """Of the children: they find Stack, and leave each other room on a GPU."""
-    path = os.pathsep.join(part for part in (str(ROOT), given.get("PYTHONPATH", "")) if part)
+    """Of the children, which leave each other room on a GPU."""
     room = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
-    return room | dict(given) | {"PYTHONPATH": path}
+    return room | dict(given)
 
 
 def probe(environment: Mapping[str, str], seconds: float = 120.0) -> Machine:

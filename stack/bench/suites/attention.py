@@ -22,7 +22,7 @@ Attention = Callable[..., jax.Array]
 """(query, key, value, segments=, positions=) -> result, causal within documents."""
 
 PASSES = {"forward": 1.0, "with gradients": 3.5}
-"""FLOPs over those of the forward pass, whose two products the backward pass makes five (arXiv 2307.08691)."""
+"""FLOPs over those of the forward pass: the backward pass has five products (arXiv 2307.08691)."""
 
 LIMITS = {"bfloat16": 0.02, "float32": 1e-4}
 """Norm of the error over that of the reference, of the result and of each gradient: several times what
@@ -215,7 +215,7 @@ def relative_error(result: jax.Array, right: jax.Array) -> float:
 
 
 def reference(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """Causal attention within documents by its formula (arXiv 1706.03762, equation 1), some queries at a time.
+    """Causal attention within documents by its formula (arXiv 1706.03762, equation 1), in parts.
 
     Args:
         query: [batch, length, heads, head_dim] float32, multiplied as such.

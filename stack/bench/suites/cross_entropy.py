@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from stack.bench import data
 from stack.bench.case import Case, Machine
@@ -87,8 +86,7 @@ class _Problem:
         self.hidden = jnp.asarray(data.normal(0, spec["tokens"], spec["embed_dim"]), dtype)
         table = 0.02 * data.normal(1, spec["padded"], spec["embed_dim"])
         self.table = jnp.asarray(table, dtype)
-        words = np.random.default_rng(2).integers(0, spec["words"], spec["tokens"], dtype=np.int32)
-        self.labels = jnp.asarray(words)
+        self.labels = jnp.asarray(data.words(spec["tokens"], spec["words"]))
 
     @cached_property
     def right(self) -> tuple[jax.Array, ...]:

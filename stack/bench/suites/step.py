@@ -1,5 +1,6 @@
 """Whole training steps of real models, compiled as the trainer does, beside the plan and the peers."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -38,8 +39,13 @@ _TOO_FAR = 0.5
 
 def cases(machine: Machine, *, tiny: bool) -> list[Case]:
     """GPT and Llama at 2,048 to 16,384 tokens, packed and whole; on a CPU the quickstart and nanoGPT's."""
-    if tiny:
-        return [_case("tiny", 32, 2, packed=True, precision="float32")]
+    cases = [_case("tiny", 32, 2, packed=True, precision="float32")] if tiny else _real(machine)
+    chip = lookup(machine.device_kind)
+    peak = chip.peak_flops.get("bfloat16") if chip else None
+    return [dataclasses.replace(case, spec=case.spec | {"peak_flops": peak}) for case in cases]
+
+
+def _real(machine: Machine) -> list[Case]:
     if machine.is_cpu:
         return [
             _case("quickstart", 128, 12, packed=True, precision="float32", priority=1),
