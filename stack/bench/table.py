@@ -10,7 +10,7 @@ _COLUMNS = (
     ("median", 9),
     ("spread", 6),
     ("tokens/s", 9),
-    ("TFLOP/s", 8),
+    ("TFLOP/s", 9),
     ("of ceiling", 10),
     ("MFU full, causal", 16),
     ("planned", 9),
@@ -81,7 +81,7 @@ def line(row: Row) -> str:
 def _rates(facts: Mapping[str, Any]) -> tuple[str, str]:
     """What was done in a second, and its share of the ceiling; of attention, what is not masked."""
     if "bytes_per_second" in facts:
-        return f"{facts['bytes_per_second'] / 1e12:.3g} TB/s", f"{facts.get('of_copy', 0):.0%}"
+        return f"{facts['bytes_per_second'] / 1e9:.3g} GB/s", f"{facts.get('of_copy', 0):.0%}"
     which = "causal" if "flops_per_second_causal" in facts else "full"
     rate, share = facts.get(f"flops_per_second_{which}"), facts.get(f"of_ceiling_{which}")
     return "" if rate is None else f"{rate / 1e12:.4g}", "" if share is None else f"{share:.0%}"
@@ -129,8 +129,11 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
         if ours and theirs:
             stack, peer = (max(group, key=_speed) for group in (ours, theirs))
             ratio = _speed(stack) / _speed(peer)
-            doubt = ", noisy" if stack.is_noisy or peer.is_noisy else ""
-            yield f"{problem}: {_setting(stack)} {ratio:.2f} x the speed of {_setting(peer)}{doubt}"
+            told = f"{problem}: {_setting(stack)} {ratio:.2f} x the speed of {_setting(peer)}"
+            if stack.is_noisy or peer.is_noisy:
+                fastest = ratio * _gain(stack) / _gain(peer)
+                told += f"; noisy, of their fastest blocks {fastest:.2f} x"
+            yield told
     failures = [row for row in rows if row.status in ("failed", "wrong")]
     for row in failures:
         yield f"{row.status}: {row.suite}: {row.title}, {row.by}: {row.reason}"
@@ -155,6 +158,11 @@ def _problem(row: Row) -> str:
 
 def _speed(row: Row) -> float:
     return row.facts.get("tokens_per_second") or 1 / (row.seconds or 1.0)
+
+
+def _gain(row: Row) -> float:
+    """Of the fastest block over the median."""
+    return (row.seconds or 1.0) / min(row.blocks)
 
 
 def _setting(row: Row) -> str:

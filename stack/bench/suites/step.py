@@ -67,12 +67,13 @@ def _real(machine: Machine) -> list[Case]:
     return [
         case
         for place, (name, length, packed) in enumerate(sizes)
-        for case in _tuned(machine, name, length, packed=packed, priority=7 + 10 * place)
+        for case in _tuned(machine, name, length, packed=packed, place=place)
     ]
 
 
-def _tuned(machine: Machine, name: str, length: int, *, packed: bool, priority: int) -> Iterator[Case]:
-    """The two settings of rows and remat that the planner takes for the fastest; the second comes late."""
+def _tuned(machine: Machine, name: str, length: int, *, packed: bool, place: int) -> Iterator[Case]:
+    """The two settings of rows and remat that the planner has for the fastest; most second ones come late."""
+    priority = 7 + 10 * place
     chip = lookup(machine.device_kind)
     if chip is None:
         yield _case(name, length, max(1, 8192 // length), packed=packed, remat="full", priority=priority)
@@ -89,7 +90,7 @@ def _tuned(machine: Machine, name: str, length: int, *, packed: bool, priority: 
         if rows:
             chosen = config(name, length=length, rows=rows, packed=packed, remat=remat)
             settings.append((_plan(chosen, chip)[0] / rows, rows, remat))
-    for place, (_, rows, remat) in enumerate(sorted(settings)[:2]):
+    for again, (_, rows, remat) in enumerate(sorted(settings)[:2]):
         need = _plan(config(name, length=length, rows=rows, packed=packed, remat=remat), chip)[1]
         yield _case(
             name,
@@ -97,7 +98,7 @@ def _tuned(machine: Machine, name: str, length: int, *, packed: bool, priority: 
             rows,
             packed=packed,
             remat=remat,
-            priority=priority + 100 * place,
+            priority=priority + again * (100 if place else 8),
             together=2.2 * need < machine.memory_bytes,
         )
 
