@@ -29,7 +29,7 @@ def head(machine: Machine, about: Mapping[str, Any]) -> Iterator[str]:
     """
     size = f"{machine.memory_bytes / 2**30:.1f} GiB"
     yield f"device     {machine.device_kind}, {size}; {machine.client}"
-    yield f"machine    {machine.processor}, {machine.cores} cores, {about['load']:.1f} running before"
+    yield f"machine    {machine.processor}, {machine.cores} cores, load {about['load']:.1f} before"
     yield "versions   " + ", ".join(f"{name} {number}" for name, number in machine.versions.items())
     yield f"code       {about['commit']}"
     for peer, found in about["peers"].items():
@@ -81,7 +81,7 @@ def line(row: Row) -> str:
 def _rates(facts: Mapping[str, Any]) -> tuple[str, str]:
     """What was done in a second, and its share of the ceiling; of attention, what is not masked."""
     if "bytes_per_second" in facts:
-        return f"{facts['bytes_per_second'] / 1e9:.3g} GB/s", f"{facts.get('of_copy', 0):.0%}"
+        return f"{facts['bytes_per_second'] / 1e9:.0f} GB/s", f"{facts.get('of_copy', 0):.0%}"
     which = "causal" if "flops_per_second_causal" in facts else "full"
     rate, share = facts.get(f"flops_per_second_{which}"), facts.get(f"of_ceiling_{which}")
     return "" if rate is None else f"{rate / 1e12:.4g}", "" if share is None else f"{share:.0%}"

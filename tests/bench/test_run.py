@@ -1,5 +1,6 @@
 """Contestants that do whatever a contestant can do: each is told by name, and takes no other with it."""
 
+import dataclasses
 import os
 import sys
 import time
@@ -50,7 +51,7 @@ def dies_later():
     def run(iterations):
         time.sleep(0.001 * iterations)
         calls.append(iterations)
-        if len(calls) == 9:
+        if len(calls) == 5:
             os._exit(3)
     return Ready(run)
 
@@ -86,8 +87,8 @@ def team(tmp_path):
     return Team(name="stack", command=(sys.executable, str(script)))
 
 
-def case(*makers: str, **fields) -> Case:
-    return Case(suite="made", title="up", spec={"makers": makers}, priority=0, **{"blocks": 4, **fields})
+def case(*makers: str) -> Case:
+    return Case(suite="made", title="up", spec={"makers": makers}, priority=0, blocks=4)
 
 
 def contest(team: Team, *makers: str, seconds: float = 60.0) -> dict[str, Row]:
@@ -146,7 +147,7 @@ def test_a_process_that_does_not_start_is_a_row(tmp_path):
 @pytest.mark.parametrize("together", [True, False])
 def test_a_peer_takes_turns_with_stack_or_begins_when_it_has_ended(team, together):
     teams = [team, Team(name="torch", command=(*team.command, "torch"))]
-    made = case("clock", together=together, peers=("torch",))
+    made = dataclasses.replace(case("clock"), together=together, peers=("torch",))
     rows = Contest(made, teams, MACHINE, os.environ, seconds=60, block_seconds=0.005).run()
     ours, theirs = (row.facts["times"] for row in rows)
     assert [row.team for row in rows] == ["stack", "torch"]
@@ -163,9 +164,11 @@ def test_no_case_begins_after_the_time_and_a_peer_is_in_its_cases_alone(team, mo
     assert results[1][1][0].reason == "0.3 s were over"
 
 
+MEASURED = Row(suite="step", title="a", by="stack", team="stack", status="measured", blocks=[0.5, 0.4, 0.6])
+
+
 def row(**changes) -> Row:
-    fields = {"suite": "step", "title": "a", "by": "stack", "team": "stack", "status": "measured"}
-    return Row(**{**fields, "blocks": [0.5, 0.4, 0.6], **changes})
+    return dataclasses.replace(MEASURED, **changes)
 
 
 def test_rates_follow_from_the_median_and_are_held_against_the_ceilings():
