@@ -1,5 +1,7 @@
 """Random rows, whole or packed with documents; NumPy alone, for a peer's interpreter too."""
 
+import math
+
 import numpy as np
 
 DOCUMENTS_PER_ROW = 4
@@ -50,5 +52,9 @@ def words(tokens: int, number: int) -> np.ndarray:
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
-    """Numbers of a normal distribution, float32: zeros would multiply faster on a GPU."""
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    """Numbers of a normal distribution, float32: zeros would multiply faster on a GPU.
+
+    They repeat after 16,777,217, which no row is long, as more would take longer to draw than to measure.
+    """
+    drawn = min(math.prod(shape), 2**24 + 1)
+    return np.resize(np.random.default_rng(seed).standard_normal(drawn, dtype=np.float32), shape)

@@ -56,7 +56,7 @@ def config(
     rows: int = 1,
     packed: bool = False,
     remat: str = "none",
-    fields: dict[str, Any] | None = None,
+    changes: dict[str, dict[str, Any]] | None = None,
 ) -> Config:
     """The config of a training step on one device.
 
@@ -66,13 +66,14 @@ def config(
         rows: of a step, which is one micro-batch.
         packed: whether documents share a row.
         remat: as `train.remat`.
-        fields: of `model`, which replace those of the name.
+        changes: fields by section, over what follows from the others.
     """
-    return Config.model_validate(
-        {
-            "name": name,
-            "model": MODELS[name] | {"max_length": length} | (fields or {}),
-            "data": {"sequence_length": length, "packed": packed},
-            "train": {"batch_size": rows, "remat": remat},
-        }
-    )
+    tree: dict[str, Any] = {
+        "name": name,
+        "model": MODELS[name] | {"max_length": length},
+        "data": {"sequence_length": length, "packed": packed},
+        "train": {"batch_size": rows, "remat": remat},
+    }
+    for section, fields in (changes or {}).items():
+        tree[section] = tree.get(section, {}) | fields
+    return Config.model_validate(tree)

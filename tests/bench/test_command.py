@@ -70,8 +70,9 @@ def test_a_tiny_run_measures_all_kernels_and_catches_a_wrong_one(tmp_path):
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr == "error: 4 of 13 measurements failed; their reasons are above\n"
     report = json.loads(target.read_text())
+    number = sum(len(case["rows"]) for case in report["cases"])
+    assert done.stderr == f"error: 4 of {number} measurements failed; their reasons are above\n"
     assert report["machine"]["platform"] == "cpu"
     assert report["commit"].startswith("commit ")
     assert report["ceilings"].keys() == {"float32", "bfloat16", "copy"}
@@ -105,7 +106,7 @@ def test_every_suite_runs_and_a_killed_run_keeps_what_it_had(tmp_path):
     assert suites == ["ceilings", *twice[0], "step", "cross_entropy", *twice[1], "matmul", "embedding"]
     rows = [row for case in report["cases"] for row in case["rows"]]
     assert {row["status"] for row in rows} == {"measured", "unable"}
-    assert {row["by"] for row in rows if row["status"] == "unable"} == {"cudnn", "bfloat16 cudnn"}
+    assert {"cudnn", "bfloat16 cudnn"} <= {row["by"] for row in rows if row["status"] == "unable"}
     (step,) = (row for row in rows if row["suite"] == "step")
     assert step["facts"]["first_loss"] == pytest.approx(math.log(257), abs=0.2)
     assert step["facts"]["last_loss"] < step["facts"]["first_loss"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 
 from stack.bench import command, data, models
 from stack.bench.case import Machine
+from stack.bench.serve import UnableError
 from stack.bench.suites import attention, cross_entropy, matmul, step
 from stack.bench.suites.machine import describe
 from stack.config import load
 from stack.hardware import chip as chips
+from stack.kernels.attention import KERNELS, Request
 from stack.planner.formula.shapes import num_parameters
 
 GPU = Machine(
@@ -109,12 +112,15 @@ def test_the_loss_is_held_against_its_formula():
         np.testing.assert_allclose(right, exact, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("suite", "names"),
-    [(attention, {"cudnn", "xla, forward", "xla, with gradients"}), (cross_entropy, {"chunked", "naive"})],
-)
-def test_contestants_of_a_suite_are_all_its_implementations(suite, names):
-    assert suite.makers(made(suite), []).keys() == names
+@pytest.mark.parametrize("name", KERNELS)
+def test_contestants_are_all_implementations_those_that_cannot_with_their_reasons(name):
+    makers = attention.makers(made(attention), [])
+    wanted = Request(platform="cpu", dtype="float32", head_dim=8)
+    if obstacles := KERNELS[name].obstacles(wanted):
+        with pytest.raises(UnableError, match=re.escape(obstacles[0])):
+            makers[name]()
+    else:
+        assert {f"{name}, forward", f"{name}, with gradients"} <= makers.keys()
 
 
 def test_a_product_is_named_by_its_shape_and_a_gpu_has_two_ways():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from stack.bench import data
 from stack.bench.peers import torch_loss
@@ -19,8 +19,7 @@ from stack.bench.serve import Ready, UnableError, is_out_of_memory
 from stack.parallel.host_memory import keep_freed_memory
 
 _AUTOTUNED = "max-autotune-no-cudagraphs"
-_BLOCKWISE = 13
-"""Layers from which on each is compiled, not the model: they are alike, and compile once."""
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _TOO_FAR = 0.5
 """Nats by which the first loss may differ from that of guessing."""
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -116,17 +115,20 @@ def _rotate(heads: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return torch.cat(turned, dim=-1).to(heads.dtype)
 
 
+def _keep_products(_context: Any, operation: Any, *_operands: Any, **_options: Any) -> CheckpointPolicy:
+    """What of a block is kept: its products and its attention."""
+    name = str(operation)
+    is_kept = name.startswith(("aten.mm.", "aten.addmm.", "aten._scaled_dot_product", "flex_attention"))
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class _Remat(nn.Module):
     """A block that is computed again in the backward pass, whole or without its products."""
 
     def __init__(self, block: nn.Module, remat: str) -> None:
         super().__init__()
         self.block = block
-        aten = torch.ops.aten
-        names = ("_flash", "_cudnn", "_efficient")
-        kept = [aten.mm.default, aten.addmm.default, torch.ops.higher_order.flex_attention]
-        kept += [getattr(aten, f"_scaled_dot_product{name}_attention").default for name in names]
-        contexts = {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
+        contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)}
         self.options: dict[str, Any] = contexts if remat == "dots" else {}
 
     def forward(self, x: torch.Tensor, turn: torch.Tensor | None, mask: Any) -> torch.Tensor:
@@ -179,6 +181,8 @@ def _prepare(compiled: bool, spec: dict[str, Any], device: torch.device) -> Read
         keep_freed_memory()  # As Stack does, which speeds it up too.
         if compiled and not any(map(shutil.which, ("g++", "c++", "clang++"))):
             raise UnableError("torch.compile needs a C++ compiler on a CPU, and there is none")
+    if spec["precision"] not in _DTYPES:
+        raise UnableError(f"it is not made to train in {spec['precision']} here")
     torch.set_float32_matmul_precision("high")
     while True:
         try:
@@ -193,7 +197,7 @@ def _prepare(compiled: bool, spec: dict[str, Any], device: torch.device) -> Read
 def _step(compiled: bool, spec: dict[str, Any], device: torch.device) -> Ready:
     torch.manual_seed(0)
     shapes, rates, rows, length = spec["shapes"], spec["optimizer"], spec["rows"], spec["length"]
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[spec["precision"]]
+    dtype = _DTYPES[spec["precision"]]
     batch = data.batch(rows, length, shapes["vocab_size"], packed=spec["packed"])
     tokens, positions, segments = (
         torch.from_numpy(batch[name]).to(device) for name in ("tokens", "positions", "segments")
@@ -204,11 +208,13 @@ def _step(compiled: bool, spec: dict[str, Any], device: torch.device) -> Ready:
         model = _Decoder(spec, dtype, attend)
     turn = _turns(shapes, positions) if shapes["position"] == "rotary" else None
     if compiled:
-        mode = _AUTOTUNED if device.type == "cuda" else "default"
-        for part in model.blocks if len(model.blocks) >= _BLOCKWISE else [model]:
-            part.compile(mode=mode)
+        # Layers are alike, and compile once.
+        for part in [*model.blocks, model.final_norm] if device.type == "cuda" else [model]:
+            part.compile(mode=_AUTOTUNED if device.type == "cuda" else "default")
     loss_of, chosen = _loss(shapes, dtype, rows * length, device, compiled=compiled)
     optimizer = _optimizer(model, rates)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     held = {"loss": torch.zeros(())}
 
     def run(iterations: int) -> None:

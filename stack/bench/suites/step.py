@@ -12,10 +12,11 @@ from stack.bench import data
 from stack.bench.case import Case, Machine
 from stack.bench.models import config
 from stack.bench.serve import Ready, is_out_of_memory
+from stack.bench.suites import matmul
 from stack.bench.timing import temporary_bytes
 from stack.config import Config, StackError
 from stack.hardware.chip import Hardware, lookup
-from stack.models.flops import mfu, train_flops_per_token
+from stack.models.flops import train_flops_per_token
 from stack.parallel.host_memory import keep_freed_memory
 from stack.planner.formula.memory import memory
 from stack.planner.formula.time import step_time
@@ -24,8 +25,12 @@ from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import compiler_options, train_step
 
-PRECISIONS: dict[str, dict[str, Any]] = {"bfloat16": {"dtype": "bfloat16"}, "float32": {"dtype": "float32"}}
-"""By name, the fields of `model` that have its products computed so."""
+PRECISIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "bfloat16": {"model": {"dtype": "bfloat16"}},
+    "float32": {"model": {"dtype": "float32"}},
+}
+"""By name, the fields of a config, by section, that have the products of layers computed so; those that a
+device multiplies fast are measured on it."""
 
 _REMATS = ("none", "dots", "full")
 """Those that a peer has too."""
@@ -41,8 +46,11 @@ def cases(machine: Machine, *, tiny: bool) -> list[Case]:
     """GPT and Llama at 2,048 to 16,384 tokens, packed and whole; on a CPU the quickstart and nanoGPT's."""
     cases = [_case("tiny", 32, 2, packed=True, precision="float32")] if tiny else _real(machine)
     chip = lookup(machine.device_kind)
-    peak = chip.peak_flops.get("bfloat16") if chip else None
-    return [dataclasses.replace(case, spec=case.spec | {"peak_flops": peak}) for case in cases]
+    peaks: dict[str, float] = {**chip.peak_flops} if chip else {}
+    return [
+        dataclasses.replace(case, spec=case.spec | {"peak_flops": peaks.get(case.spec["precision"])})
+        for case in cases
+    ]
 
 
 def _real(machine: Machine) -> list[Case]:
@@ -67,40 +75,39 @@ def _real(machine: Machine) -> list[Case]:
     return [
         case
         for place, (name, length, packed) in enumerate(sizes)
-        for case in _tuned(machine, name, length, packed=packed, place=place)
+        for later, precision in enumerate(matmul.precisions(machine))
+        if precision in PRECISIONS
+        for case in _tuned(machine, name, length, packed, precision, place=place, later=later)
     ]
 
 
-def _tuned(machine: Machine, name: str, length: int, *, packed: bool, place: int) -> Iterator[Case]:
+def _tuned(
+    machine: Machine, name: str, length: int, packed: bool, precision: str, *, place: int, later: int
+) -> Iterator[Case]:
     """The two settings of rows and remat that the planner has for the fastest; most second ones come late."""
-    priority = 7 + 10 * place
+    priority = 7 + 10 * place + (2 if place else 9) * later
+    shapes = {"length": length, "packed": packed, "changes": PRECISIONS[precision]}
+    case = partial(_case, name, length, packed=packed, precision=precision)
     chip = lookup(machine.device_kind)
     if chip is None:
-        yield _case(name, length, max(1, 8192 // length), packed=packed, remat="full", priority=priority)
+        yield case(max(1, 8192 // length), remat="full", priority=priority)
         return
+
+    def plan(rows: int, remat: str) -> tuple[float, float]:
+        return _plan(config(name, rows=rows, remat=remat, **shapes), chip)
+
     limit = min(machine.memory_bytes, chip.memory_bytes) * _ROOM
     settings = []
     for remat in _REMATS:
         rows = _MOST_TOKENS // length
-        while (
-            rows
-            and _plan(config(name, length=length, rows=rows, packed=packed, remat=remat), chip)[1] > limit
-        ):
+        while rows and plan(rows, remat)[1] > limit:
             rows //= 2
         if rows:
-            chosen = config(name, length=length, rows=rows, packed=packed, remat=remat)
-            settings.append((_plan(chosen, chip)[0] / rows, rows, remat))
-    for again, (_, rows, remat) in enumerate(sorted(settings)[:2]):
-        need = _plan(config(name, length=length, rows=rows, packed=packed, remat=remat), chip)[1]
-        yield _case(
-            name,
-            length,
-            rows,
-            packed=packed,
-            remat=remat,
-            priority=priority + again * (100 if place else 8),
-            together=2.2 * need < machine.memory_bytes,
-        )
+            seconds, need = plan(rows, remat)
+            settings.append((seconds / rows, rows, remat, 2.2 * need < machine.memory_bytes))
+    for again, (_, rows, remat, together) in enumerate(sorted(settings)[:2]):
+        late = again * (100 if place else 8)
+        yield case(rows, remat=remat, priority=priority + late, together=together)
 
 
 def _case(
@@ -129,7 +136,7 @@ def _case(
 def _config(spec: dict[str, Any]) -> Config:
     fields = ("length", "rows", "packed", "remat")
     return config(
-        spec["model"], **{name: spec[name] for name in fields}, fields=PRECISIONS[spec["precision"]]
+        spec["model"], **{name: spec[name] for name in fields}, changes=PRECISIONS[spec["precision"]]
     )
 
 
@@ -203,9 +210,6 @@ def _step(spec: dict[str, Any]) -> Ready:
         return {"last_loss": held["loss"], "peak_bytes": peak, "ok": math.isfinite(held["loss"])}
 
     flops = spec["flops_per_token"]
-    used = mfu(
-        settings.model, length=length, tokens_per_second_per_device=1.0, device_kind=device.device_kind
-    )
     plan: Any = compiled.memory_analysis()
     facts = {
         "ok": abs(first - math.log(words)) < _TOO_FAR,
@@ -216,8 +220,7 @@ def _step(spec: dict[str, Any]) -> Ready:
         "attention": str(program.attention),
         "tokens": rows * length,
         "precision": spec["precision"],
-        "peak_flops": used.peak_flops,
-        "peak": used.peak,
+        "peak_flops": spec["peak_flops"],
         "flops_causal": flops["causal"] * rows * length,
         "flops_full": flops["full"] * rows * length,
         "temporary_bytes": temporary_bytes(compiled),
