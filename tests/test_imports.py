@@ -22,6 +22,7 @@ FLOORS = (
     ("planner", "interop"),
     ("train",),
     ("doctor", "launch", "report", "transfer"),
+    ("bench",),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -343,3 +343,20 @@ def examine(arguments: argparse.Namespace) -> None:
             print(line, flush=True)
     else:
         print(doctor.numerics() if arguments.numerics else doctor.report())
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Measures kernels and whole steps on this machine."""
+    environment.import_jax()
+    from stack.bench.command import run
+
+    for line in run(
+        arguments.suites,
+        tiny=arguments.tiny,
+        seconds=arguments.seconds,
+        path=arguments.json,
+        against=arguments.against,
+        torch_python=arguments.torch_python,
+        only_list=arguments.list,
+    ):
+        print(line, flush=True)

@@ -18,6 +18,7 @@ examples:
   stack checkpoint verify runs/quickstart             whether its checkpoints are as they were written
   stack plan configs/llama3_8b.yaml --hardware h100 --devices 1024
                                                       memory and speed before anything is rented
+  stack bench --seconds 420 --json bench.json         how fast this machine is, beside its peers
   stack config show configs/llama3_8b.yaml --sharding --devices 64
   stack launch render slurm configs/llama3_70b.yaml --time 24:00:00 --out job.sbatch
 
@@ -249,7 +250,31 @@ def _parser() -> tuple[_Parser, list[str]]:
         help="kill, freeze, signal, damage, fill and cut tiny runs N times each (default: 2), and compare",
     )
     doctor.add_argument("--seed", type=int, help="of --faults: what is struck, and when")
+
+    _add_bench(verbs)
     return parser, list(verbs.choices)
+
+
+def _add_bench(verbs: "argparse._SubParsersAction[_Parser]") -> None:
+    bench = _verb(verbs, "bench", commands.bench, "measure kernels and whole steps on this machine")
+    text = "attention, step, cross_entropy, parity, matmul, embedding (default: all, what matters most first)"
+    bench.add_argument("suites", metavar="SUITE", nargs="*", help=text)
+    bench.add_argument("--list", action="store_true", help="tell the cases for this machine and run none")
+    bench.add_argument("--tiny", action="store_true", help="tiny problems, to try it out")
+    bench.add_argument(
+        "--seconds",
+        type=float,
+        default=420.0,
+        metavar="N",
+        help="begin no case after these (default: 420); none runs on for more than a minute after",
+    )
+    bench.add_argument("--json", metavar="FILE", help="write all that is measured, after every case")
+    bench.add_argument(
+        "--against",
+        metavar="PEERS",
+        help="torch,tokamax or none (default: those that are installed)",
+    )
+    bench.add_argument("--torch-python", metavar="PYTHON", help="an interpreter that has PyTorch")
 
 
 def _add_launch(verbs: "argparse._SubParsersAction[_Parser]") -> None:

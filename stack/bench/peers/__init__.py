@@ -1,0 +1,1 @@
+"""Other frameworks, each at its best, on the same cases."""
