@@ -92,10 +92,10 @@ def _config(spec: dict[str, Any], dtype: str, kernel: str) -> Config:
     """A small model with an odd vocabulary."""
     embed, length, rows = (64, 128, 4) if spec["tiny"] else (256, 256, 8)
     shapes = {"vocab_size": 5003, "num_layers": 4, "embed_dim": embed, "num_heads": 4}
-    computed = {"dtype": dtype, "attention": kernel}
     return Config.model_validate(
         {
-            "model": shapes | _FAMILIES[spec["family"]] | computed,
+            "model": shapes | _FAMILIES[spec["family"]] | {"dtype": dtype},
+            "kernels": {"attention": kernel},
             "data": {"sequence_length": length, "packed": spec["packed"]},
             "train": {"batch_size": rows, "remat": "full"},
             "objective": {"logits_bytes": 256 * 4 * 5120},
