@@ -46,7 +46,8 @@ from stack.layers.embedding import sum_sorted_rows
 from stack.models.flops import mfu
 from stack.step import program as programs
 from stack.step import state as states
-from stack.step.step import compiler_options, loss_gradient, train_step
+from stack.step.options import compiler_options, compiler_settings
+from stack.step.step import loss_gradient, train_step
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CASE_SECONDS = 240
@@ -228,10 +229,10 @@ def speed(case: Speed) -> Row:
     program = programs.build(config, [device])
     rows, length = config.train.batch_size, config.data.sequence_length
     numbers = random_batch(rows, length, config.model.vocab_size, packed=case.packed)
+    options = compiler_options(compiler_settings(program))
     with jax.set_mesh(states.concrete(program)):
         state = states.init(program)
         batch = jax.device_put(numbers, program.layout.sharding("batch"))
-        options = compiler_options(device.platform)
         step = jax.jit(partial(train_step, program), donate_argnums=0, compiler_options=options)
         start = time.perf_counter()
         compiled = step.lower(state, batch).compile()

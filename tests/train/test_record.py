@@ -70,7 +70,7 @@ def test_every_field_is_of_the_run_or_free() -> None:
         if not name.startswith(("model.", "objective.", "optimizer.", "data.")) and name != "seed"
     }
     assert free - set(_IDENTITY) == {
-        *("name", "output_dir", "target"),
+        *("name", "output_dir", "target", "runtime.compiler_options"),
         *(f"mesh.{axis}" for axis in type(Config().mesh).model_fields),
         *(f"eval.{name}" for name in type(Config().eval).model_fields),
         *(f"sample.{name}" for name in type(Config().sample).model_fields),

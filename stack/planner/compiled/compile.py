@@ -24,7 +24,8 @@ from stack.kernels.attention.absent import traced_for
 from stack.parallel import mesh as meshes
 from stack.step import program as programs
 from stack.step import state as states
-from stack.step.step import compiler_options, train_step
+from stack.step.options import compiler_options, compiler_settings
+from stack.step.step import train_step
 
 DEVICES_PER_HOST = 8
 """Of an HGX or DGX machine."""
@@ -132,11 +133,12 @@ def compile_step(config: Config, target_devices: list[Any]) -> jax.stages.Compil
 def lower_step(program: programs.Program) -> jax.stages.Lowered:
     """The training step, traced and typed for the devices of the program's mesh."""
     mesh = states.concrete(program)
+    options = compiler_options(compiler_settings(program))
     with meshes.use(mesh), traced_for(mesh.devices.flat[0]):
         step = jax.jit(
             lambda state, batch: train_step(program, state, batch),
             donate_argnums=0,
-            compiler_options=compiler_options("cuda"),
+            compiler_options=options,
         )
         return step.lower(states.abstract(program), program.abstract_batch())
 
