@@ -85,14 +85,18 @@ DEFAULTS = (
             name=f"xla_gpu_{kind}_combine_threshold_bytes",
             kind="option",
             value="a layer",
-            reason="XLA's 30 MiB cut a layer's weights into several small collectives, which get less of the"
-            " links; with tensor > 1 they are left, as large ones keep those of activations waiting",
+            reason="XLA's 30 MiB cut a layer's weights into several collectives, which get less of the links"
+            " and wait for the network each; left where all of them stay beside those of tensor on the fast"
+            " links of one node, which large ones would keep waiting",
             source=f"{_TOOLBOX}; {_DECISIONS}",
         )
         for kind in ("all_gather", "reduce_scatter", "all_reduce")
     ),
 )
 """All of them."""
+
+XLA_COMBINES = 31_457_287
+"""Bytes up to which XLA combines collectives by itself (jaxlib 0.11.2): no less is ever set."""
 
 BY_STACK = "stack"
 """Who decided a setting, where no user did."""
@@ -157,18 +161,16 @@ def variable_settings() -> tuple[Setting, ...]:
     return tuple(settings)
 
 
-def options(platform: str, *, layer_bytes: int, replicas: int, tensor: int) -> dict[str, Value]:
-    """The compiler's options for a program on some devices.
+def options(*, layer_bytes: int, replicas: int, tensor: int, crosses_network: bool) -> dict[str, Value]:
+    """The compiler's options for a program on GPUs.
 
     Args:
-      platform: of `jax.Device.platform`.
       layer_bytes: of the matrices of its largest layer, in the dtype they are gathered in.
       replicas: places with examples of their own, over which gradients are summed.
       tensor: ways its matrices are split.
+      crosses_network: whether weights are gathered over more than the fast links of one node.
     """
-    if platform not in ("gpu", "cuda"):
-        return {}
-    combined = replicas > 1 and tensor == 1
+    combined = replicas > 1 and (tensor == 1 or crosses_network) and layer_bytes > XLA_COMBINES
     values = {one.name: layer_bytes if one.value == "a layer" else one.value for one in DEFAULTS}
     return {
         one.name: values[one.name]

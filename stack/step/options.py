@@ -10,12 +10,16 @@ from collections.abc import Iterable, Mapping
 import jax
 import numpy as np
 
-from stack.config import ConfigError
+from stack.config import AXES, ConfigError
 from stack.environment import xla_flags
+from stack.hardware.chip import lookup
 from stack.hardware.defaults import BY_STACK, Setting, Value, options, settle
 from stack.step.optimizer import is_names
 from stack.step.program import Program
 from stack.step.state import concrete
+
+GPUS_OF_A_NODE = 8
+"""Where the table of chips does not know one."""
 
 ASKED = "runtime.compiler_options"
 """Who decided a setting that the config asks for."""
@@ -32,15 +36,24 @@ def compiler_settings(program: Program) -> tuple[Setting, ...]:
     Raises:
       ConfigError: the installed XLA does not know an option of the config, or cannot read its value.
     """
-    layout, asked = program.layout, program.config.runtime.compiler_options
-    own = options(
-        concrete(program).devices.flat[0].platform,
+    asked = program.config.runtime.compiler_options
+    _check(asked)
+    return settle(_known(_own(program)), asked, _given())
+
+
+def _own(program: Program) -> dict[str, Value]:
+    layout, device = program.layout, concrete(program).devices.flat[0]
+    if device.platform not in ("gpu", "cuda"):
+        return {}
+    chip = lookup(device.device_kind)
+    # Neighbours on `fsdp` have all places of the axes after it between them.
+    span = math.prod(layout.size(axis) for axis in AXES[AXES.index("fsdp") :])
+    return options(
         layer_bytes=layer_bytes(program),
         replicas=math.prod(layout.size(axis) for axis in layout.replicas),
         tensor=layout.size("tensor"),
+        crosses_network=layout.zero > 0 and span > (chip.domain_size if chip else GPUS_OF_A_NODE),
     )
-    _check(asked)
-    return settle(_known(own), asked, _given())
 
 
 def layer_bytes(program: Program) -> int:
