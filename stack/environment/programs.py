@@ -4,6 +4,8 @@ import hashlib
 import os
 import platform
 import sys
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ _LEAST_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _CPU = frozenset(
     ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")  # Of x86, then of ARM.
 ) | {"Features", "CPU implementer", "CPU architecture", "CPU variant", "CPU part"}
+_ZSTD = b"\x28\xb5\x2f\xfd"  # How its frames begin.
+_WRITTEN_SECONDS = 60.0  # No entry takes so long to be written.
 _FALSE = ("0", "n", "no", "f", "false", "off")  # As JAX reads them.
 
 
@@ -58,31 +62,75 @@ def check() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
-        _remove_oldest(folder)
+        if _is_first():  # Others of the run need not look, too.
+            _remove_damaged(folder)
+            _remove_oldest(folder)
     except OSError as error:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         if "jax" in sys.modules:
             sys.modules["jax"].config.update("jax_enable_compilation_cache", False)
-        if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if _is_first():
             sys.stderr.write(
                 f"warning: {text} cannot be written: {error.strerror}; compiled programs are not kept: set"
                 f" {_FOLDER} to a folder that can\n"
             )
 
 
+def _is_first() -> bool:
+    return os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Removes entries whose writer was killed, which JAX would pass over, and never write, for ever.
+
+    Looks at what was written since it last looked, and is not being written now.
+    """
+    now, mark = time.time(), folder / "looked-at"
+    since = mark.stat().st_mtime if mark.exists() else 0.0
+    removed = 0
+    for path, stat in _entries(folder):
+        if since <= stat.st_mtime < now - _WRITTEN_SECONDS and not _is_whole(path):
+            path.unlink(missing_ok=True)
+            removed += 1
+    mark.touch()
+    os.utime(mark, (now - _WRITTEN_SECONDS, now - _WRITTEN_SECONDS))
+    if removed:
+        sys.stderr.write(f"warning: {folder}: {removed} damaged programs are removed, and compiled anew\n")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an entry can be unpacked; those of zstd, as other Pythons write, are not tried."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(_ZSTD):
+            return True
+        zlib.decompress(data)
+    except FileNotFoundError:
+        return True
+    except zlib.error:
+        return False
+    return True
+
+
 def _remove_oldest(folder: Path) -> None:
-    entries = []
-    for path in folder.glob("*-cache"):
-        try:
-            entries.append((path, path.stat()))
-        except FileNotFoundError:
-            continue  # Another process has removed it.
+    """JAX's own bound would have every reader of a folder that a thousand processes share lock it."""
+    entries = _entries(folder)
     total = sum(stat.st_size for _, stat in entries)
     for path, stat in sorted(entries, key=lambda entry: max(entry[1].st_atime, entry[1].st_mtime)):
         if total <= MOST_BYTES:
             return
         path.unlink(missing_ok=True)
         total -= stat.st_size
+
+
+def _entries(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    entries = []
+    for path in folder.glob("*-cache"):
+        try:
+            entries.append((path, path.stat()))
+        except FileNotFoundError:
+            continue  # Another process has removed it.
+    return entries
 
 
 def _cpu() -> str:

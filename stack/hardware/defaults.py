@@ -5,7 +5,7 @@ machine alone, and options of the compiler, which depend on the program too. Wha
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -78,7 +78,6 @@ DEFAULTS = (
         reason="pipelined collectives and double-buffered loops: the gathers of the next layer run beside the"
         " work of this one",
         source="openxla.org/xla/effort_levels",
-        same=("jax_optimization_level", "JAX_OPTIMIZATION_LEVEL"),
     ),
     *(
         Default(
@@ -98,8 +97,8 @@ DEFAULTS = (
 XLA_COMBINES = 31_457_287
 """Bytes up to which XLA combines collectives by itself (jaxlib 0.11.2): no less is ever set."""
 
-BY_STACK = "stack"
-"""Who decided a setting, where no user did."""
+BY_STACK, ASKED = "stack", "runtime.compiler_options"
+"""Who decided a setting, where no user did, and where a config asks for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +147,7 @@ def variables(gpus: Gpus | None) -> tuple[Default, ...]:
 
 
 def variable_settings() -> tuple[Setting, ...]:
-    """What the environment has of them, whoever set it."""
+    """What the environment has of them, whoever set it, and what a user has set of NCCL besides."""
     settings = []
     given, own = environment.given(), environment.defaults()
     for default in (one for one in DEFAULTS if one.kind == "variable"):
@@ -158,6 +157,12 @@ def variable_settings() -> tuple[Setting, ...]:
                 settings.append(replace(setting, reason=default.reason, source=default.source))
             elif name in given:
                 settings.append(Setting(name=name, kind="variable", value=given[name], by="environment"))
+    told = {one.name for one in settings}
+    settings += [
+        Setting(name=name, kind="variable", value=value, by="environment")
+        for name, value in sorted(given.items())
+        if name.startswith("NCCL_") and name not in told
+    ]
     return tuple(settings)
 
 
@@ -182,31 +187,28 @@ def options(*, layer_bytes: int, replicas: int, tensor: int, crosses_network: bo
 def settle(
     own: Mapping[str, Value], asked: Mapping[str, Value], given: Mapping[str, tuple[Value, str]]
 ) -> tuple[Setting, ...]:
-    """The compiler's options as they come out, by name.
+    """The compiler's options as they come out; those of users that Stack has none of come along.
 
     Args:
       own: of Stack, from `options`.
       asked: by the config, over all others.
       given: by the user elsewhere: the value, and where.
     """
+    settings: dict[str, Setting] = {}
     by_name = {one.name: one for one in DEFAULTS}
-    settings = []
     for name, value in own.items():
         default = by_name[name]
-        elsewhere = next((other for other in (name, *default.same) if other in given), None)
-        if name in asked:
-            continue
-        if elsewhere is not None:
-            settings.append(
-                Setting(name=name, kind="option", value=given[elsewhere][0], by=given[elsewhere][1])
-            )
-            continue
-        setting = Setting(name=name, kind="option", value=value, by=BY_STACK)
-        settings.append(replace(setting, reason=default.reason, source=default.source))
-    return (
-        *settings,
-        *(
-            Setting(name=name, kind="option", value=value, by="runtime.compiler_options")
-            for name, value in asked.items()
-        ),
-    )
+        if not any(other in given for other in (name, *default.same)):
+            setting = Setting(name=name, kind="option", value=value, by=BY_STACK)
+            settings[name] = replace(setting, reason=default.reason, source=default.source)
+    for name, (value, by) in given.items():
+        settings[name] = Setting(name=name, kind="option", value=value, by=by)
+    for name, value in asked.items():
+        settings[name] = Setting(name=name, kind="option", value=value, by=ASKED)
+    return tuple(settings.values())
+
+
+def compared(settings: Sequence[Setting]) -> dict[str, str]:
+    """The compiler's options that a program may depend on: all but what it writes down for people."""
+    options = (one for one in settings if one.kind == "option" and not one.name.startswith("xla_dump"))
+    return {one.name: str(one.value) for one in options}

@@ -13,16 +13,13 @@ import numpy as np
 from stack.config import AXES, ConfigError
 from stack.environment import xla_flags
 from stack.hardware.chip import lookup
-from stack.hardware.defaults import BY_STACK, Setting, Value, options, settle
+from stack.hardware.defaults import ASKED, BY_STACK, Setting, Value, options, settle
 from stack.step.optimizer import is_names
 from stack.step.program import Program
 from stack.step.state import concrete
 
 GPUS_OF_A_NODE = 8
 """Where the table of chips does not know one."""
-
-ASKED = "runtime.compiler_options"
-"""Who decided a setting that the config asks for."""
 
 
 def compiler_options(settled: Iterable[Setting]) -> dict[str, Value]:
@@ -76,7 +73,7 @@ def _given() -> dict[str, tuple[Value, str]]:
     }
     level = jax.config.jax_optimization_level
     if level != "UNKNOWN":
-        given["jax_optimization_level"] = level, "JAX_OPTIMIZATION_LEVEL"
+        given["optimization_level"] = level, "JAX_OPTIMIZATION_LEVEL"
     return given
 
 

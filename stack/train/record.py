@@ -7,7 +7,7 @@ from typing import Any
 from stack.config import Config, ConfigError, ScheduleConfig, StackError
 from stack.config.fields import flatten, suggest
 from stack.data.position import Position
-from stack.hardware.defaults import Setting
+from stack.hardware.defaults import Setting, compared
 from stack.step.optimizer import schedule
 from stack.versions import RECORDED, installed_version
 
@@ -65,8 +65,8 @@ class Record:
     """What they wanted kept."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Of its first parameters, as `starting.begin` tells it; empty: from the seed."""
-    settings: Sequence[Mapping[str, Any]] = ()
-    """Of the compiler and the libraries, each as `Setting` has it."""
+    settings: Sequence[Mapping[str, Any]] | None = None
+    """Of the compiler and the libraries, each as `Setting` has it; None: they were not always recorded."""
     versions: Mapping[str, str | None] = field(
         default_factory=lambda: {name: installed_version(name) for name in RECORDED}
     )
@@ -213,8 +213,9 @@ def version_note(record: Record) -> str | None:
 
 def settings_note(record: Record, settings: Sequence[Setting]) -> str | None:
     """Which options of the compiler are others than those of the newest checkpoint."""
-    then = {one["name"]: one["value"] for one in record.settings if one["kind"] == "option"}
-    now = {one.name: one.value for one in settings if one.kind == "option"}
+    if record.settings is None:
+        return None
+    then, now = compared([Setting(**one) for one in record.settings]), compared(settings)
     changed = [
         f"{name} {then.get(name, 'not set')} -> {now.get(name, 'not set')}"
         for name in sorted(then.keys() | now.keys())

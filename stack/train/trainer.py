@@ -276,7 +276,7 @@ class Trainer:
         """Brings the state to where the run stands; returns what a person should know of that."""
         notes: list[str] = []
         whole = states.abstract(self.program)
-        check_same(self.config, self.data.fingerprint)
+        check_same(self.config, self.data.fingerprint, self.ledger.settings)
         self.ledger.check_own_tokenizer(self.tokenizer)
         self.state = self.ledger.restore(
             checkpoints, whole, data=lambda: self.data.fingerprint, warn=notes.append
