@@ -1,10 +1,9 @@
-"""The compiler's options of a program: by its layout, the same for trainer and planner, the user's over all."""
+"""The compiler's options of a program: by layout, the same for trainer and planner, a user's over all."""
 
 import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import pytest
@@ -12,7 +11,6 @@ from tiny_runs import config
 
 from stack import Trainer
 from stack.config import Config, ConfigError, DataConfig, DecoderConfig, MeshConfig, TrainConfig
-from stack.environment import xla_flags
 from stack.hardware import defaults
 from stack.parallel.mesh import without_cache
 from stack.planner.compiled import compile as compiling
@@ -30,7 +28,7 @@ WIDE = Config(
         embed_dim=1024,
         num_heads=8,
         max_length=128,
-        mlp_dim=5120,
+        mlp_dim=8192,
         mlp_bias=False,
         qkv_bias=False,
         out_bias=False,
@@ -39,7 +37,7 @@ WIDE = Config(
     data=DataConfig(sequence_length=128),
     train=TrainConfig(batch_size=64, remat="full"),
 )
-LAYER_BYTES = 2 * (4 * 1024 * 1024 + 2 * 1024 * 5120)
+LAYER_BYTES = 2 * (4 * 1024 * 1024 + 2 * 1024 * 8192)
 """Of a layer above in bfloat16: queries, keys, values and output; the MLP's two."""
 
 
@@ -96,24 +94,21 @@ def test_what_the_user_sets_wins_and_is_told(monkeypatch):
     assert passed == {"optimization_level": "O2", THRESHOLDS[1]: 8, THRESHOLDS[2]: LAYER_BYTES}
 
 
+@pytest.fixture
+def level():
+    """JAX told to compile at another level."""
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", "O2")
+    yield
+    jax.config.update("jax_optimization_level", before)
+
+
+@pytest.mark.usefixtures("level")
 def test_a_level_that_jax_was_told_is_left(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
-    with jax.optimization_level("O2") if hasattr(jax, "optimization_level") else _level("O2"):
-        settings = options.compiler_settings(program(MeshConfig(fsdp=1), 1))
+    settings = options.compiler_settings(program(MeshConfig(fsdp=1), 1))
     assert [str(one) for one in settings] == ["optimization_level=O2 (JAX_OPTIMIZATION_LEVEL)"]
     assert options.compiler_options(settings) == {}
-
-
-class _level:
-    def __init__(self, level: str) -> None:
-        self.level = level
-
-    def __enter__(self) -> None:
-        self.before = jax.config.jax_optimization_level
-        jax.config.update("jax_optimization_level", self.level)
-
-    def __exit__(self, *_) -> None:
-        jax.config.update("jax_optimization_level", self.before)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +116,7 @@ class _level:
     [
         (
             "xla_gpu_enable_triton_gem=false",
-            r"xla_gpu_enable_triton_gem: the installed XLA \(jaxlib [\d.]+\) has no such option; did you mean"
-            r" xla_gpu_enable_triton_gemm\?",
+            r"xla_gpu_enable_triton_gem: .* has no such option; did you mean xla_gpu_enable_triton_gemm\?",
         ),
         ("optimisation_level=O1", r"optimisation_level: .*; did you mean optimization_level\?"),
         ("xla_gpu_enable_async_collectives=true", r".* has no such option; .*"),
@@ -216,8 +210,3 @@ def test_a_layer_is_gathered_and_scattered_in_fewer_collectives(monkeypatch):
         found = collectives(text.as_text() or "", dict(made.mesh.shape))
         counts.append(sum(one.times for one in found if one.kind in ("all-gather", "reduce-scatter")))
     assert counts[0] < 0.75 * counts[1]
-
-
-def test_given_flags_are_read_from_the_variable(monkeypatch):
-    monkeypatch.setattr(xla_flags, "os", SimpleNamespace(environ={"XLA_FLAGS": "--xla_a=1"}))
-    assert options._given() == {"xla_a": ("1", "XLA_FLAGS")}
