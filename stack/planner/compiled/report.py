@@ -198,16 +198,21 @@ def _compile(
         return compiling.compile_lowered(lowered, device), estimate.result()
 
 
-def compiler_schedule(lowered: jax.stages.Lowered, device: Any) -> CompilerSchedule | None:
-    """The estimate by which XLA's latency-hiding scheduler has ordered a program; None: it has none."""
+def compiler_schedule(
+    lowered: jax.stages.Lowered, device: Any, options: Mapping[str, Any] | None = None
+) -> CompilerSchedule | None:
+    """The estimate by which XLA's latency-hiding scheduler has ordered a program; None: it has none.
+
+    `options` come on top of the program's own.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        options = {
+        dump = {
             "xla_gpu_enable_triton_gemm": False,
             "xla_dump_latency_hiding_schedule": True,
             "xla_dump_to": folder,
             "xla_dump_hlo_module_re": "nothing^",
         }
-        text = compiling.compile_lowered(lowered, device, options).as_text() or ""
+        text = compiling.compile_lowered(lowered, device, dict(options or {}) | dump).as_text() or ""
         dumps = list(Path(folder).glob("*.schedule.txt"))
         return read_schedule(dumps[0].read_text(), runs(text)) if dumps else None
 
