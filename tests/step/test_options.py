@@ -28,7 +28,7 @@ WIDE = Config(
         embed_dim=1024,
         num_heads=8,
         max_length=128,
-        mlp_dim=8192,
+        mlp_dim=16_384,
         mlp_bias=False,
         qkv_bias=False,
         out_bias=False,
@@ -37,7 +37,7 @@ WIDE = Config(
     data=DataConfig(sequence_length=128),
     train=TrainConfig(batch_size=64, remat="full"),
 )
-LAYER_BYTES = 2 * (4 * 1024 * 1024 + 2 * 1024 * 8192)
+LAYER_BYTES = 2 * (4 * 1024 * 1024 + 2 * 1024 * 16_384)
 """Of a layer above in bfloat16: queries, keys, values and output; the MLP's two."""
 
 
@@ -58,7 +58,9 @@ def settled(*program_of) -> dict[str, tuple]:
         (MeshConfig(fsdp=1), 1, None),
         (MeshConfig(fsdp=4, tensor=2), 8, None),
         (MeshConfig(data=2, fsdp=4, tensor=2), 16, None),
-        (MeshConfig(fsdp=16, tensor=1), 16, LAYER_BYTES),
+        (MeshConfig(fsdp=16), 16, LAYER_BYTES),
+        (MeshConfig(fsdp=8, tensor=2), 16, LAYER_BYTES / 2),
+        (MeshConfig(data=16, fsdp=1, tensor=2, zero=0), 32, None),
     ],
 )
 def test_collectives_are_combined_by_the_bytes_of_a_layer(mesh, number, expected):
