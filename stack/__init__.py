@@ -43,12 +43,12 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'stack' has no attribute {name!r}")
     from stack import environment
-    from stack.hardware import defaults
 
     environment.prepare()
-    defaults.set_variables()
     if name in ("Plan", "Trainer", "plan"):
-        environment.import_jax()
+        from stack.hardware import defaults
+
+        defaults.import_jax()
     value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value

@@ -11,7 +11,6 @@ from typing import TextIO
 from stack import environment
 from stack.cli.parser import parse
 from stack.config.errors import ConfigError, StackError
-from stack.hardware import defaults
 from stack.interrupt import interruptible
 
 
@@ -34,7 +33,6 @@ def run(argv: Sequence[str]) -> int:
         with interruptible():
             arguments = parse(argv)
             environment.prepare()
-            defaults.set_variables()
             arguments.run(arguments)
             sys.stdout.flush()
     except ConfigError as error:

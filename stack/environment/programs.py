@@ -52,7 +52,7 @@ def default_folder() -> Path | None:
 
 
 def check() -> None:
-    """Turns the cache off, and says so, where it cannot be written; removes what is old above the bound."""
+    """Turns the cache off, and says so, where it cannot be written; removes what is damaged or old."""
     text = os.environ.get(_FOLDER, "")
     is_off = os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "1").lower() in _FALSE
     if not text or "://" in text or is_off:
@@ -64,7 +64,8 @@ def check() -> None:
             raise PermissionError(13, "Permission denied")
         if _is_first():  # Others of the run need not look, too.
             _remove_damaged(folder)
-            _remove_oldest(folder)
+            if folder == default_folder():  # Of one that a user names they decide.
+                _remove_oldest(folder)
     except OSError as error:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         if "jax" in sys.modules:

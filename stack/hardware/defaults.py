@@ -119,6 +119,16 @@ class Setting:
         return f"{self.name}={value}" + ("" if self.by == BY_STACK else f" ({self.by})")
 
 
+def import_jax() -> None:
+    """Imports JAX with what is set for the GPUs of this machine.
+
+    Raises:
+      StackError: as `environment.import_jax`.
+    """
+    set_variables()
+    environment.import_jax()
+
+
 def set_variables(gpus: Gpus | None = None) -> None:
     """Sets the variables of the environment for the GPUs of this machine; those that are set stay.
 

@@ -122,6 +122,9 @@ def test_above_the_bound_what_was_not_used_for_longest_goes(monkeypatch, tmp_pat
         path.write_bytes(packed)
         os.utime(path, (time.time() - 100 * (age + 1),) * 2)
     programs.check()
+    assert len([*tmp_path.glob("*-cache")]) == 10, "a folder that a user names is theirs"
+    monkeypatch.setattr(programs, "default_folder", lambda: tmp_path)
+    programs.check()
     kept = 100 // len(packed)
     assert {path.name for path in tmp_path.glob("*-cache")} == {f"jit_{age}-cache" for age in range(kept)}
 
