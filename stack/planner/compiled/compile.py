@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
@@ -130,15 +130,20 @@ def compile_step(config: Config, target_devices: list[Any]) -> jax.stages.Compil
     return compile_lowered(lower_step(programs.build(config, target_devices)), target_devices[0])
 
 
-def lower_step(program: programs.Program) -> jax.stages.Lowered:
-    """The training step, traced and typed for the devices of the program's mesh."""
+def lower_step(program: programs.Program, options: Mapping[str, Any] | None = None) -> jax.stages.Lowered:
+    """The training step, traced and typed for the devices of the program's mesh.
+
+    Args:
+      program: of the run.
+      options: of the compiler; None: those that the trainer has.
+    """
     mesh = states.concrete(program)
-    options = compiler_options(compiler_settings(program))
+    options = compiler_options(compiler_settings(program)) if options is None else options
     with meshes.use(mesh), traced_for(mesh.devices.flat[0]):
         step = jax.jit(
             lambda state, batch: train_step(program, state, batch),
             donate_argnums=0,
-            compiler_options=options,
+            compiler_options=dict(options),
         )
         return step.lower(states.abstract(program), program.abstract_batch())
 

@@ -21,6 +21,7 @@ from stack.planner.compiled import compile as compiling
 from stack.planner.compiled.collectives import Collective, collectives, kernels, runs
 from stack.planner.compiled.findings import Finding, findings, gib, involuntary, over
 from stack.step import program as programs
+from stack.step.options import compiler_options, compiler_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,8 @@ class Compiled:
     """To trace and compile."""
     versions: dict[str, str]
     """Of what compiled it."""
+    settings: tuple[str, ...] = ()
+    """The compiler's options of the step, as the trainer tells them."""
 
     @property
     def traffic(self) -> tuple[Traffic, ...]:
@@ -162,7 +165,8 @@ def compile_plan(
         absent = compiling.devices(target, devices)
         device = absent[0]
         program = programs.build(config, absent)
-        lowered = compiling.lower_step(program)
+        settings = compiler_settings(program)
+        lowered = compiling.lower_step(program, compiler_options(settings))
         compiled, estimate = _compile(lowered, device, schedule=schedule)
     text = compiled.as_text() or ""
     mesh = dict(program.mesh.shape)
@@ -184,6 +188,7 @@ def compile_plan(
         ),
         seconds=time.perf_counter() - start,
         versions=_versions(),
+        settings=tuple(map(str, settings)),
     )
 
 
@@ -295,6 +300,8 @@ def lines(compiled: Compiled) -> list[str]:
         f"  memory on each device: {gib(memory.total)} of {gib(memory.device)}: {parts}",
         f"  attention: {compiled.attention}",
     ]
+    if compiled.settings:
+        text.append(f"  set: {', '.join(compiled.settings)}")
     if compiled.kernels:
         kernel_text = ", ".join(f"{name} x {times:,}" for name, times in compiled.kernels.items())
         text.append(f"  kernels a step, before tuning: {kernel_text}")
