@@ -46,7 +46,9 @@ def __getattr__(name: str) -> Any:
 
     environment.prepare()
     if name in ("Plan", "Trainer", "plan"):
-        environment.import_jax()
+        from stack.hardware import defaults
+
+        defaults.import_jax()
     value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value

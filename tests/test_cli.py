@@ -62,7 +62,10 @@ def test_the_version_names_jax(capsys):
     assert capsys.readouterr().out.startswith("stack 0.")
 
 
-VERBS = "train, launch, plan, kernels, eval, sample, show, import, export, checkpoint, config, data, doctor, bench"
+VERBS = (
+    "train, launch, plan, kernels, eval, sample, show, import, export, checkpoint, config, data,"
+    " doctor, bench"
+)
 
 
 @pytest.mark.parametrize(

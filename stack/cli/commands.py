@@ -8,6 +8,7 @@ import sys
 
 from stack import environment
 from stack.config.errors import ConfigError, StackError
+from stack.hardware import defaults
 from stack.interrupt import die_with_launcher
 
 
@@ -27,7 +28,7 @@ def train(arguments: argparse.Namespace) -> None:
         print(f"start     {config.name}: loading JAX, then its data", flush=True)
 
     die_with_launcher()
-    environment.import_jax()
+    defaults.import_jax()
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
 
@@ -59,7 +60,7 @@ def launch_ray(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Prints what a run will take."""
-    environment.import_jax()
+    defaults.import_jax()
     from stack.planner.command import run
 
     options = {
@@ -84,7 +85,7 @@ def explain_kernels(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Prints what a run's held-out text gives."""
-    environment.import_jax()
+    defaults.import_jax()
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
 
@@ -97,7 +98,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Prints texts as they are generated."""
-    environment.import_jax()
+    defaults.import_jax()
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
 
@@ -158,7 +159,7 @@ def _prompt_file(name: str) -> str:
 
 def import_weights(arguments: argparse.Namespace) -> None:
     """Makes a run of a model that comes from elsewhere."""
-    environment.import_jax()
+    defaults.import_jax()
     from stack.parallel.processes import first, together
     from stack.transfer.importing import load_weights
 
@@ -173,7 +174,7 @@ def export_run(arguments: argparse.Namespace) -> None:
     form, folder = arguments.to
     if form != "hf":
         raise ConfigError(f"--to {form}: there is only hf, as in --to hf FOLDER")
-    environment.import_jax()
+    defaults.import_jax()
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
     from stack.transfer.exporting import export
@@ -237,7 +238,7 @@ def show_config(arguments: argparse.Namespace) -> None:
     if not arguments.sharding:
         print(dump(config), end="")
         return
-    environment.import_jax()
+    defaults.import_jax()
     from stack.planner.plan import for_devices
     from stack.step.describe import sharding_table
 
@@ -329,7 +330,7 @@ def examine(arguments: argparse.Namespace) -> None:
         for line in harness.run(arguments.faults, seed=arguments.seed or 0):
             print(line, flush=True)
         return
-    environment.import_jax()
+    defaults.import_jax()
     environment.devices()
     from stack import doctor
 

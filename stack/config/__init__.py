@@ -29,6 +29,7 @@ from stack.config.objective import (
 )
 from stack.config.optimizer import GroupConfig, OptimizerConfig, ScheduleConfig
 from stack.config.reading import dump, load, parse, replace, schema
+from stack.config.runtime import RuntimeConfig
 from stack.config.stability import StabilityConfig
 from stack.config.target import TargetConfig
 from stack.config.tracking import TrackingConfig
@@ -61,6 +62,7 @@ __all__ = [
     "PrefixConfig",
     "RemovalConfig",
     "RopeConfig",
+    "RuntimeConfig",
     "SampleConfig",
     "ScheduleConfig",
     "SentencesConfig",

@@ -3,7 +3,7 @@
 import json
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -155,6 +155,8 @@ def _words(annotation: Any) -> str:
             return f"[{', '.join(kinds)}]"
         (inner,) = kinds
         return f"list of {inner}" if inner.startswith("[") else f"list of {inner}s"
+    if origin is Mapping:
+        return "values by name"
     if hasattr(annotation, "__metadata__"):
         return _words(arguments[0])
     return _WORDS.get(annotation, str(annotation))

@@ -12,6 +12,7 @@ from stack.config.mesh import MeshConfig
 from stack.config.model import AnyModel, DecoderConfig, EncoderConfig
 from stack.config.objective import OBJECTIVES, AnyObjective, CausalConfig, RemovalConfig, UniLmConfig
 from stack.config.optimizer import OptimizerConfig
+from stack.config.runtime import RuntimeConfig
 from stack.config.section import Section
 from stack.config.stability import StabilityConfig
 from stack.config.target import TargetConfig
@@ -60,6 +61,7 @@ class Config(Section):
     kernels: KernelsConfig = KernelsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     stability: StabilityConfig = StabilityConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

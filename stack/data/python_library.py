@@ -1,8 +1,10 @@
 """The text that ships with the interpreter: documents without a download."""
 
 import importlib
+import os
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # Not text a person wrote to be read: test suites, generated tables, how the interpreter was built.
@@ -33,14 +35,16 @@ def _topics_file() -> tuple[Path, ...]:
     return (path,) if path.is_file() else ()
 
 
-def _modules() -> list[Path]:
+@cache
+def _modules() -> tuple[Path, ...]:
+    """The folder is walked once, and not into what is skipped: a run lists its files more than once."""
     root = Path(sysconfig.get_path("stdlib"))
+    found: list[Path] = []
+    for folder, below, names in os.walk(root):
+        below[:] = filter(_wanted, below)
+        found += [Path(folder, name) for name in names if name.endswith((".py", ".txt")) and _wanted(name)]
+    return tuple(sorted(found, key=lambda path: path.parts))
 
-    def wanted(path: Path) -> bool:
-        parts = path.relative_to(root).parts
-        return _SKIPPED_FOLDERS.isdisjoint(parts) and not any(
-            part.startswith(_SKIPPED_PREFIXES) for part in parts
-        )
 
-    files = (path for suffix in ("py", "txt") for path in root.rglob(f"*.{suffix}"))
-    return sorted((path for path in files if wanted(path)), key=lambda path: path.relative_to(root).parts)
+def _wanted(name: str) -> bool:
+    return name not in _SKIPPED_FOLDERS and not name.startswith(_SKIPPED_PREFIXES)

@@ -133,7 +133,7 @@ def load(name_or_path: str | Path) -> Hardware:
     """
     name = str(name_or_path)
     if path := _find_file(name):
-        return _chips()[path.stem]
+        return _chip(path.stem)
     path = expand(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _build(path)
@@ -142,6 +142,8 @@ def load(name_or_path: str | Path) -> Hardware:
 
 def lookup(device_kind: str) -> Hardware | None:
     """The chip of a `jax.Device.device_kind`; None if it is not among them, as a CPU never is."""
+    if device_kind == "cpu":  # All the files need not be read to know that.
+        return None
     # Matched whole: "... MIG 3g.40gb" is a part of a chip and has not its peak.
     return next((chip for chip in _chips().values() if device_kind in chip.device_kinds), None)
 
@@ -165,7 +167,12 @@ def _generation_file() -> Located:
 @cache
 def _chips() -> dict[str, Hardware]:
     """All chips that come with Stack, by name."""
-    return {name: _build(_FOLDER / f"{name}.yaml") for name in names()}
+    return {name: _chip(name) for name in names()}
+
+
+@cache
+def _chip(name: str) -> Hardware:
+    return _build(_FOLDER / f"{name}.yaml")
 
 
 def _find_file(name: str) -> Path | None:

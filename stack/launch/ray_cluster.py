@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stack import interrupt
+from stack import environment, interrupt
 from stack.config import Config, dump, load
 from stack.config.errors import ConfigError, StackError
 from stack.config.paths import expand
@@ -24,7 +24,7 @@ from stack.train.checkpoint.manifest import place, saved_steps
 REFUSED, REQUEUE, INTERRUPTED = 2, 75, 130
 """Exit statuses: a config that cannot be; a run that saved as it was asked to stop; the same by Ctrl-C."""
 
-_PASSED_ON = ("JAX_", "XLA_", "NCCL_")  # Names of the environment begin so.
+_PASSED_ON = ("JAX_", "XLA_", "NCCL_", "CUDA_DEVICE_MAX_CONNECTIONS")  # Names of the environment begin so.
 # Each machine's own, or set here.
 _OWN = {
     *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_LOCAL_DEVICE_IDS"),
@@ -343,18 +343,21 @@ def process_environment(sites: Sequence[Site], number: int) -> Mapping[str, str]
     """What a process is told of the others, its devices, and how JAX is to be."""
     own = sites[number]
     passed_on = {
-        name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) and name not in _OWN
+        # What Stack sets by itself each process finds for its own machine.
+        name: value
+        for name, value in environment.given().items()
+        if name.startswith(_PASSED_ON) and name not in _OWN
     }
-    environment = passed_on | {
+    told = passed_on | {
         "JAX_COORDINATOR_ADDRESS": f"{sites[0].address}:{sites[0].port}",
         "JAX_NUM_PROCESSES": str(len(sites)),
         "JAX_PROCESS_ID": str(number),
     }
     if not own.gpus:
-        return environment | {"JAX_PLATFORMS": "cpu"}
+        return told | {"JAX_PLATFORMS": "cpu"}
     # All of the run's that are there, or NCCL could not go from one to another directly.
     visible = [gpu for site in sites if site.node == own.node for gpu in site.gpus]
-    return environment | {
+    return told | {
         "CUDA_VISIBLE_DEVICES": ",".join(visible),
         "JAX_LOCAL_DEVICE_IDS": ",".join(str(visible.index(gpu)) for gpu in own.gpus),
     }

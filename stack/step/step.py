@@ -103,12 +103,3 @@ def eval_step(program: Program, params: dict, batch: Batch) -> Sums:
 def _drops(program: Program) -> bool:
     model = program.config.model
     return any((model.embedding_dropout, model.attention_dropout, model.residual_dropout))
-
-
-def compiler_options(platform: str) -> dict[str, Any]:
-    """Options of the step's compilation, the evaluation's too.
-
-    On GPUs O1 turns on pipelined collectives and double-buffered loops, which overlap the gathers of
-    the next layer with the work of this one.
-    """
-    return {"optimization_level": "O1"} if platform in ("gpu", "cuda") else {}

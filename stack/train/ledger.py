@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from stack.config.reading import RUN_CONFIG
 from stack.data.dataset import digest
 from stack.data.position import Position
 from stack.data.tokenizer import Tokenizer, load_tokenizer
+from stack.hardware.defaults import Setting
 from stack.step.state import MAY_BE_NEW, State
 from stack.storage import durable
 from stack.train import record as records
@@ -26,18 +27,25 @@ from stack.train.weights import origin
 TOKENIZER = "tokenizer"
 """The folder, within a run's, of the tokenizer it was trained with."""
 
+SETTINGS = "settings.json"
+"""The file, within a run's folder, of what was set of the compiler and the libraries, by whom and why."""
+
 
 class Ledger:
     """Reads it from the newest sound checkpoint, and writes it into the next."""
 
-    def __init__(self, config: Config, folder: Path, accept: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: Config, folder: Path, accept: Sequence[str] = (), settings: Sequence[Setting] = ()
+    ) -> None:
         """At the beginning of a run.
 
         Args:
           config: of now.
           folder: of the run.
           accept: fields in which it may differ from what the run was.
+          settings: of the compiler and the libraries, now.
         """
+        self.settings = tuple(settings)
         self.store = place(config, folder)
         self.position = Position()
         self.origin: Mapping[str, Any] = {}
@@ -103,7 +111,7 @@ class Ledger:
                 continue
             for text in damaged:
                 warn(f"{text}; step {step:,} is the newest one that is sound, and is taken")
-            notes = [records.version_note(record)]
+            notes = [records.version_note(record), records.settings_note(record, self.settings)]
             if data is not None:
                 notes += [*records.lines(accepted), records.schedule_note(record, self._config, step)]
             for note in filter(None, notes):
@@ -166,6 +174,8 @@ class Ledger:
             durable.write_text(self._folder / RUN_CONFIG, framed(dump(self._config)))
             tokenizer.save(self._folder / TOKENIZER)
             durable.write_text(self._folder / "data.json", json.dumps(dict(data), indent=2) + "\n")
+            settings = [asdict(one) for one in self.settings]
+            durable.write_text(self._folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
             if self.origin:
                 durable.write_text(self._folder / origin.FILE, json.dumps(dict(self.origin), indent=2) + "\n")
         except OSError as error:
@@ -184,6 +194,7 @@ class Ledger:
             accepted=() if self._record is None else self._record.accepted,
             listeners=kept,
             origin=self.origin,
+            settings=[asdict(one) for one in self.settings],
         )
 
     def leave_out(self, first: int, last: int) -> int:

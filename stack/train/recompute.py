@@ -1,5 +1,6 @@
 """A gradient computed twice, on other devices, to find hardware that computes wrongly without a word."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,7 @@ from stack.parallel import mesh as meshes
 from stack.step import program as programs
 from stack.step.program import Program
 from stack.step.state import State, concrete
-from stack.step.step import compiler_options, loss_gradient
+from stack.step.step import loss_gradient
 from stack.train.bits import digests
 from stack.train.checkpoint.checkpoints import named_leaves
 
@@ -25,9 +26,10 @@ class Recompute:
     What a collective sums, it sums in the order of the mesh, so that the bits are the same.
     """
 
-    def __init__(self, program: Program) -> None:
-        """Compiles when it is first asked."""
+    def __init__(self, program: Program, options: Mapping[str, Any]) -> None:
+        """Compiles when it is first asked, with these options of the compiler."""
         self._program = program
+        self._options = dict(options)
         self._jitted: dict[int, Any] = {}
 
     def check(self, step: int, state: State, batch: Batch) -> None:
@@ -56,8 +58,7 @@ class Recompute:
             return digests(gradient)
 
         if id(program) not in self._jitted:
-            options = compiler_options(concrete(program).devices.flat[0].platform)
-            self._jitted[id(program)] = jax.jit(digest, compiler_options=options)
+            self._jitted[id(program)] = jax.jit(digest, compiler_options=self._options)
         return jax.device_get(self._jitted[id(program)](state, batch))
 
     @property

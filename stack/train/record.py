@@ -7,6 +7,7 @@ from typing import Any
 from stack.config import Config, ConfigError, ScheduleConfig, StackError
 from stack.config.fields import flatten, suggest
 from stack.data.position import Position
+from stack.hardware.defaults import Setting, compared
 from stack.step.optimizer import schedule
 from stack.versions import RECORDED, installed_version
 
@@ -66,6 +67,8 @@ class Record:
     """What they wanted kept."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Of its first parameters, as `starting.begin` tells it; empty: from the seed."""
+    settings: Sequence[Mapping[str, Any]] | None = None
+    """Of the compiler and the libraries, each as `Setting` has it; None: they were not always recorded."""
     versions: Mapping[str, str | None] = field(
         default_factory=lambda: {name: installed_version(name) for name in RECORDED} | _DRAWS
     )
@@ -211,6 +214,21 @@ def version_note(record: Record) -> str | None:
     if not changed:
         return None
     return f"{', '.join(changed)} since its newest checkpoint: the same run, but not bit for bit"
+
+
+def settings_note(record: Record, settings: Sequence[Setting]) -> str | None:
+    """Which options of the compiler are others than those of the newest checkpoint."""
+    if record.settings is None:
+        return None
+    then, now = compared([Setting(**one) for one in record.settings]), compared(settings)
+    changed = [
+        f"{name} {then.get(name, 'not set')} -> {now.get(name, 'not set')}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if not changed:
+        return None
+    return f"compiled with {', '.join(changed)}: the same run, but not bit for bit"
 
 
 def _known(recorded: Mapping[str, Any], config: Config) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 import itertools
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from stack.config import Config, StackError
 from stack.config.fields import flatten
+from stack.hardware.defaults import Setting, compared
 from stack.parallel import messages
 from stack.versions import code_digest
 
@@ -22,12 +23,13 @@ class DifferenceError(StackError):
     is_of_all = True  # Process 0 stays until the others have heard it, as they do through its service.
 
 
-def check_same(config: Config, data: Mapping[str, str]) -> None:
-    """Compares config, code and data of all processes.
+def check_same(config: Config, data: Mapping[str, str], settings: Sequence[Setting] = ()) -> None:
+    """Compares config, code, data and the compiler's options of all processes.
 
     Args:
       config: of this one.
       data: `Data.fingerprint` of this one.
+      settings: of this one.
 
     Raises:
       DifferenceError: on every process, with the first that differs from process 0, and in what.
@@ -37,6 +39,7 @@ def check_same(config: Config, data: Mapping[str, str]) -> None:
     name = f"same/{next(_calls)}"
     mine = {"host": socket.gethostname(), "code": code_digest(), "data": dict(data)}
     mine["config"] = dict(flatten(config.model_dump(mode="json")))
+    mine["config"] |= compared(settings)
     told = messages.gather(name, json.dumps(mine))
     verdict = None if told is None else _difference([json.loads(text) for text in told])
     verdict = messages.broadcast(name, verdict)
@@ -54,7 +57,7 @@ def _difference(told: list[dict[str, Any]]) -> str:
         for name in sorted(names):
             old, new = first["config"].get(name), other["config"].get(name)
             if old != new:
-                return f"{where}: {name} is {new}, not {old}; start all with one config"
+                return f"{where}: {name} is {new}, not {old}; start all with one config and environment"
         for name in first["data"]:
             if other["data"].get(name) != first["data"][name]:
                 what = {"tokenizer": "data.tokenizer", "corpus": "the text of data.sources"}.get(name, name)

@@ -26,6 +26,7 @@ from stack.data.entry import DamagedEntryError
 from stack.data.loader import Batch, prefetch, save_batch, timed, training_batches
 from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokenizer
 from stack.evaluation.evaluate import evaluate
+from stack.hardware.defaults import variable_settings
 from stack.inference.text import generate_texts, stream_text
 from stack.parallel import mesh as meshes
 from stack.parallel.host_memory import keep_freed_memory
@@ -35,7 +36,8 @@ from stack.planner.search import auto
 from stack.step import program as programs
 from stack.step import state as states
 from stack.step.guard import all_finite
-from stack.step.step import compiler_options, eval_step, train_step
+from stack.step.options import compiler_options, compiler_settings
+from stack.step.step import eval_step, train_step
 from stack.train import record as records
 from stack.train import starting
 from stack.train.checkpoint.checkpoints import Checkpoints
@@ -91,10 +93,12 @@ class Trainer:
         self.program = programs.build(config, devices)
         self.mesh = states.concrete(self.program)
         self.state: states.State | None = None
-        self._recompute = Recompute(self.program)
+        settings = (*variable_settings(), *compiler_settings(self.program))
+        self._compiler_options = compiler_options(settings)
+        self._recompute = Recompute(self.program, self._compiler_options)
         self._heartbeat = Heartbeat(config.train)
         self._stragglers = Stragglers(list(self.mesh.devices.flat))
-        self.ledger = Ledger(config, self.folder, accept)
+        self.ledger = Ledger(config, self.folder, accept, settings)
         standard = standard_listeners(self.program, devices, self.folder, resolved=resolved)
         self._audit = Audit(self.folder) if config.train.audit else None
         self._given = [*standard, *([self._audit] if self._audit else []), *listeners]
@@ -265,10 +269,6 @@ class Trainer:
         return jax.jit(partial(eval_step, self.program), compiler_options=self._compiler_options)
 
     @property
-    def _compiler_options(self) -> dict[str, Any]:
-        return compiler_options(self.mesh.devices.flat[0].platform)
-
-    @property
     def _endings(self) -> list[Ending]:
         return [ENDINGS[name] for name in self.program.objective.endings]
 
@@ -276,7 +276,7 @@ class Trainer:
         """Brings the state to where the run stands; returns what a person should know of that."""
         notes: list[str] = []
         whole = states.abstract(self.program)
-        check_same(self.config, self.data.fingerprint)
+        check_same(self.config, self.data.fingerprint, self.ledger.settings)
         self.ledger.check_own_tokenizer(self.tokenizer)
         self.state = self.ledger.restore(
             checkpoints, whole, data=lambda: self.data.fingerprint, warn=notes.append

@@ -46,6 +46,10 @@ def test_processes_are_told_of_the_first_and_see_all_gpus_of_their_machine_but_u
     monkeypatch.setenv("JAX_PROCESS_ID", "7")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--some")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "4")
+    monkeypatch.setenv("STACK_DEFAULTS", "NCCL_LAUNCH_MODE")
+    monkeypatch.setenv("NCCL_LAUNCH_MODE", "GROUP")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
     sites = [site("1", "2", "3"), site("1", "6", "7"), site("4", "0", "1")]
     told = [ray_cluster.process_environment(sites, number) for number in range(3)]
     assert [one["JAX_PROCESS_ID"] for one in told] == ["0", "1", "2"]
@@ -54,6 +58,9 @@ def test_processes_are_told_of_the_first_and_see_all_gpus_of_their_machine_but_u
     assert [one["CUDA_VISIBLE_DEVICES"] for one in told] == ["2,3,6,7", "2,3,6,7", "0,1"]
     assert [one["JAX_LOCAL_DEVICE_IDS"] for one in told] == ["0,1", "2,3", "0,1"]
     assert {one["XLA_FLAGS"] for one in told} == {"--some"}
+    assert {one["CUDA_DEVICE_MAX_CONNECTIONS"] for one in told} == {"4"}
+    assert {one["NCCL_DEBUG"] for one in told} == {"INFO"}
+    assert not any({"NCCL_LAUNCH_MODE", "STACK_DEFAULTS"} & {*one} for one in told), "set for this machine"
     assert "JAX_PLATFORMS" not in told[0], "a launcher without a GPU does not decide that"
     assert ray_cluster.process_environment([site("1")], 0)["JAX_PLATFORMS"] == "cpu"
 

@@ -66,7 +66,10 @@ def end():
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("optimizer.learning_rate=1", "optimizer.learning_rate is 1.0, not 0.01; start all with one config"),
+        (
+            "optimizer.learning_rate=1",
+            "optimizer.learning_rate is 1.0, not 0.01; start all with one config and environment",
+        ),
         pytest.param(
             "data.sources.0.max_bytes=30000",
             "data.sources.0.max_bytes is 30000, not 40000; start all with one",

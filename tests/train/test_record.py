@@ -1,6 +1,7 @@
 """What a run was is compared with what it would be: by name, with old and new, before anything is done."""
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -8,7 +9,17 @@ import pytest
 from stack.config import Config, ConfigError, StackError
 from stack.config.fields import flatten
 from stack.data.mixture import version
-from stack.train.record import _IDENTITY, Record, compare, extension, rate, schedule_note, version_note
+from stack.hardware.defaults import Kind, Setting, Value
+from stack.train.record import (
+    _IDENTITY,
+    Record,
+    compare,
+    extension,
+    rate,
+    schedule_note,
+    settings_note,
+    version_note,
+)
 
 DATA = {"tokenizer": "aa" * 16, "corpus": "bb" * 16, "packing": "cc" * 16, "rows": "1", "order": "1"}
 CONFIG = Config().replace("train.steps=1000", "optimizer.schedule.warmup_steps=10", "model.position=rotary")
@@ -70,7 +81,7 @@ def test_every_field_is_of_the_run_or_free() -> None:
         if not name.startswith(("model.", "objective.", "optimizer.", "data.")) and name != "seed"
     }
     assert free - set(_IDENTITY) == {
-        *("name", "output_dir", "target", "kernels.attention"),
+        *("name", "output_dir", "target", "kernels.attention", "runtime.compiler_options"),
         *(f"mesh.{axis}" for axis in type(Config().mesh).model_fields),
         *(f"eval.{name}" for name in type(Config().eval).model_fields),
         *(f"sample.{name}" for name in type(Config().sample).model_fields),
@@ -210,6 +221,23 @@ def test_the_advice_to_train_for_longer_does_not_raise_the_rate_in_silence(overr
     longer = config.replace(*extension(config))
     if "start_step" not in str(way):
         assert rate(longer, 1000) == pytest.approx(rate(config, 1000), rel=1e-6)
+
+
+def test_other_options_of_the_compiler_are_told_if_they_were_recorded() -> None:
+    def setting(name: str, value: Value, kind: Kind = "option") -> Setting:
+        return Setting(name=name, kind=kind, value=value, by="stack")
+
+    then = [
+        setting("optimization_level", "O1"),
+        setting("xla_a", 1),
+        setting("NCCL_DEBUG", "INFO", "variable"),
+    ]
+    record = recorded(settings=[asdict(one) for one in then])
+    assert settings_note(record, [*then[:2], setting("xla_dump_to", "x")]) is None
+    note = settings_note(record, [setting("xla_a", 2), setting("xla_b", True)])
+    changes = "optimization_level O1 -> not set, xla_a 1 -> 2, xla_b not set -> True"
+    assert note == f"compiled with {changes}: the same run, but not bit for bit"
+    assert settings_note(recorded(), then) is None
 
 
 def test_other_versions_are_told() -> None:

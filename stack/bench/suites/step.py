@@ -23,7 +23,8 @@ from stack.planner.formula.time import step_time
 from stack.planner.formula.workload import from_config
 from stack.step import program as programs
 from stack.step import state as states
-from stack.step.step import compiler_options, train_step
+from stack.step.options import compiler_options, compiler_settings
+from stack.step.step import train_step
 
 PRECISIONS: dict[str, dict[str, dict[str, Any]]] = {
     "bfloat16": {"model": {"dtype": "bfloat16"}},
@@ -190,7 +191,7 @@ def _step(spec: dict[str, Any]) -> Ready:
         state = states.init(program)
         numbers = data.batch(rows, length, words, packed=spec["packed"])
         batch = jax.device_put(numbers, program.layout.sharding("batch"))
-        options = compiler_options(device.platform)
+        options = compiler_options(compiler_settings(program))
         step = jax.jit(partial(train_step, program), donate_argnums=0, compiler_options=options)
         compiled = step.lower(state, batch).compile()
         state, metrics = compiled(state, batch)

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
@@ -24,7 +24,8 @@ from stack.kernels.attention.absent import traced_for
 from stack.parallel import mesh as meshes
 from stack.step import program as programs
 from stack.step import state as states
-from stack.step.step import compiler_options, train_step
+from stack.step.options import compiler_options, compiler_settings
+from stack.step.step import train_step
 
 DEVICES_PER_HOST = 8
 """Of an HGX or DGX machine."""
@@ -129,14 +130,20 @@ def compile_step(config: Config, target_devices: list[Any]) -> jax.stages.Compil
     return compile_lowered(lower_step(programs.build(config, target_devices)), target_devices[0])
 
 
-def lower_step(program: programs.Program) -> jax.stages.Lowered:
-    """The training step, traced and typed for the devices of the program's mesh."""
+def lower_step(program: programs.Program, options: Mapping[str, Any] | None = None) -> jax.stages.Lowered:
+    """The training step, traced and typed for the devices of the program's mesh.
+
+    Args:
+      program: of the run.
+      options: of the compiler; None: those that the trainer has.
+    """
     mesh = states.concrete(program)
+    options = compiler_options(compiler_settings(program)) if options is None else options
     with meshes.use(mesh), traced_for(mesh.devices.flat[0]):
         step = jax.jit(
             lambda state, batch: train_step(program, state, batch),
             donate_argnums=0,
-            compiler_options=compiler_options("cuda"),
+            compiler_options=dict(options),
         )
         return step.lower(states.abstract(program), program.abstract_batch())
 

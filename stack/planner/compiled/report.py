@@ -21,6 +21,7 @@ from stack.planner.compiled import compile as compiling
 from stack.planner.compiled.collectives import Collective, collectives, kernels, runs
 from stack.planner.compiled.findings import Finding, findings, gib, involuntary, over
 from stack.step import program as programs
+from stack.step.options import compiler_options, compiler_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,8 @@ class Compiled:
     """To trace and compile."""
     versions: dict[str, str]
     """Of what compiled it."""
+    settings: tuple[str, ...] = ()
+    """The compiler's options of the step, as the trainer tells them."""
 
     @property
     def traffic(self) -> tuple[Traffic, ...]:
@@ -162,7 +165,8 @@ def compile_plan(
         absent = compiling.devices(target, devices)
         device = absent[0]
         program = programs.build(config, absent)
-        lowered = compiling.lower_step(program)
+        settings = compiler_settings(program)
+        lowered = compiling.lower_step(program, compiler_options(settings))
         compiled, estimate = _compile(lowered, device, schedule=schedule)
     text = compiled.as_text() or ""
     mesh = dict(program.mesh.shape)
@@ -184,6 +188,7 @@ def compile_plan(
         ),
         seconds=time.perf_counter() - start,
         versions=_versions(),
+        settings=tuple(map(str, settings)),
     )
 
 
@@ -198,16 +203,21 @@ def _compile(
         return compiling.compile_lowered(lowered, device), estimate.result()
 
 
-def compiler_schedule(lowered: jax.stages.Lowered, device: Any) -> CompilerSchedule | None:
-    """The estimate by which XLA's latency-hiding scheduler has ordered a program; None: it has none."""
+def compiler_schedule(
+    lowered: jax.stages.Lowered, device: Any, options: Mapping[str, Any] | None = None
+) -> CompilerSchedule | None:
+    """The estimate by which XLA's latency-hiding scheduler has ordered a program; None: it has none.
+
+    `options` come on top of the program's own.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        options = {
+        dump = {
             "xla_gpu_enable_triton_gemm": False,
             "xla_dump_latency_hiding_schedule": True,
             "xla_dump_to": folder,
             "xla_dump_hlo_module_re": "nothing^",
         }
-        text = compiling.compile_lowered(lowered, device, options).as_text() or ""
+        text = compiling.compile_lowered(lowered, device, dict(options or {}) | dump).as_text() or ""
         dumps = list(Path(folder).glob("*.schedule.txt"))
         return read_schedule(dumps[0].read_text(), runs(text)) if dumps else None
 
@@ -290,6 +300,8 @@ def lines(compiled: Compiled) -> list[str]:
         f"  memory on each device: {gib(memory.total)} of {gib(memory.device)}: {parts}",
         f"  attention: {compiled.attention}",
     ]
+    if compiled.settings:
+        text.append(f"  set: {', '.join(compiled.settings)}")
     if compiled.kernels:
         kernel_text = ", ".join(f"{name} x {times:,}" for name, times in compiled.kernels.items())
         text.append(f"  kernels a step, before tuning: {kernel_text}")

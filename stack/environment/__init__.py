@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from stack.config.errors import StackError
+from stack.environment import programs, xla_flags
 
 if TYPE_CHECKING:
     import jax
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 STARTED = time.monotonic()
 """When this process began, nearly, by the clock that only runs forward."""
 
-# Linux has the first two, WSL the third.
-_DRIVERS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
+_DRIVERS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")  # Linux has two of them, WSL one.
+_OWN = "STACK_DEFAULTS"  # Names of the variables that Stack has set, for the processes that this one starts.
 
 
 def prepare() -> None:
@@ -30,20 +31,52 @@ def prepare() -> None:
     devices: see `parallel/mesh.py`.
     """
     plugin = any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
-    if plugin and not any(map(os.path.exists, _DRIVERS)) and "JAX_PLATFORMS" not in os.environ:
+    if plugin and not has_driver() and "JAX_PLATFORMS" not in os.environ:
         os.environ["JAX_PLATFORMS"] = "cpu"
         if "jax" in sys.modules:  # It has read the environment, but may not have looked for devices yet.
             sys.modules["jax"].config.update("jax_platforms", "cpu")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/stack/jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    programs.configure(set_default)
+
+
+def has_driver() -> bool:
+    """Whether this machine has NVIDIA's driver."""
+    return any(map(os.path.exists, _DRIVERS))
+
+
+def set_default(name: str, value: str) -> None:
+    """Sets a variable that no user has set, here and in the processes that this one starts."""
+    if name in os.environ:
+        return
+    os.environ[name] = value
+    os.environ[_OWN] = " ".join([*os.environ.get(_OWN, "").split(), name])
+
+
+def defaults() -> dict[str, str]:
+    """The variables that Stack has set, here or in the process that started this one."""
+    return {name: os.environ[name] for name in os.environ.get(_OWN, "").split() if name in os.environ}
+
+
+def given() -> dict[str, str]:
+    """The variables that a user has set."""
+    own = defaults()
+    return {name: value for name, value in os.environ.items() if name not in own and name != _OWN}
+
+
+def has_devices() -> bool:
+    """Whether JAX has looked for devices already: what is read then is read no more."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bridge is not None and bool(getattr(bridge, "_backends", None))
 
 
 def import_jax() -> None:
     """Imports JAX.
 
     Raises:
-        StackError: it does not understand a variable of the environment.
+        StackError: it, or XLA, does not understand a variable of the environment.
     """
+    if "jax" not in sys.modules:
+        xla_flags.check()
+    programs.check()
     try:
         import_module("jax")
     except (ValueError, TypeError) as error:
