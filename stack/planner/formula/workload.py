@@ -7,11 +7,11 @@ from typing import Literal, get_args
 from stack.config import Config, ConfigError, ModelConfig
 from stack.config.layout import check_divides, resolve
 from stack.hardware.chip import Hardware, Precision
+from stack.kernels.linear_cross_entropy import chunk_columns, chunk_tokens
 from stack.layers.attention import choose_attention
 from stack.models.cost import Sizes
 from stack.models.stack import Remat as StackRemat
 from stack.objectives import build
-from stack.objectives.cross_entropy import chunk_columns, chunk_tokens
 
 Remat = Literal[
     "none", "full", "dots", "save_qkv_proj", "attention_core", "alternate_layers", "alternate_products"
