@@ -179,24 +179,24 @@ MUTATIONS = (
     ),
     Mutation(
         "z-loss without a gradient",
-        "stack/objectives/cross_entropy.py",
+        "stack/kernels/linear_cross_entropy/xla_chunked.py",
         "(1.0 + 2.0 * head.z_loss * normaliser) / total",
         "1.0 / total",
-        "tests/objectives",
+        "tests/kernels/linear_cross_entropy",
     ),
     Mutation(
         "soft cap without a slope",
-        "stack/objectives/cross_entropy.py",
+        "stack/kernels/linear_cross_entropy/xla_chunked.py",
         "slope = 1.0 - jnp.square(scores / head.softcap)",
         "slope = 1.0 + 0.0 * scores",
-        "tests/objectives",
+        "tests/kernels/linear_cross_entropy",
     ),
     Mutation(
         "the loss's scale rounded",
-        "stack/objectives/cross_entropy.py",
+        "stack/kernels/linear_cross_entropy/xla_chunked.py",
         "(gradient.astype(jnp.float32) * scale).astype(gradient.dtype)",
         "gradient * scale.astype(jnp.bfloat16).astype(gradient.dtype)",
-        "tests/objectives",
+        "tests/kernels/linear_cross_entropy",
     ),
     Mutation(
         "every micro-batch divided by its own labels",
@@ -207,10 +207,10 @@ MUTATIONS = (
     ),
     Mutation(
         "padded words scored",
-        "stack/layers/head.py",
+        "stack/kernels/linear_cross_entropy/logits.py",
         "< vocab_size, scores",
         "< table.shape[0], scores",
-        "tests/layers/test_head.py",
+        "tests/kernels/linear_cross_entropy",
     ),
     Mutation(
         "documents see each other",

@@ -14,8 +14,8 @@ from flax import nnx
 from stack.config import EncoderDecoderConfig, LanguageConfig, StackError
 from stack.inference import cache as caches
 from stack.inference.sampling import sample
+from stack.kernels.linear_cross_entropy import logits
 from stack.layers.attention import Cache
-from stack.layers.head import logits
 from stack.models.encoder_decoder import Memory
 from stack.models.stack import Execution
 from stack.parallel import mesh as meshes

@@ -63,7 +63,7 @@ class Words:
         self, model: "Model", batch: "Mapping[str, jax.Array]", run: "Execution", divisor: "jax.Array"
     ) -> "tuple[jax.Array, Sums]":
         """The loss over the divisor; nll (nats, without z-loss), correct and tokens, summed over labels."""
-        from stack.objectives.cross_entropy import Head, chunk_tokens, cross_entropy
+        from stack.kernels.linear_cross_entropy import Head, chunk_tokens, linear_cross_entropy
 
         output = model(batch, run)
         head = Head(
@@ -79,7 +79,7 @@ class Words:
             layout=run.layout,
         )
         labels = batch["labels"]
-        sums = cross_entropy(output.hidden, output.table, labels, 1.0 / divisor, head, output.bias)
+        sums = linear_cross_entropy(output.hidden, output.table, labels, 1.0 / divisor, head, output.bias)
         return sums.loss, {"nll": sums.nll, "correct": sums.correct, "tokens": _count(batch)}
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:

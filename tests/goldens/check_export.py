@@ -188,7 +188,7 @@ import sys
 import jax, numpy as np
 from flax import nnx
 from stack import Trainer
-from stack.layers.head import logits
+from stack.kernels.linear_cross_entropy import logits
 from stack.models.encoder import Encoder
 from stack.models.stack import Execution
 

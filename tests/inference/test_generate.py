@@ -10,7 +10,7 @@ import pytest
 
 from stack.config import Config, DecoderConfig, StackError
 from stack.inference.generate import generate, pad, stream
-from stack.layers.head import logits
+from stack.kernels.linear_cross_entropy import logits
 from stack.models.stack import Execution
 from stack.step.program import build
 

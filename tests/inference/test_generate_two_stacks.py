@@ -11,7 +11,7 @@ from stack.config import Config, EncoderDecoderConfig, StackError, parse
 from stack.data.tokenizer import ByteTokenizer
 from stack.inference.generate import generate, stream
 from stack.inference.text import decode_new, encode_prompts
-from stack.layers.head import logits
+from stack.kernels.linear_cross_entropy import logits
 from stack.models.stack import Execution
 from stack.objectives import build as build_objective
 from stack.parallel import mesh as meshes

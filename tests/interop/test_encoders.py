@@ -13,10 +13,9 @@ from stack.config import EncoderConfig
 from stack.config.errors import StackError
 from stack.interop.hugging_face import Weights, config_from_hf, params_from_hf, params_to_hf
 from stack.interop.hugging_face_files import config_to_hf
-from stack.layers.head import logits
+from stack.kernels.linear_cross_entropy import Head, linear_cross_entropy, logits
 from stack.models.encoder import Encoder
 from stack.models.stack import Execution
-from stack.objectives.cross_entropy import Head, cross_entropy
 
 TOLERANCE = 1e-5
 # As users compile it; see test_hugging_face_numerics.
@@ -65,7 +64,7 @@ def test_logits_loss_pooled_output_and_gradients(encoder):
         output = model(batch, Execution())
         scale = 1 / (labels >= 0).sum()
         head = Head(config.vocab_size)
-        loss = cross_entropy(output.hidden, output.table, labels, scale, head, output.bias).loss
+        loss = linear_cross_entropy(output.hidden, output.table, labels, scale, head, output.bias).loss
         scores = logits(output.hidden, output.table, vocab_size=config.vocab_size, bias=output.bias)
         pooled = None
         if config.pooler:

@@ -13,10 +13,9 @@ import pytest
 from flax import nnx
 
 from stack.interop.hugging_face import config_from_hf, params_from_hf, params_to_hf
-from stack.layers.head import logits
+from stack.kernels.linear_cross_entropy import Head, linear_cross_entropy, logits
 from stack.models.decoder import Decoder
 from stack.models.stack import Execution
-from stack.objectives.cross_entropy import Head, cross_entropy
 
 TOLERANCE = 1e-5
 
@@ -92,7 +91,7 @@ def test_loss_and_gradients(golden, config, params):
         output = run(decoder(params, config), tokens, lengths)
         scale = 1 / (labels >= 0).sum()
         head = Head(config.vocab_size, config.logit_softcap)
-        return cross_entropy(output.hidden, output.table, labels, scale, head).loss
+        return linear_cross_entropy(output.hidden, output.table, labels, scale, head).loss
 
     loss, gradients = loss_and_gradients(params)
     assert_close(loss, golden.results["loss"], "loss")

@@ -17,11 +17,10 @@ from stack.inference.generate import generate
 from stack.inference.text import encode_prompts
 from stack.interop.hugging_face import config_from_hf, params_from_hf, params_to_hf
 from stack.interop.hugging_face_files import config_to_hf, write_files
-from stack.layers.head import logits
+from stack.kernels.linear_cross_entropy import Head, linear_cross_entropy, logits
 from stack.models.encoder_decoder import EncoderDecoder
 from stack.models.stack import Execution
 from stack.objectives import build as build_objective
-from stack.objectives.cross_entropy import Head, cross_entropy
 from stack.planner.formula.shapes import num_parameters
 from stack.step.program import build
 
@@ -92,7 +91,7 @@ def test_logits_loss_and_gradients(t5_golden):
     def loss_and_gradients(params, batch, labels):
         output = nnx.merge(graph, params)(batch, Execution())
         scale = 1 / (labels >= 0).sum()
-        loss = cross_entropy(output.hidden, output.table, labels, scale, Head(config.vocab_size)).loss
+        loss = linear_cross_entropy(output.hidden, output.table, labels, scale, Head(config.vocab_size)).loss
         return loss, logits(output.hidden, output.table, vocab_size=config.vocab_size)
 
     arrays = {name: jnp.asarray(values) for name, values in batch.items()}

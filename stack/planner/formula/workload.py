@@ -7,10 +7,10 @@ from typing import Literal, get_args
 from stack.config import Config, ConfigError, ModelConfig
 from stack.config.layout import check_divides, resolve
 from stack.hardware.chip import Hardware, Precision
+from stack.kernels.linear_cross_entropy import chunk_columns, chunk_tokens
 from stack.models.cost import Sizes
 from stack.models.stack import Remat as StackRemat
 from stack.objectives import build
-from stack.objectives.cross_entropy import chunk_columns, chunk_tokens
 from stack.step.kernels import choose_attention
 
 Remat = Literal[

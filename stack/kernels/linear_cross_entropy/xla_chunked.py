@@ -6,63 +6,32 @@ chunk, none repeated in the backward pass.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32, Int
 
-from stack.layers.head import logits, word_numbers
-from stack.parallel.rules import ONE_DEVICE, Layout
+from stack.kernels.linear_cross_entropy.head import Head, Sums
+from stack.kernels.linear_cross_entropy.logits import logits, word_numbers
+from stack.parallel.rules import Layout
 
 LEAST_LOGITS_BYTES = 64 * 2**20
 """Of a chunk whose size is not given: below it, starting kernels costs more than memory does."""
 
 
-class Sums(NamedTuple):
-    """Sums over the labels that count, float32 scalars."""
-
-    loss: Float32[Array, ""]
-    """Nats, z-loss included, times the scale."""
-    nll: Float32[Array, ""]
-    """Negative log-likelihood, nats."""
-    correct: Float32[Array, ""]
-    """Labels with the highest score."""
-
-
-class Head(NamedTuple):
-    """What the loss must know besides arrays."""
-
-    vocab_size: int
-    softcap: float | None = None
-    z_loss: float = 0.0
-    chunk: int = 1024
-    """Tokens per device whose logits exist at one time."""
-    layout: Layout = ONE_DEVICE
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(
-    hidden: Float[Array, "batch length embed"],
-    table: Float[Array, "vocab embed"],
-    labels: Int[Array, "batch length"],
-    scale: Float32[Array, ""],
+def linear_cross_entropy(
+    hidden: jax.Array,
+    table: jax.Array,
+    labels: jax.Array,
+    scale: jax.Array,
     head: Head,
-    bias: Float32[Array, " vocab"] | None = None,
+    bias: jax.Array | None = None,
 ) -> Sums:
-    """Sums of the loss over labels >= 0; differentiable through `loss` in `hidden`, `table` and `bias`.
+    """See `stack.kernels.linear_cross_entropy.linear_cross_entropy`.
 
     The scale meets the gradients in float32, after the products: rounded to bfloat16, it or the slope at
     the labels, which is close to -1 for most of them, would be off by up to 0.4%, and all gradients with it.
-
-    Args:
-      hidden: [batch, length, embed].
-      table: [vocab, embed], same dtype.
-      labels: [batch, length] int32; below 0: does not count.
-      scale: float32 scalar, what the loss is multiplied by: one over the labels of the whole batch.
-      head: the options.
-      bias: [vocab] float32, added to the scores of words; None: nothing is.
     """
 
     def body(sums: Sums, chunk: tuple) -> tuple[Sums, None]:
@@ -132,7 +101,7 @@ def _multiply(gradient: jax.Array, scale: jax.Array) -> jax.Array:
     return (gradient.astype(jnp.float32) * scale).astype(gradient.dtype)
 
 
-cross_entropy.defvjp(_forward, _backward)
+linear_cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunk_sums(

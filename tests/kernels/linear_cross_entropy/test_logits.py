@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from stack.layers.head import logits
+from stack.kernels.linear_cross_entropy import logits
 
 HIDDEN = np.random.default_rng(0).normal(size=(2, 5, 16)).astype(np.float32)
 TABLE = np.random.default_rng(1).normal(size=(24, 16)).astype(np.float32)
