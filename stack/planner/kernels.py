@@ -9,8 +9,8 @@ import jax
 from stack.config import Config
 from stack.hardware import chip as chips
 from stack.kernels.attention import KERNELS, choose, fitting
+from stack.kernels.linear_cross_entropy import chunk_tokens
 from stack.objectives import build
-from stack.objectives.cross_entropy import chunk_tokens
 from stack.planner.compiled.findings import gib
 from stack.step.kernels import attention_request
 

@@ -14,7 +14,7 @@ from stack.bench.peers import tokamax
 from stack.bench.serve import Ready
 from stack.bench.suites.attention import LIMITS, relative_error
 from stack.bench.timing import queued, temporary_bytes
-from stack.objectives.cross_entropy import Head, chunk_tokens, cross_entropy
+from stack.kernels.linear_cross_entropy import Head, chunk_tokens, linear_cross_entropy
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Hidden states [tokens, embed], table [vocab, embed] and labels [tokens] -> mean loss."""
@@ -67,7 +67,7 @@ def _chunked(spec: dict[str, Any], hidden: jax.Array, table: jax.Array, labels: 
     chunk = chunk_tokens(None, embed_dim=spec["embed_dim"], vocab_size=table.shape[0], tensor=1)
     head = Head(vocab_size=spec["words"], chunk=chunk)
     scale = jnp.float32(1 / labels.shape[0])
-    return cross_entropy(hidden[None], table, labels[None], scale, head).loss
+    return linear_cross_entropy(hidden[None], table, labels[None], scale, head).loss
 
 
 def _naive(spec: dict[str, Any], hidden: jax.Array, table: jax.Array, labels: jax.Array) -> jax.Array:
