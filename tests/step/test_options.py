@@ -10,7 +10,15 @@ import pytest
 from tiny_runs import config
 
 from stack import Trainer
-from stack.config import Config, ConfigError, DataConfig, DecoderConfig, MeshConfig, TrainConfig
+from stack.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DecoderConfig,
+    KernelsConfig,
+    MeshConfig,
+    TrainConfig,
+)
 from stack.hardware import defaults
 from stack.parallel.mesh import without_cache
 from stack.planner.compiled import compile as compiling
@@ -32,8 +40,8 @@ WIDE = Config(
         mlp_bias=False,
         qkv_bias=False,
         out_bias=False,
-        attention="xla",
     ),
+    kernels=KernelsConfig(attention="xla"),
     data=DataConfig(sequence_length=128),
     train=TrainConfig(batch_size=64, remat="full"),
 )
