@@ -50,7 +50,8 @@ def start(tmp_path):
         assert process.returncode == 0, error
         counts = json.loads((tmp_path / f"{name}.json").read_text())
         hits, misses = (counts.get(f"/jax/compilation_cache/cache_{kind}", 0) for kind in ("hits", "misses"))
-        return hits, misses, error
+        told = [line for line in error.splitlines() if "cache" in line or "programs" in line]
+        return hits, misses, "\n".join(told)  # The compiler may find a loaded machine slow.
 
     return begin, end
 
@@ -69,7 +70,7 @@ def test_a_second_start_compiles_nothing_and_a_damaged_entry_is_made_anew(start,
     os.utime(cache / "looked-at", (0, 0))
     hits, again, error = end("third", begin("third", str(cache)))
     assert (hits, again) == (misses - 1, 1)
-    assert error == f"warning: {cache}: 1 damaged programs are removed, and compiled anew\n"
+    assert error == f"warning: {cache}: 1 damaged programs are removed, and compiled anew"
 
 
 @pytest.mark.full
