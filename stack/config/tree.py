@@ -7,6 +7,7 @@ from pydantic import NonNegativeInt, model_validator
 from stack.config.condition import Condition, describe_changes
 from stack.config.data import DataConfig
 from stack.config.explain import kind_of
+from stack.config.kernels import KernelsConfig
 from stack.config.mesh import MeshConfig
 from stack.config.model import AnyModel, DecoderConfig, EncoderConfig
 from stack.config.objective import OBJECTIVES, AnyObjective, CausalConfig, RemovalConfig, UniLmConfig
@@ -56,6 +57,7 @@ class Config(Section):
     """What for, by `kind`."""
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
+    kernels: KernelsConfig = KernelsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     stability: StabilityConfig = StabilityConfig()

@@ -15,6 +15,8 @@ from stack.config import Config, ConfigError
 from stack.config.layout import check_divides
 from stack.data.fields import abstract_batch
 from stack.kernels.attention import Choice
+from stack.kernels.matmul import Choice as MatmulChoice
+from stack.kernels.matmul import choose as choose_matmul
 from stack.layers.attention import choose_attention
 from stack.models import model_class
 from stack.models.stack import Execution
@@ -38,6 +40,7 @@ class Program:
     mesh: Mesh | AbstractMesh
     layout: Layout
     attention: Choice
+    matmul: MatmulChoice
 
     @cached_property
     def objective(self) -> Objective:
@@ -88,6 +91,29 @@ class Program:
         if len(frozen) == len(paths):
             raise ConfigError("optimizer.frozen leaves nothing to train; remove a pattern")
         return frozenset(frozen)
+
+    @cached_property
+    def float8(self) -> tuple[str, ...]:
+        """The `Linear` modules whose products a training step computes in 8 bits, as `layers.mlp.up`.
+
+        Raises:
+          ConfigError: a pattern that fits no weight, or patterns and layers that leave none.
+        """
+        if self.matmul.fp8 is None:
+            return ()
+        options, roles, axes = self.config.kernels.fp8, flatten_dict(self.roles), flatten_dict(self.axes)
+        names = [
+            ".".join(path) for path, role in roles.items() if role == "matrix" and axes[path][0] == "layers"
+        ]
+        plain = {
+            name
+            for pattern in options.exclude
+            for name in matching(pattern, names, field="kernels.fp8.exclude")
+        }
+        depth = max(flatten_dict(self.parameters)[tuple(name.split("."))].shape[0] for name in names)
+        if len(plain) == len(names) or options.first_layers + options.last_layers >= depth:
+            raise ConfigError("kernels.fp8 leaves no product in 8 bits; set kernels.matmul=xla instead")
+        return tuple(name.removesuffix(".kernel") for name in names if name not in plain)
 
     def split(self, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a tree like the parameters has for those that are trained, and for those that are not."""
@@ -140,6 +166,7 @@ class Program:
             packed=self.config.data.packed,
             remat=train.remat,
             offload=train.offload_activations,
+            plain_layers=(self.config.kernels.fp8.first_layers, self.config.kernels.fp8.last_layers),
         )
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -180,10 +207,19 @@ def on_mesh(
             compute_capability=compute_capability,
             packed_length=data.sequence_length if data.packed else None,
         ),
+        matmul=choose_matmul(
+            config.kernels.matmul,
+            platform=platform,
+            compute_capability=compute_capability,
+            dtype=config.model.dtype,
+            scaling=config.kernels.fp8.scaling,
+            blocks=config.kernels.fp8.blocks,
+        ),
     )
     _check_rows(program)
     if config.optimizer.frozen or config.optimizer.groups:
         _ = program.optimizer  # Refused now, not when the text is tokenized.
+    _ = program.float8
     return program
 
 
@@ -193,7 +229,7 @@ def on_mesh_like(program: Program, mesh: Mesh) -> Program:
     layout = Layout.of(
         mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=config.train.grad_reduce_dtype
     )
-    return Program(config=config, mesh=mesh, layout=layout, attention=program.attention)
+    return Program(config=config, mesh=mesh, layout=layout, attention=program.attention, matmul=program.matmul)
 
 
 def _check_resolved(config: Config) -> None:

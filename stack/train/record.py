@@ -12,7 +12,7 @@ from stack.versions import RECORDED, installed_version
 
 _IDENTITY = (
     *("seed", "init_from", "model", "objective", "optimizer", "data"),
-    *("train.batch_size", "train.grad_reduce_dtype"),
+    *("train.batch_size", "train.grad_reduce_dtype", "kernels.matmul", "kernels.fp8"),
     *("stability.spike_deviations", "stability.spike_window"),
 )
 """What changes the function that is trained, or the order of its data."""
@@ -40,7 +40,7 @@ _CONTENT = {
 }
 """What a fingerprint's parts are called: the last two are how this version of Stack makes rows of documents,
 and orders them."""
-_BEFORE = {"init_from": None}
+_BEFORE = {"init_from": None, "kernels": {"matmul": "xla"}}
 """What a config that does not say it began with."""
 _VERSIONS = ("rows", "order")
 """Those that were not always recorded, and were 1 then."""
