@@ -34,10 +34,10 @@ def scale_for(amax: Float32[Array, "..."], dtype: Any) -> Float32[Array, "..."]:
 
     A power of two rounds nothing by itself, here or where results are scaled back; of two that are near each
     other, both give the same numbers but for those below 2^-15 of the largest, which lose bits. It is NaN
-    where amax is not finite: what is scaled by it then shows it. It stays within 2^-100 and 2^126.
+    where amax is not finite: what is scaled by it then shows it. It stays within 2^-120 and 2^126.
     """
     bits = jax.lax.bitcast_convert_type(amax / float(jnp.finfo(dtype).max), jnp.int32)
-    exponent = jnp.clip((bits >> _MANTISSA) + 1, _BIAS - 100, _BIAS + 126)
+    exponent = jnp.clip((bits >> _MANTISSA) + 1, _BIAS - 120, _BIAS + 126)
     power = jax.lax.bitcast_convert_type(exponent << _MANTISSA, jnp.float32)
     return jnp.where(jnp.isfinite(amax), power, jnp.nan)
 
