@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Before jax is imported: the compile-only GPU plugin may be installed, and would be tried first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,7 +38,7 @@ WINDOW = 20
 """Steps whose mean is compared."""
 
 
-def train(config: str, way: str, seed: int, steps: int, folder: str) -> dict[str, list[float] | float]:
+def train(config: str, way: str, seed: int, steps: int, folder: str) -> dict[str, Any]:
     """Losses of every step, and the held-out loss at the end, in nats per token."""
     name = f"{way.replace(', ', '-')}-{seed}"
     trainer = Trainer(
@@ -80,7 +81,9 @@ def main() -> int:
     options = parser.parse_args()
     results: dict[str, dict[str, dict]] = {}
     outside = []
-    print(f"{'products':<18} seed  held-out  over bfloat16  curve: mean and largest difference of {WINDOW} steps")
+    print(
+        f"{'products':<18} seed  held-out  over bfloat16  curve: mean, largest difference of {WINDOW} steps"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:
             for way in WAYS:

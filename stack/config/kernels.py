@@ -14,8 +14,8 @@ class Fp8Config(Section):
     conditions = (Condition(fields=("history",), other="scaling", values=("delayed",)),)
 
     scaling: Literal["current", "delayed"] = "current"
-    """What an activation or a gradient is scaled by: `current`, its own largest number; `delayed`, the largest
-    of the last steps, which is known before it is and needs no devices to agree. A weight has its own."""
+    """What an activation or a gradient is scaled for: `current`, its own largest number; `delayed`, the largest
+    of the last steps, which is known beforehand. A weight always has its own."""
     history: PositiveInt = 16
     """`delayed`: steps looked back on."""
     blocks: Literal["tensor", "channel"] = "tensor"

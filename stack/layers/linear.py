@@ -25,7 +25,7 @@ class Linear(nnx.Module):
         shape = tuple(size for _, size in inputs + outputs)
         kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.num_inputs = len(inputs)
-        self.kernel = parameter(kernel, axes=names, role="matrix")
+        self.kernel: nnx.Variable = parameter(kernel, axes=names, role="matrix")
         self.bias = _bias(outputs) if bias else None
         self.fp8: Fp8 | None = None
         self.amax: nnx.Variable | None = None

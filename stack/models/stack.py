@@ -1,6 +1,7 @@
 """Stacks of layers: the one place with the loop over them, and what it keeps for the backward pass."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -109,14 +110,18 @@ def run_layers[M: nnx.Module, S](
     number = jax.tree.leaves(layers)[0].shape[0]
     stacked = layers, jnp.arange(first, first + number), state
     head, tail = (min(some, number) for some in run.plain_layers)
-    bounds = sorted({0, head, max(head, number - tail), number})
+    first_plain, last_plain = run.plain_layers
+    begin, end = min(first_plain, number), max(number - last_plain, min(first_plain, number))
+    parts = [(slice(0, begin), True), (slice(begin, end), False), (slice(end, number), True)]
+    parts = [(where, is_plain) for where, is_plain in parts if where.start < where.stop]
+    if len(parts) == 1:
+        return _run_part(call, x, stacked, run, unroll=unroll, is_plain=parts[0][1])
     states = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        is_plain = start < head or stop > max(head, number - tail)
-        part = jax.tree.map(lambda array: array[start:stop], stacked) if len(bounds) > 2 else stacked  # noqa: B023
+    for where, is_plain in parts:
+        part = jax.tree.map(operator.itemgetter(where), stacked)
         x, after = _run_part(call, x, part, run, unroll=unroll, is_plain=is_plain)
         states.append(after)
-    return x, states[0] if len(states) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
 
 
 def _run_part(call: Any, x: jax.Array, stacked: Any, run: Execution, *, unroll: int, is_plain: bool) -> Any:

@@ -37,8 +37,8 @@ Role = Literal["matrix", "table", "vector", "float8", "amax"]
 """What a parameter is used for. A `matrix` enters matmuls; a `table` is read row by row, and may enter one
 as well. Both are split over `fsdp` and used in the compute dtype. A `vector` (a norm's scale, a bias) is
 used elementwise: it stays float32, whole over `fsdp`, and never decays. A matrix is `float8` within a step
-that rounds it to that: its product gathers it. `amax` are largest numbers, whose gradient is the largest there
-are: they are the same everywhere, and of several micro-batches the largest counts."""
+that rounds it to that: its product gathers it. `amax` are largest numbers, whose gradient is what they
+are now: it is the same everywhere, and of several micro-batches the largest counts."""
 
 ELEMENTWISE: frozenset[Role] = frozenset({"vector", "amax"})
 """Roles of what is whole everywhere, and enters no product."""

@@ -29,12 +29,10 @@ def init(program: Program) -> History:
     config = program.config
     tokens = config.train.batch_size * config.data.sequence_length
     guess = jnp.array([float(jnp.finfo(FORWARD).max), float(jnp.finfo(BACKWARD).max) / tokens], jnp.float32)
-    parameters = flatten_dict(program.parameters)
     leaves = {}
-    for name in program.float8:
-        path = tuple(name.split("."))
-        shape = parameters[*path, "kernel"].shape[0], 2, config.kernels.fp8.history
-        leaves[path] = jnp.zeros(shape, jnp.float32).at[:, :, -1].set(guess)
+    for name, layers in program.float8.items():
+        nothing = jnp.zeros((layers, 2, config.kernels.fp8.history), jnp.float32)
+        leaves[tuple(name.split("."))] = nothing.at[:, :, -1].set(guess)
     return unflatten_dict(leaves)
 
 
@@ -42,7 +40,10 @@ def amaxes(program: Program, history: History | None) -> Mapping[str, jax.Array 
     """What each product in 8 bits takes for the largest numbers, [layers, 2]; None: it looks by itself."""
     if history is None:
         return dict.fromkeys(program.float8)
-    return {".".join(path): leaf.max(axis=-1) for path, leaf in flatten_dict(history).items()}
+    leaves = jax.tree_util.tree_flatten_with_path(history)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf.max(axis=-1) for path, leaf in leaves
+    }
 
 
 def extract(gradient: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

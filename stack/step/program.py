@@ -93,27 +93,30 @@ class Program:
         return frozenset(frozen)
 
     @cached_property
-    def float8(self) -> tuple[str, ...]:
+    def float8(self) -> dict[str, int]:
         """The `Linear` modules whose products a training step computes in 8 bits, as `layers.mlp.up`.
+
+        With the layers of the stack that each is in.
 
         Raises:
           ConfigError: a pattern that fits no weight, or patterns and layers that leave none.
         """
         if self.matmul.fp8 is None:
-            return ()
-        options, roles, axes = self.config.kernels.fp8, flatten_dict(self.roles), flatten_dict(self.axes)
-        names = [
-            ".".join(path) for path, role in roles.items() if role == "matrix" and axes[path][0] == "layers"
-        ]
-        plain = {
-            name
-            for pattern in options.exclude
-            for name in matching(pattern, names, field="kernels.fp8.exclude")
+            return {}
+        options, leaves = self.config.kernels.fp8, jax.tree_util.tree_flatten_with_path(self.parameters)[0]
+        axes = jax.tree.leaves(self.axes, is_leaf=optimizers.is_names)
+        layers = {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape[0]
+            for (path, leaf), names, role in zip(leaves, axes, jax.tree.leaves(self.roles), strict=True)
+            if role == "matrix" and names[0] == "layers"
         }
-        depth = max(flatten_dict(self.parameters)[tuple(name.split("."))].shape[0] for name in names)
-        if len(plain) == len(names) or options.first_layers + options.last_layers >= depth:
+        plain: set[str] = set()
+        for pattern in options.exclude:
+            plain |= set(matching(pattern, layers, field="kernels.fp8.exclude"))
+        chosen = {name: number for name, number in layers.items() if name not in plain}
+        if options.first_layers + options.last_layers >= max(chosen.values(), default=0):
             raise ConfigError("kernels.fp8 leaves no product in 8 bits; set kernels.matmul=xla instead")
-        return tuple(name.removesuffix(".kernel") for name in names if name not in plain)
+        return {name.removesuffix(".kernel"): number for name, number in chosen.items()}
 
     def split(self, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a tree like the parameters has for those that are trained, and for those that are not."""
@@ -229,7 +232,9 @@ def on_mesh_like(program: Program, mesh: Mesh) -> Program:
     layout = Layout.of(
         mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=config.train.grad_reduce_dtype
     )
-    return Program(config=config, mesh=mesh, layout=layout, attention=program.attention, matmul=program.matmul)
+    return Program(
+        config=config, mesh=mesh, layout=layout, attention=program.attention, matmul=program.matmul
+    )
 
 
 def _check_resolved(config: Config) -> None:

@@ -33,8 +33,10 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
       those before it.
     """
     config, step = program.config, state["step"]
-    gradient, sums = loss_gradient(program, state["params"], step, batch, state.get("frozen"), state.get("float8"))
-    latest = sums.pop("float8", None)
+    gradient, sums = loss_gradient(
+        program, state["params"], step, batch, state.get("frozen"), state.get("float8")
+    )
+    latest: Any = sums.pop("float8", None)
     norm = optax.tree.norm(gradient)
     is_good, after = guard.judge(
         config.stability, state["guard"], step=step, loss=sums["loss"], grad_norm=norm
@@ -49,8 +51,8 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
     changed = {"params": params, "opt_state": opt_state, "step": step + 1, "guard": after}
     if latest is not None:
         metrics["float8_excess"] = float8.excess(state["float8"], latest)
-        after8 = float8.advance(state["float8"], latest)
-        changed["float8"] = guard.choose(is_good, after8, state["float8"])
+        history = float8.advance(state["float8"], latest)
+        changed["float8"] = guard.choose(is_good, history, state["float8"])
     if decay := config.optimizer.ema_decay:
         applied = step - state["guard"]["skipped"]
         changed["ema"] = ema.average(decay, state["ema"], params, applied=applied, is_good=is_good)

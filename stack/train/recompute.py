@@ -37,7 +37,9 @@ class Recompute:
             StackError: they differ, by the names of the parameters.
         """
         mine = self._digest(self._program, state, batch)
-        trees = self._move({name: state[name] for name in ("params", "step", "frozen", "float8") if name in state})
+        trees = self._move(
+            {name: state[name] for name in ("params", "step", "frozen", "float8") if name in state}
+        )
         moved: Any = trees, self._move(batch)
         with meshes.use(concrete(self._other)):
             others = self._digest(self._other, *moved)

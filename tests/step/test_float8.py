@@ -100,7 +100,8 @@ def test_a_step_multiplies_in_8_bits_and_an_evaluation_does_not() -> None:
     step = types(program, train_step)
     assert "f8_e4m3fn" in step
     assert "f8_e5m2" in step
-    assert "f8_" not in types(program, lambda program, state, batch: eval_step(program, state["params"], batch))
+    evaluation = types(program, lambda program, state, batch: eval_step(program, state["params"], batch))
+    assert "f8_" not in evaluation
     state = states.abstract(program)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state["params"])} == {"float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state["opt_state"])} == {"float32", "int32"}

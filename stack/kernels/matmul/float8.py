@@ -22,7 +22,7 @@ class Scaled(NamedTuple):
 
 
 def largest(x: Float[Array, "..."], axes: tuple[int, ...] | None = None) -> Float32[Array, "..."]:
-    """max |x|, float32: of all of it, [], or over some axes, which stay with size 1.
+    """Max |x|, float32: of all of it, [], or over some axes, which stay with size 1.
 
     Of an array that is split over devices it is that of the whole.
     """

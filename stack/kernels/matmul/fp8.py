@@ -73,7 +73,7 @@ def project(
 
     product.defvjp(
         lambda *inputs: (product(*inputs), inputs),
-        lambda inputs, cotangent: tensors.backward(*inputs, cotangent),
+        lambda inputs, cotangent: tensors.backward(*inputs, cotangent=cotangent),
     )
     return product(x, kernel[...], amax)
 
@@ -108,7 +108,7 @@ class _Tensors:
         return _scale(_scale(y, x8, outer), w8, range(self.rows, y.ndim))
 
     def backward(
-        self, x: jax.Array, weight: jax.Array, amax: jax.Array | None, cotangent: jax.Array
+        self, x: jax.Array, weight: jax.Array, amax: jax.Array | None, *, cotangent: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Gradients of `x`, of the weight as it came, and what was the largest."""
         x8, w8 = self._activations(x, amax), self._weight(weight, x.dtype)
@@ -120,7 +120,9 @@ class _Tensors:
             for_x = self._gradient(_scale(cotangent, w8, outputs), outputs)
             for_weight = self._gradient(_scale(cotangent, x8, rows), rows)
         highest = jax.lax.Precision.HIGHEST
-        gradient = _dot(for_x, w8, (outputs, columns), _cotangent_spec(x, self.layout), x.dtype, precision=highest)
+        gradient = _dot(
+            for_x, w8, (outputs, columns), _cotangent_spec(x, self.layout), x.dtype, precision=highest
+        )
         gradient = _scale(gradient, for_x, rows)
         replicas = self.layout.replicas
         spec = None if self.layout.trivial else P(*self._whole.partitions, unreduced=replicas)
@@ -195,7 +197,7 @@ def _dot(
 
 
 def _scale(y: jax.Array, by: Scaled, axes: range | tuple[int, ...]) -> jax.Array:
-    """`y` times scales, of which those of blocks lie along some of its axes. A power of two rounds nothing."""
+    """`y` times a scale, or scales of blocks that lie along some of its axes. Powers of two round nothing."""
     scale = by.scale
     if scale.ndim:
         sizes = [y.shape[axis] if axis in axes else 1 for axis in range(y.ndim)]
