@@ -14,7 +14,7 @@ class Fp8Config(Section):
     conditions = (Condition(fields=("history",), other="scaling", values=("delayed",)),)
 
     scaling: Literal["current", "delayed"] = "current"
-    """What an activation or a gradient is scaled for: `current`, its own largest number; `delayed`, the largest
+    """What an activation or a gradient is scaled for: `current`, its own largest number; `delayed`, that
     of the last steps, which is known beforehand. A weight always has its own."""
     history: PositiveInt = 16
     """`delayed`: steps looked back on."""

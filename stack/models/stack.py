@@ -109,7 +109,6 @@ def run_layers[M: nnx.Module, S](
     """
     number = jax.tree.leaves(layers)[0].shape[0]
     stacked = layers, jnp.arange(first, first + number), state
-    head, tail = (min(some, number) for some in run.plain_layers)
     first_plain, last_plain = run.plain_layers
     begin, end = min(first_plain, number), max(number - last_plain, min(first_plain, number))
     parts = [(slice(0, begin), True), (slice(begin, end), False), (slice(end, number), True)]

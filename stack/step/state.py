@@ -49,7 +49,7 @@ MAY_BE_NEW = ("guard", "ema", "float8")
 
 
 def completed(program: Program, state: State) -> State:
-    """A state with the parts that it lacks: a guard that has seen nothing; an average, a history from here on."""
+    """A state with the parts that it lacks: a guard that has seen nothing, an average that begins here."""
     if "guard" not in state:
         mesh = concrete(program)
         state |= {"guard": jax.device_put(guard.init(program.config.stability), NamedSharding(mesh, P()))}
