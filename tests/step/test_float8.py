@@ -46,7 +46,7 @@ def test_the_layers_matrices_are_in_8_bits_and_nothing_else_is() -> None:
         name for name in every if "mlp" in name
     }
     assert {name.split(".")[0] for name in build(FP8, family="t5").float8} == {"encoder", "decoder"}
-    assert build().float8 == ()
+    assert build().float8 == {}
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,11 @@ def close(actual, exact, *, rtol):
     np.testing.assert_allclose(actual, exact, rtol=0, atol=rtol * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", [UP, OUT, ODD], ids=["up", "out", "odd"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(UP, "float32"), (UP, "bfloat16"), (OUT, "float32"), (ODD, "float32")],
+    ids=["up", "up bfloat16", "out", "odd"],
+)
 @pytest.mark.parametrize(
     ("blocks", "amax"),
     [("tensor", None), ("channel", None), ("tensor", (3.0, 1e-6)), ("tensor", (1e3, 1.0))],
