@@ -2,7 +2,7 @@
 
 from stack.config.data import DataConfig, SourceConfig, Weight, weight_at
 from stack.config.errors import ConfigError, StackError
-from stack.config.kernels import KernelsConfig
+from stack.config.kernels import Fp8Config, KernelsConfig
 from stack.config.mesh import AXES, MeshConfig
 from stack.config.model import (
     BlockConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "EncoderDecoderConfig",
     "EvalConfig",
     "FillConfig",
+    "Fp8Config",
     "GroupConfig",
     "KernelsConfig",
     "LanguageConfig",

@@ -32,6 +32,9 @@ BFLOAT16_RATIO = 1.2
 """Bfloat16: error of a layout's gradient against float32, over the error of one device's."""
 BFLOAT16_LIMIT = 0.03
 """Bfloat16: norm of any parameter's error against float32 over that of its gradient. 0.024 is the most."""
+FLOAT8_SHARE = 0.01
+"""Products in 8 bits: norm of a layout's difference from one device over that of the error of both. Numbers
+that differ in their last bit may be rounded to different neighbours."""
 
 PARTS: dict[str, frozenset[str]] = {
     "data": frozenset({"data"}),
@@ -249,11 +252,15 @@ class Numbers:
 
 
 def compute(
-    cell: Cell, family: Family, dtype: str = "float32", devices: Sequence[jax.Device] | None = None
+    cell: Cell,
+    family: Family,
+    dtype: str = "float32",
+    devices: Sequence[jax.Device] | None = None,
+    overrides: Sequence[str] = (),
 ) -> Numbers:
     """Initial parameters, and loss and gradients of one batch at step 5, laid out as a cell says."""
     devices = jax.devices()[: cell.num_devices] if devices is None else devices
-    program = programs.build(config_of(cell, family, dtype), devices)
+    program = programs.build(config_of(cell, family, dtype).replace(*overrides), devices)
     layout = program.layout
     with meshes.use(program.mesh):
         initial = _initial(program)

@@ -1,10 +1,13 @@
 """Affine maps between named axes."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from stack.kernels.matmul import Fp8, fp8
 from stack.layers.parameter import parameter
 from stack.parallel.rules import Layout
 from stack.parallel.zero import project
@@ -22,15 +25,49 @@ class Linear(nnx.Module):
         shape = tuple(size for _, size in inputs + outputs)
         kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.num_inputs = len(inputs)
-        self.kernel = parameter(kernel, axes=names, role="matrix")
+        self.kernel: nnx.Variable = parameter(kernel, axes=names, role="matrix")
         self.bias = _bias(outputs) if bias else None
+        self.fp8: Fp8 | None = None
+        self.amax: nnx.Variable | None = None
 
     def __call__(
         self, x: Float[Array, "batch length *inputs"], layout: Layout, names: tuple[str, ...]
     ) -> Float[Array, "batch length *outputs"]:
         """`x` ends in the input axes; the result has its dtype and the logical axes `names`."""
-        y = project(x, self.kernel, layout, names, contracted=self.num_inputs)
+        if self.fp8 is None:
+            y = project(x, self.kernel, layout, names, contracted=self.num_inputs)
+        else:
+            amax = None if self.amax is None else self.amax[...]
+            y = fp8.project(
+                x, self.kernel, layout, names, contracted=self.num_inputs, how=self.fp8, amax=amax
+            )
         return y if self.bias is None else add_bias(y, self.bias[...])
+
+
+def use_float8(model: nnx.Module, how: Fp8, amaxes: Mapping[str, jax.Array | None]) -> None:
+    """Makes products of stacks of layers ones in float8, from here on; the model is changed in place.
+
+    Args:
+      model: whole.
+      how: in 8 bits.
+      amaxes: of each `Linear` that is to be, by its path, as `layers.mlp.up`, what `fp8.project` takes as
+        `amax`, [layers, 2] float32, or None.
+    """
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(map(str, path))
+        if isinstance(module, Linear) and name in amaxes:
+            module.fp8, amax = how, amaxes[name]
+            module.kernel = module.kernel.replace(role="float8")
+            if amax is not None:
+                module.amax = nnx.data(nnx.Param(amax, axes=("layers", "amax"), role="amax"))
+
+
+def without_float8(model: nnx.Module) -> None:
+    """Takes that back."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear) and module.fp8 is not None:
+            module.fp8, module.amax = None, None
+            module.kernel = module.kernel.replace(role="matrix")
 
 
 def _bias(outputs: Axes) -> nnx.Param:

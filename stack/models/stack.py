@@ -1,6 +1,7 @@
 """Stacks of layers: the one place with the loop over them, and what it keeps for the backward pass."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
 from stack.layers.dropout import layer_keys
+from stack.layers.linear import without_float8
 from stack.parallel.rules import ONE_DEVICE, Layout
 from stack.parallel.zero import gather_at_use, is_variable
 
@@ -35,6 +37,8 @@ class Execution:
     """What the backward pass computes again."""
     offload: bool = False
     """Whether what it does not waits for it in host memory; of remat `full` and `save_qkv_proj`."""
+    plain_layers: tuple[int, int] = (0, 0)
+    """Layers at the start and at the end of a stack that have no products in float8, where others have."""
 
 
 def _dots(primitive: Primitive, *inputs: Any, **parameters: Any) -> bool:
@@ -103,12 +107,31 @@ def run_layers[M: nnx.Module, S](
     Returns:
       What the last layer gives, and the state of all of them.
     """
-    layout = run.layout
     number = jax.tree.leaves(layers)[0].shape[0]
+    stacked = layers, jnp.arange(first, first + number), state
+    first_plain, last_plain = run.plain_layers
+    begin, end = min(first_plain, number), max(number - last_plain, min(first_plain, number))
+    parts = [(slice(0, begin), True), (slice(begin, end), False), (slice(end, number), True)]
+    parts = [(where, is_plain) for where, is_plain in parts if where.start < where.stop]
+    if len(parts) == 1:
+        return _run_part(call, x, stacked, run, unroll=unroll, is_plain=parts[0][1])
+    states = []
+    for where, is_plain in parts:
+        part = jax.tree.map(operator.itemgetter(where), stacked)
+        x, after = _run_part(call, x, part, run, unroll=unroll, is_plain=is_plain)
+        states.append(after)
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
 
-    def layer(x: jax.Array, inputs: tuple[M, jax.Array, S]) -> tuple[jax.Array, S]:
+
+def _run_part(call: Any, x: jax.Array, stacked: Any, run: Execution, *, unroll: int, is_plain: bool) -> Any:
+    """Layers that are all alike; see `run_layers`."""
+    layout = run.layout
+
+    def layer(x: jax.Array, inputs: tuple[Any, jax.Array, Any]) -> tuple[jax.Array, Any]:
         module, index, state = inputs
         module = _with_axes(module, lambda axes: axes[1:])
+        if is_plain:
+            without_float8(module)
         x = checkpoint_name(x, LAYER_INPUT) if run.offload else x
         if run.remat != "none":  # Once for what is computed again and its gradients; else product by product.
             module = gather_at_use(module, layout)
@@ -122,8 +145,7 @@ def run_layers[M: nnx.Module, S](
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=layout.zero < 3)
     # Unrolled, what is to be computed again is computed at once and kept: twice the memory.
     unroll = unroll if run.remat == "none" else 1
-    indices = jnp.arange(first, first + number)
-    return jax.lax.scan(layer, x, (layers, indices, state), unroll=unroll)
+    return jax.lax.scan(layer, x, stacked, unroll=unroll)
 
 
 def _with_axes[M: nnx.Module](module: M, change: Callable[[tuple[str, ...]], tuple[str, ...]]) -> M:

@@ -29,13 +29,19 @@ TABLE: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
+    "amax": (),
 }
 """Logical axis -> mesh axes. Parameters are split over `fsdp` besides: see `parameter_spec`."""
 
-Role = Literal["matrix", "table", "vector"]
+Role = Literal["matrix", "table", "vector", "float8", "amax"]
 """What a parameter is used for. A `matrix` enters matmuls; a `table` is read row by row, and may enter one
 as well. Both are split over `fsdp` and used in the compute dtype. A `vector` (a norm's scale, a bias) is
-used elementwise: it stays float32, whole over `fsdp`, and never decays."""
+used elementwise: it stays float32, whole over `fsdp`, and never decays. A matrix is `float8` within a step
+that rounds it to that: its product gathers it. `amax` are largest numbers, whose gradient is what they
+are now: it is the same everywhere, and of several micro-batches the largest counts."""
+
+ELEMENTWISE: frozenset[Role] = frozenset({"vector", "amax"})
+"""Roles of what is whole everywhere, and enters no product."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +145,7 @@ class Layout:
         """
         entries = list(self.whole_spec(names))
         ways = self.size("fsdp")
-        if role != "vector" and self.zero > 0 and ways > 1:
+        if role not in ELEMENTWISE and self.zero > 0 and ways > 1:
             for i, (name, size) in enumerate(zip(names, shape, strict=True)):
                 if name != "layers" and entries[i] is None and size % ways == 0:
                     entries[i] = "fsdp"

@@ -19,16 +19,17 @@ from flax import nnx
 from jax.experimental import layout as memory_layout
 from jax.sharding import PartitionSpec as P
 
-from stack.parallel.rules import Layout, Role
+from stack.parallel.rules import ELEMENTWISE, Layout, Role
 
 
 def gather_weight(weight: jax.Array, layout: Layout, names: tuple[str, ...], role: Role) -> jax.Array:
     """One parameter, whole over `fsdp`, ready for use; differentiable.
 
     Matrices and tables come in the compute dtype and `reduced`; what is used elementwise cannot be
-    `reduced`, is small, never split, and stays float32.
+    `reduced`, is small, never split, and stays float32. At stage 3 a product in float8 gathers its weight by
+    itself.
     """
-    if role == "vector":
+    if role in ELEMENTWISE or (role == "float8" and layout.zero == 3):
         return weight
     dtype = layout.dtype or weight.dtype
     if layout.trivial or (layout.tables_once and role == "table" and is_gathered(weight, layout)):
@@ -183,7 +184,7 @@ def gradients[M](
 
         def add(index: jax.Array, total: Any) -> Any:
             micro = jax.tree.map(lambda leaf: leaf[index], micros)
-            return jax.tree.map(jnp.add, total, one(micro))
+            return jax.tree.map(_combine, total, one(micro), is_leaf=is_variable)
 
         total = jax.lax.fori_loop(0, length, add, total)
     gradient, sums = total
@@ -200,7 +201,7 @@ def scatter_module[M](cotangent: M, layout: Layout, *, partial_sum: bool = False
     gradients, before = [leaf[...] for leaf in leaves], None
     for index in sorted(range(len(leaves)), key=lambda index: gradients[index].size):
         axes, role = leaves[index].axes, leaves[index].role
-        if role == "vector":
+        if role in ELEMENTWISE:
             gradients[index] = gradients[index].astype(jnp.float32)
             continue
         if before is not None and layout.zero == (2 if partial_sum else 1):
@@ -219,7 +220,7 @@ def _before_micro_batches[M](model: M, layout: Layout) -> M:
     """
 
     def prepare(variable: nnx.Variable) -> nnx.Variable:
-        if layout.trivial or variable.role == "vector":
+        if layout.trivial or variable.role in ELEMENTWISE:
             return variable
         if layout.tables_once and variable.role == "table":
             return variable.replace(gather_weight(variable[...], layout, variable.axes, variable.role))
@@ -232,6 +233,14 @@ def _before_micro_batches[M](model: M, layout: Layout) -> M:
 def _micro_batches(x: jax.Array, *, number: int) -> jax.Array:
     """[batch, ...] -> [number, batch / number, ...]; every device keeps its own rows."""
     return jnp.moveaxis(x.reshape(x.shape[0] // number, number, *x.shape[1:]), 1, 0)
+
+
+def _combine(total: Any, new: Any) -> Any:
+    """Of micro-batches: gradients and sums are added, of largest numbers it is the largest."""
+    if not is_variable(total):
+        return total + new
+    join = jnp.maximum if total.role == "amax" else jnp.add
+    return total.replace(join(total[...], new[...]))
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -170,6 +170,10 @@ def plan(
         notes.append(f"{chip.name} has no bfloat16: planned in float16, which is modelled only")
     elif why := work.why_modelled():
         notes.append(f"modelled only: {why}")
+    if config.kernels.matmul == "fp8" and count > 1 and config.kernels.fp8.scaling == "current":
+        notes.append(
+            "kernels.matmul=fp8: the time leaves out the all-reduces of each operand's largest number"
+        )
     if not chip.peak_flops.get(work.precision):
         notes.append(f"{chip.name} lists no peak for {work.precision}: another precision's is used")
     result = Plan(

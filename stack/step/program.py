@@ -15,6 +15,8 @@ from stack.config import Config, ConfigError
 from stack.config.layout import check_divides
 from stack.data.fields import abstract_batch
 from stack.kernels.attention import Choice
+from stack.kernels.matmul import Choice as MatmulChoice
+from stack.kernels.matmul import choose as choose_matmul
 from stack.models import model_class
 from stack.models.stack import Execution
 from stack.objectives import build as build_objective
@@ -38,6 +40,7 @@ class Program:
     mesh: Mesh | AbstractMesh
     layout: Layout
     attention: Choice
+    matmul: MatmulChoice
 
     @cached_property
     def objective(self) -> Objective:
@@ -88,6 +91,32 @@ class Program:
         if len(frozen) == len(paths):
             raise ConfigError("optimizer.frozen leaves nothing to train; remove a pattern")
         return frozenset(frozen)
+
+    @cached_property
+    def float8(self) -> dict[str, int]:
+        """The `Linear` modules whose products a training step computes in 8 bits, as `layers.mlp.up`.
+
+        With the layers of the stack that each is in.
+
+        Raises:
+          ConfigError: a pattern that fits no weight, or patterns and layers that leave none.
+        """
+        if self.matmul.fp8 is None:
+            return {}
+        options, leaves = self.config.kernels.fp8, jax.tree_util.tree_flatten_with_path(self.parameters)[0]
+        axes = jax.tree.leaves(self.axes, is_leaf=optimizers.is_names)
+        layers = {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape[0]
+            for (path, leaf), names, role in zip(leaves, axes, jax.tree.leaves(self.roles), strict=True)
+            if role == "matrix" and names[0] == "layers"
+        }
+        plain: set[str] = set()
+        for pattern in options.exclude:
+            plain |= set(matching(pattern, layers, field="kernels.fp8.exclude"))
+        chosen = {name: number for name, number in layers.items() if name not in plain}
+        if options.first_layers + options.last_layers >= max(chosen.values(), default=0):
+            raise ConfigError("kernels.fp8 leaves no product in 8 bits; set kernels.matmul=xla instead")
+        return {name.removesuffix(".kernel"): number for name, number in chosen.items()}
 
     def split(self, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a tree like the parameters has for those that are trained, and for those that are not."""
@@ -140,6 +169,7 @@ class Program:
             packed=self.config.data.packed,
             remat=train.remat,
             offload=train.offload_activations,
+            plain_layers=(self.config.kernels.fp8.first_layers, self.config.kernels.fp8.last_layers),
         )
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -175,10 +205,19 @@ def on_mesh(
         mesh=mesh,
         layout=Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype),
         attention=choose_attention(config, platform=platform, compute_capability=compute_capability),
+        matmul=choose_matmul(
+            config.kernels.matmul,
+            platform=platform,
+            compute_capability=compute_capability,
+            dtype=config.model.dtype,
+            scaling=config.kernels.fp8.scaling,
+            blocks=config.kernels.fp8.blocks,
+        ),
     )
     _check_rows(program)
     if config.optimizer.frozen or config.optimizer.groups:
         _ = program.optimizer  # Refused now, not when the text is tokenized.
+    _ = program.float8
     return program
 
 
@@ -188,7 +227,9 @@ def on_mesh_like(program: Program, mesh: Mesh) -> Program:
     layout = Layout.of(
         mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=config.train.grad_reduce_dtype
     )
-    return Program(config=config, mesh=mesh, layout=layout, attention=program.attention)
+    return Program(
+        config=config, mesh=mesh, layout=layout, attention=program.attention, matmul=program.matmul
+    )
 
 
 def _check_resolved(config: Config) -> None:

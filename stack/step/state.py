@@ -15,14 +15,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stack.parallel import mesh as meshes
-from stack.step import guard
+from stack.step import float8, guard
 from stack.step.program import Path, Program
 
 State = dict[str, Any]
 """{"params": ..., "opt_state": ..., "step": int32 scalar, "guard": see `guard.Guard`}; the optimizer's
 moments may be in host memory.
 Parameters that are not trained are under "frozen", where there are any; the moving average of the others
-under "ema", where there is one."""
+under "ema", where there is one; what delayed scaling looks back on under "float8"."""
 
 
 def init(program: Program, params: dict[str, Any] | None = None) -> State:
@@ -44,7 +44,7 @@ def init(program: Program, params: dict[str, Any] | None = None) -> State:
         return completed(program, state)
 
 
-MAY_BE_NEW = ("guard", "ema")
+MAY_BE_NEW = ("guard", "ema", "float8")
 """Parts of a state that a checkpoint may lack, or have of another size."""
 
 
@@ -53,6 +53,8 @@ def completed(program: Program, state: State) -> State:
     if "guard" not in state:
         mesh = concrete(program)
         state |= {"guard": jax.device_put(guard.init(program.config.stability), NamedSharding(mesh, P()))}
+    if float8.is_kept(program) and "float8" not in state:
+        state |= {"float8": jax.device_put(float8.init(program), NamedSharding(concrete(program), P()))}
     if program.config.optimizer.ema_decay and "ema" not in state:
         state |= {"ema": jax.tree.map(jnp.copy, state["params"])}
     return state
@@ -103,7 +105,14 @@ def abstract(program: Program) -> State:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P()))
             for name, leaf in jax.eval_shape(lambda: guard.init(program.config.stability)).items()
         },
+        **({"float8": _abstract_history(program)} if float8.is_kept(program) else {}),
     }
+
+
+def _abstract_history(program: Program) -> float8.History:
+    whole = NamedSharding(program.mesh, P())
+    shapes = jax.eval_shape(lambda: float8.init(program))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
 
 
 def join(state: State) -> dict[str, Any]:

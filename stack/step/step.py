@@ -8,9 +8,10 @@ import optax
 from flax import nnx
 
 from stack.layers.dropout import example_keys
+from stack.layers.linear import use_float8
 from stack.objectives.protocol import Sums
 from stack.parallel.zero import gather_module, gradients
-from stack.step import ema, guard
+from stack.step import ema, float8, guard
 from stack.step.offload import apply_by_layer
 from stack.step.optimizer import schedule
 from stack.step.program import Program
@@ -32,7 +33,10 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
       those before it.
     """
     config, step = program.config, state["step"]
-    gradient, sums = loss_gradient(program, state["params"], step, batch, state.get("frozen"))
+    gradient, sums = loss_gradient(
+        program, state["params"], step, batch, state.get("frozen"), state.get("float8")
+    )
+    latest: Any = sums.pop("float8", None)
     norm = optax.tree.norm(gradient)
     is_good, after = guard.judge(
         config.stability, state["guard"], step=step, loss=sums["loss"], grad_norm=norm
@@ -45,6 +49,10 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
         "skipped": 1 - is_good.astype(jnp.float32),
     }
     changed = {"params": params, "opt_state": opt_state, "step": step + 1, "guard": after}
+    if latest is not None:
+        metrics["float8_excess"] = float8.excess(state["float8"], latest)
+        history = float8.advance(state["float8"], latest)
+        changed["float8"] = guard.choose(is_good, history, state["float8"])
     if decay := config.optimizer.ema_decay:
         applied = step - state["guard"]["skipped"]
         changed["ema"] = ema.average(decay, state["ema"], params, applied=applied, is_good=is_good)
@@ -65,9 +73,16 @@ def apply(
 
 
 def loss_gradient(
-    program: Program, params: dict, step: jax.Array, batch: Batch, frozen: dict | None = None
+    program: Program,
+    params: dict,
+    step: jax.Array,
+    batch: Batch,
+    frozen: dict | None = None,
+    history: float8.History | None = None,
 ) -> tuple[dict, Sums]:
     """The gradient of the loss in float32, split as the parameters; the objective's sums, and its `loss`.
+
+    With a history, the sums have as `float8` the largest numbers of this step.
 
     Args:
       program: of the run.
@@ -75,10 +90,13 @@ def loss_gradient(
       step: optimizer steps taken, int32 scalar.
       batch: the whole global batch.
       frozen: the parameters that are not trained.
+      history: of delayed scaling.
     """
     config, objective, layout = program.config, program.objective, program.layout
     divisor = objective.divisor(batch)
     model = program.merge(join({"params": params, "frozen": frozen or {}}))
+    if program.matmul.fp8 is not None:
+        use_float8(model, program.matmul.fp8, float8.amaxes(program, history))
     graph, trained, rest = nnx.split(model, lambda path, _: path not in program.frozen, ...)
     rest = rest if layout.zero == 3 else gather_module(rest, layout)
 
@@ -89,7 +107,11 @@ def loss_gradient(
         return value, sums | {"loss": value}
 
     gradient, sums = gradients(loss, trained, batch, layout, accumulation=config.train.accumulation)
-    return nnx.to_pure_dict(gradient), sums
+    gradient = nnx.to_pure_dict(gradient)
+    if history is not None:
+        gradient, latest = float8.extract(gradient)
+        sums |= {"float8": latest}
+    return gradient, sums
 
 
 def eval_step(program: Program, params: dict, batch: Batch) -> Sums:

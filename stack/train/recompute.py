@@ -39,7 +39,9 @@ class Recompute:
             StackError: they differ, by the names of the parameters.
         """
         mine = self._digest(self._program, state, batch)
-        trees = self._move({name: state[name] for name in ("params", "step", "frozen") if name in state})
+        trees = self._move(
+            {name: state[name] for name in ("params", "step", "frozen", "float8") if name in state}
+        )
         moved: Any = trees, self._move(batch)
         with meshes.use(concrete(self._other)):
             others = self._digest(self._other, *moved)
@@ -54,7 +56,14 @@ class Recompute:
 
     def _digest(self, program: Program, state: State, batch: Batch) -> Any:
         def digest(state: State, batch: Batch) -> Any:
-            gradient, _ = loss_gradient(program, state["params"], state["step"], batch, state.get("frozen"))
+            gradient, _ = loss_gradient(
+                program,
+                state["params"],
+                state["step"],
+                batch,
+                state.get("frozen"),
+                state.get("float8"),
+            )
             return digests(gradient)
 
         if id(program) not in self._jitted:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from stack.config import Config, ConfigError, ScheduleConfig, StackError
+from stack.config import Config, ConfigError, Fp8Config, ScheduleConfig, StackError
 from stack.config.fields import flatten, suggest
 from stack.data.position import Position
 from stack.hardware.defaults import Setting, compared
@@ -13,7 +13,8 @@ from stack.versions import RECORDED, installed_version
 
 _IDENTITY = (
     *("seed", "init_from", "model", "objective", "optimizer", "data"),
-    *("train.batch_size", "train.grad_reduce_dtype"),
+    *("train.batch_size", "train.grad_reduce_dtype", "kernels.matmul"),
+    *(f"kernels.fp8.{name}" for name in Fp8Config.model_fields),
     *("stability.spike_deviations", "stability.spike_window"),
 )
 """What changes the function that is trained, or the order of its data."""
@@ -40,7 +41,7 @@ _CONTENT = {
 }
 """What a fingerprint's parts are called: the last two are how this version of Stack makes rows of documents,
 and orders them."""
-_BEFORE = {"init_from": None}
+_BEFORE = {"init_from": None, "kernels": {"matmul": "xla"}}
 """What a config that does not say it began with."""
 _DROPOUT = "attention dropout"
 _DRAWS = {_DROPOUT: "2"}

@@ -54,6 +54,7 @@ def told(*overrides: str, data: dict[str, str] = DATA, **options: Any) -> list[d
         ("train.batch_size=16", "train.batch_size 8 -> 16"),
         ("stability.spike_deviations=6", "stability.spike_deviations 0.0 -> 6.0"),
         ("train.grad_reduce_dtype=bfloat16", "train.grad_reduce_dtype float32 -> bfloat16"),
+        ("kernels.matmul=fp8", "kernels.matmul xla -> fp8"),
         ("data.shuffle=false", "data.shuffle true -> false"),
         ("data.packed=false", "data.packed true -> false"),
         ("data.heldout_fraction=0.5", "data.heldout_fraction 0.01 -> 0.5"),

@@ -320,14 +320,14 @@ def _fsdp(work: Workload, chip: Hardware, forward: float, rest: float, head: flo
     layer, ends = _matrix_elements(work)
     parts = []
     once = 1 if work.holds_tables else micro_batches
-    for size, before, after, times in (
-        (layer, forward, rest, layers * micro_batches),
-        (ends, 0.0, head, once),
+    for size, bytes_each, before, after, times in (
+        (layer, 1 if work.float8_gathers else _BYTES, forward, rest, layers * micro_batches),
+        (ends, _BYTES, 0.0, head, once),
     ):
-        gather = ring_seconds(size * _BYTES, ways, stride, chip)
+        gather = ring_seconds(size * bytes_each, ways, stride, chip)
         scatter = ring_seconds(size * work.reduce_bytes, ways, stride, chip)
-        both = size * (_BYTES + work.reduce_bytes) * share
-        parts.append(_times(_beside(size * _BYTES * share, gather, before, chip), times))
+        both = size * (bytes_each + work.reduce_bytes) * share
+        parts.append(_times(_beside(size * bytes_each * share, gather, before, chip), times))
         parts.append(_times(_beside(both, gather + scatter, after, chip), times))
     return _sum(parts)
 

@@ -8,6 +8,7 @@ from stack.config import Config, ConfigError, ModelConfig
 from stack.config.layout import check_divides, resolve
 from stack.hardware.chip import Hardware, Precision
 from stack.kernels.linear_cross_entropy import chunk_columns, chunk_tokens
+from stack.kernels.matmul import choose as choose_matmul
 from stack.models.cost import Sizes
 from stack.models.stack import Remat as StackRemat
 from stack.objectives import build
@@ -56,6 +57,8 @@ class Workload:
     remat: Remat = "none"
     precision: Precision = "bfloat16"
     """Of the layers' matrix products; attention and the head are never in float8."""
+    float8_gathers: bool = False
+    """At stage 3, the layers' weights are gathered in 8 bits."""
     fused_attention: bool = True
     """False: attention scores are all written to memory, as XLA's kernel does."""
     blocked_attention: bool = False
@@ -136,8 +139,6 @@ class Workload:
         for name in ("stage", "context", "expert"):
             if getattr(self, name) > 1:
                 return f"{name}={getattr(self, name)} is not built yet"
-        if self.precision == "float8":
-            return "float8 matrix products are not built yet"
         if self.precision == "float16":
             return "float16 is not built: chips without bfloat16 cannot train it yet"
         if self.overlapped_tensor_parallel:
@@ -157,7 +158,8 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         that has both.
 
     Raises:
-      ConfigError: the mesh or the batch does not divide, or the planner has yet to choose them.
+      ConfigError: the mesh or the batch does not divide, or the planner has yet to choose them; or the chip
+        cannot compute what is asked.
     """
     model, train, data = config.model, config.train, config.data
     if config.mesh.auto or train.remat == "auto":
@@ -178,6 +180,14 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         platform="gpu" if chip is None else chip.platform,
         compute_capability=9.0 if chip is None else chip.compute_capability,
     )
+    products = choose_matmul(
+        config.kernels.matmul,
+        platform="gpu" if chip is None else chip.platform,
+        compute_capability=9.0 if chip is None else chip.compute_capability,
+        dtype=model.dtype,
+        scaling=config.kernels.fp8.scaling,
+        blocks=config.kernels.fp8.blocks,
+    )
     micro_batch = train.batch_size // (sizes["data"] * sizes["fsdp"] * train.accumulation)
     return Workload(
         model=model,
@@ -195,7 +205,8 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         tables_once=config.mesh.tables_once,
         sequence_parallel=config.mesh.sequence_parallel,
         remat=train.remat,
-        precision=_precision(model.dtype, chip),
+        precision=_precision(model.dtype, chip) if products.fp8 is None else "float8",
+        float8_gathers=products.fp8 is not None,
         fused_attention=not attention.stores_scores,
         blocked_attention=attention.kernel == "xla_chunked",
         logits_bytes=config.objective.logits_bytes,

@@ -80,8 +80,8 @@ class Search:
     best: tuple[Candidate, ...]
     """The fastest that run and fit, one of each kind of layout, fastest first."""
     modelled: tuple[Candidate, ...]
-    """The fastest that fit but do not run yet, where they beat `best`: in the config's precision, then
-    in float8."""
+    """The fastest that fit but do not run, or not in the config's precision, where they beat `best`: first in
+    the config's precision, then in float8."""
     rejections: dict[str, Rejection]
     """Reasons, how often, with an example."""
     count: int
@@ -367,7 +367,7 @@ def lines(result: Search) -> list[str]:
     if result.modelled:
         text += ["", "modelled only, faster"]
         for candidate in result.modelled:
-            text += [*_rows(candidate, result.own, hardware), f"    not run: {candidate.work.why_modelled()}"]
+            text += [*_rows(candidate, result.own, hardware), f"    not run: {_why_not(candidate.work)}"]
     text += ["", "ruled out"]
     for reason, rejection in sorted(
         result.rejections.items(), key=lambda item: (item[1].unit, -item[1].count)
@@ -426,6 +426,11 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
         "binds": binds(candidate.time),
         "why_modelled": work.why_modelled(),
     }
+
+
+def _why_not(work: Workload) -> str:
+    """Of a layout that is only modelled; one that runs is in 8 bits where the config is not."""
+    return work.why_modelled() or "in float8, as kernels.matmul=fp8 asks for, which changes the numbers"
 
 
 def write(

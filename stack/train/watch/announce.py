@@ -31,6 +31,7 @@ def introduce(program: Program, data: Data, folder: Path, ledger: Ledger) -> dic
         "zero": layout.zero,
         "attention": str(program.attention),
         "settings": [str(setting) for setting in ledger.settings],
+        "products": str(program.matmul),
         "train_tokens": data.train.num_tokens,
         "heldout_tokens": data.heldout.num_tokens,
         "batch_tokens": config.train.batch_size * config.data.sequence_length,
@@ -43,6 +44,7 @@ def introduction(info: Mapping[str, Any]) -> Text:
     rows = {
         "run": f"{info['name']}, {info['steps']:,} steps{taken} of {info['batch_tokens']:,} tokens",
         "model": f"{info['parameters']:,} parameters; {info['attention']}",
+        "products": _in_8_bits(info["products"]),
         "weights": info.get("weights"),
         "data": f"{info['train_tokens']:,} tokens, {info['heldout_tokens']:,} held out",
         "devices": f"{info['devices']}; mesh {info['mesh']}; zero {info['zero']}",
@@ -53,6 +55,11 @@ def introduction(info: Mapping[str, Any]) -> Text:
         "folder": info["folder"],
     }
     return _lines(*((label, text) for label, text in rows.items() if text))
+
+
+def _in_8_bits(products: str) -> str | None:
+    """How products are computed, where that is not in the model's dtype, which the config says."""
+    return products.removeprefix("products: ") if "fp8" in products else None
 
 
 def conclusion(summary: Mapping[str, Any]) -> Text:

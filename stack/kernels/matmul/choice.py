@@ -1,0 +1,63 @@
+"""How the layers' products are computed, and whether a device can."""
+
+from dataclasses import dataclass
+
+from stack.config.errors import ConfigError
+from stack.kernels.matmul.fp8 import Blocks, Fp8
+
+OLDEST = 8.9
+"""The first NVIDIA compute capability, Ada's, with matrix products in 8-bit floats; Hopper's is 9.0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How products are computed."""
+
+    fp8: Fp8 | None = None
+    """In 8 bits, so; None: in the model's dtype."""
+    dtype: str
+    """The model's."""
+
+    def __str__(self) -> str:
+        """`products: fp8 (current scale per tensor; ...)`."""
+        if self.fp8 is None:
+            return f"products: xla ({self.dtype})"
+        scale = f"{self.fp8.scaling} scale per {self.fp8.blocks}"
+        return f"products: fp8 ({scale}; evaluation, embeddings and head in {self.dtype})"
+
+
+def choose(
+    wanted: str,
+    *,
+    platform: str,
+    compute_capability: float | None,
+    dtype: str,
+    scaling: str,
+    blocks: Blocks,
+) -> Choice:
+    """How products are computed where they are asked for so.
+
+    Args:
+      wanted: `xla` or `fp8`.
+      platform: `cpu`, `gpu` (NVIDIA's), `rocm` or `tpu`.
+      compute_capability: of an NVIDIA GPU; None: not known, taken as new enough.
+      dtype: of the model.
+      scaling: of 8 bits, `current` or `delayed`.
+      blocks: of 8 bits.
+
+    Raises:
+      ConfigError: 8 bits were asked for where a device has none; nothing falls back.
+    """
+    if wanted == "xla":
+        return Choice(dtype=dtype)
+    obstacle = None
+    if platform in ("gpu", "cuda") and (compute_capability or OLDEST) < OLDEST:
+        obstacle = (
+            f"compute capability {compute_capability} is below {OLDEST} and multiplies no float8: XLA would"
+            " widen it without a word"
+        )
+    elif platform not in ("gpu", "cuda", "cpu"):
+        obstacle = f"on {platform} float8 is another format, or has not been compiled"
+    if obstacle is not None:
+        raise ConfigError(f"kernels.matmul=fp8 cannot run: {obstacle}; set kernels.matmul=xla")
+    return Choice(fp8=Fp8(blocks=blocks, scaling=scaling), dtype=dtype)

@@ -1,0 +1,37 @@
+"""Products in 8 bits give on every layout the numbers of one device, as they round the same numbers."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from stack.doctor.numerics import FLOAT8_SHARE, ONE_DEVICE, Family, Numbers, cells, compute, distance
+
+TENSOR, CHANNEL = ("kernels.matmul=fp8",), ("kernels.matmul=fp8", "kernels.fp8.blocks=channel")
+CELLS = {cell.name: cell for cell in cells()}
+FSDP, SEQUENCE = "fsdp zero 1 + accumulation", "fsdp zero 3 + tensor sequence parallel"
+
+
+@cache
+def reference(family: Family, overrides: tuple[str, ...]) -> Numbers:
+    return compute(ONE_DEVICE, family, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("cell", "family", "overrides"),
+    [
+        pytest.param(FSDP, "gpt", TENSOR, id="gpt"),
+        pytest.param(SEQUENCE, "llama", TENSOR, id="llama", marks=pytest.mark.full),
+        pytest.param("data + fsdp zero 3", "llama", CHANNEL, id="llama channel", marks=pytest.mark.full),
+        pytest.param(SEQUENCE, "t5", CHANNEL, id="t5 channel", marks=pytest.mark.full),
+    ],
+)
+def test_a_layout_rounds_the_numbers_of_one_device(cell, family, overrides):
+    """Micro-batches have scales of their own, but of powers of two: they hardly count."""
+    exact, ours = reference(family, ()), reference(family, overrides)
+    numbers = compute(CELLS[cell], family, overrides=overrides)
+    for name, params in exact.params.items():
+        np.testing.assert_array_equal(numbers.params[name], params, err_msg=name)
+    error = distance(ours, exact)
+    assert 0.02 < error < 0.3, "of 8 bits, of which a gradient keeps 3"
+    assert distance(numbers, ours) <= FLOAT8_SHARE * error
