@@ -14,9 +14,9 @@ from stack.kernels.attention.request import Request
 from stack.kernels.measured import Measured, measured
 from stack.parallel.rules import Layout
 
-LONG = 1024
-"""Keys of a row from which on scores that are stored matter, where nothing was measured: 4 MiB a head and
-row in float32, more than attention in blocks holds."""
+LONG = 256
+"""Keys of a row from which on scores that are stored matter, where nothing was measured: 256 KiB in float32
+for every head, row and layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

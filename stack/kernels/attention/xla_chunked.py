@@ -203,7 +203,7 @@ def _forward(
         norm = jnp.where(some, norm, 1.0)
         return None, ((total / norm[..., None]).astype(query.dtype), top + jnp.log(norm))
 
-    _, (output, log_sum) = jax.lax.scan(attend, None, blocks.places)
+    _, (output, log_sum) = _each(attend, None, blocks.places)
     output = blocks.uncut(output)
     return output, (query, key, value, mask, bias, dropout, looks, output, log_sum)
 
@@ -241,9 +241,8 @@ def _backward(cut: Cut, saved: Any, slope: jax.Array) -> tuple[Any, ...]:
 
     nothing = jnp.zeros(blocks.keys.shape, jnp.float32)
     start = (nothing, nothing, blocks.nothing_of_bias())
-    (to_key, to_value, to_bias), to_query = jax.lax.scan(
-        attend, start, (blocks.places, slopes, common, log_sum)
-    )
+    inputs = (blocks.places, slopes, common, log_sum)
+    (to_key, to_value, to_bias), to_query = _each(attend, start, inputs)
     if bias is not None and to_bias is not None:
         to_bias = to_bias[..., : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
     to_key, to_value = blocks.uncut_keys(to_key), blocks.uncut_keys(to_value)
@@ -453,6 +452,31 @@ def _blocks(array: jax.Array, rows: int, size: int, *, mode: Any = "constant") -
     padding = [(0, 0), (0, blocks * size - length), *[(0, 0)] * (array.ndim - 2)]
     array = jnp.pad(array, padding, mode=mode) if blocks * size > length else array
     return array.reshape(batch // rows, rows, blocks, size, *array.shape[2:]).swapaxes(1, 2)
+
+
+def _each(body: Callable[[Any, Any], Any], carry: Any, inputs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`, whose length the compiler is not told.
+
+    XLA:GPU of jaxlib 0.11 aborts ("Call graph must have been flattened") where it pipelines the collectives
+    of a loop over layers around a loop of known length with another loop inside.
+    """
+    number = jax.tree.leaves(inputs)[0].shape[0]
+
+    def take(place: jax.Array) -> Any:
+        return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, place, keepdims=False), inputs)
+
+    def step(place: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, outputs = state
+        carry, output = body(carry, take(place))
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=place, axis=0)
+        return carry, jax.tree.map(put, outputs, output)
+
+    start = jnp.int32(0)
+    _, shapes = jax.eval_shape(lambda carry: body(carry, take(start)), carry)
+    outputs = jax.tree.map(lambda shape: jnp.zeros((number, *shape.shape), shape.dtype), shapes)
+    end = jax.lax.optimization_barrier(jnp.int32(number))
+    with jax.named_scope(f"about_{number}_times"):
+        return jax.lax.fori_loop(start, end, step, (carry, outputs))
 
 
 def _product(axes: str, one: jax.Array, other: jax.Array) -> jax.Array:

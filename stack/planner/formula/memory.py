@@ -346,4 +346,5 @@ def _trace(w: Workload, remat: Remat) -> LayerResiduals:
         tensor=w.tensor,
         sequence_parallel=w.sequence_parallel,
         fused_attention=w.fused_attention,
+        blocked_attention=w.blocked_attention,
     )

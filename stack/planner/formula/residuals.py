@@ -56,6 +56,7 @@ def trace_residuals(
     tensor: int,
     sequence_parallel: bool,
     fused_attention: bool,
+    blocked_attention: bool = False,
 ) -> LayerResiduals:
     """What one layer keeps, by a trace without arrays.
 
@@ -65,9 +66,14 @@ def trace_residuals(
         remat: the policy.
         tensor: ways of tensor parallelism, only whether it is 1 matters for what is counted.
         sequence_parallel: of norms and residuals.
-        fused_attention: a kernel that never writes the scores to memory.
+        fused_attention: a kernel that never writes all scores to memory.
+        blocked_attention: it is the one of plain operations.
     """
-    kernel = "cudnn" if fused_attention else "xla"
+    kernel = "xla"
+    if fused_attention:  # cuDNN has neither soft cap nor dropout.
+        kernel = "mosaic_gpu" if model.attention_softcap or model.attention_dropout else "cudnn"
+    if blocked_attention:
+        kernel = "xla_chunked"
     ways = 1 if tensor == 1 else 2 if tensor % 2 == 0 else tensor
     parts = (model.num_heads, model.kv_heads, model.mlp_width, length if sequence_parallel else ways)
     if any(size % ways for size in parts):

@@ -131,6 +131,8 @@ def _forward(work: Workload, chip: Hardware, layers: Layers) -> Seconds:
     attention = 4 * scores * part.head_dim / (_peak(chip, "bfloat16") * chip.efficiency.attention)
     if not work.fused_attention:
         attention += scores * 2 * _SCORE_BYTES / _bandwidth(chip)  # No half of the mask is left out.
+    elif work.blocked_attention:  # The blocks that are looked at are written too. Not measured.
+        attention += scores * _SCORE_BYTES / _bandwidth(chip)
     return Seconds(
         matmul=matmul,
         attention=attention,

@@ -27,6 +27,7 @@ from stack.step import state as states
 CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 LLAMA = load(CONFIGS / "llama3_8b.yaml").model
+BLOCKS = "kernels.attention=xla_chunked"
 GPT = DecoderConfig(vocab_size=50304, num_layers=24, embed_dim=1024, num_heads=16)
 
 
@@ -166,6 +167,15 @@ def test_only_an_unfused_kernel_keeps_the_scores() -> None:
     fused, unfused = (memory(work(fused_attention=choice)).activations for choice in (True, False))
     scores = 4 * 24 * 16 * 1024**2
     assert unfused - fused > 4 * scores
+    # In blocks each score's maximum and sum are kept, and no mask.
+    assert memory(work(blocked_attention=True)).activations == pytest.approx(fused, rel=0.01)
+
+
+def test_a_soft_cap_is_planned_in_blocks() -> None:
+    found = memory(from_config(recipe("gemma2_2b"), 8))
+    assert (
+        found.activations < memory(from_config(recipe("gemma2_2b", "kernels.attention=xla"), 8)).activations
+    )
 
 
 # The whole step
@@ -258,6 +268,12 @@ def no_cache() -> Iterator[None]:
         ("qwen3_0_6b", ("mesh.zero=3", "train.remat=none", "train.batch_size=128", "train.accumulation=2")),
         ("llama3_8b", ("mesh.zero=2", "train.remat=full", "mesh.tensor=2", "mesh.fsdp=4")),
         ("llama3_8b", ("mesh.zero=3", "train.remat=dots", "mesh.data=2", "mesh.fsdp=4")),
+        ("gpt2_355m", ("mesh.zero=3", "train.remat=none", "train.batch_size=128", BLOCKS)),
+        (
+            "qwen3_0_6b",
+            ("mesh.zero=3", "train.remat=save_qkv_proj", "mesh.tensor=4", "mesh.fsdp=2", BLOCKS),
+        ),
+        ("llama3_8b", ("mesh.zero=2", "train.remat=full", "mesh.tensor=2", "mesh.fsdp=4", BLOCKS)),
     ],
 )
 def test_the_compiled_step_holds_what_the_formula_says(name: str, changes: tuple[str, ...]) -> None:

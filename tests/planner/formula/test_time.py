@@ -196,6 +196,8 @@ def test_float8_halves_products_and_pays_for_the_casts():
 def test_scores_that_are_written_to_memory_cost_time():
     fused, written = (step_time(work(fused_attention=on), H100) for on in (True, False))
     assert written.attention > 2 * fused.attention
+    blocks = step_time(work(blocked_attention=True), H100)
+    assert fused.attention < blocks.attention < written.attention
 
 
 def test_offload_crosses_the_link_to_the_host():
