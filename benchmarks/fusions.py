@@ -195,10 +195,12 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     config, chip = load(arguments.config, arguments.overrides), chips.load(arguments.hardware)
+    if chip.compile_target is None:
+        parser.error(f"{chip.title} cannot be compiled for without one")
     if arguments.hlo and arguments.hlo.exists():
         hlo = arguments.hlo.read_text()
     else:
-        hlo = compile_step(config, devices(chip.compile_target, arguments.devices)).as_text()
+        hlo = compile_step(config, devices(chip.compile_target, arguments.devices)).as_text() or ""
         if arguments.hlo:
             arguments.hlo.write_text(hlo)
     step = step_time(from_config(config, arguments.devices, chip), chip).total

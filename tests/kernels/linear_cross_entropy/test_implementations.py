@@ -12,7 +12,7 @@ from stack.config import MeshConfig
 from stack.kernels.linear_cross_entropy import KERNELS, Head, linear_cross_entropy
 from stack.kernels.linear_cross_entropy.reference import linear_cross_entropy as reference
 from stack.parallel import mesh as meshes
-from stack.parallel.rules import Layout
+from stack.parallel.rules import ONE_DEVICE, Layout
 from stack.parallel.zero import gather_weight
 
 WIDTH = 16
@@ -142,16 +142,19 @@ def test_padded_words_and_labels_that_do_not_count_get_no_gradient(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_batch_without_labels_is_zero(kernel):
-    arguments = (*arrays("padded", counts="none"), Head(37, z_loss=0.1), jnp.float32(1))
-    sums, gradients = sums_and_gradients(linear_cross_entropy, *arguments, kernel=kernel)
+    hidden, table, labels, bias = arrays("padded", counts="none")
+    sums, gradients = sums_and_gradients(
+        linear_cross_entropy, hidden, table, labels, bias, Head(37, z_loss=0.1), jnp.float32(1), kernel=kernel
+    )
     assert not any(np.asarray(array).any() for array in (*sums, *gradients))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_large_scores_do_not_overflow(kernel):
-    hidden, *rest = arrays("padded")
+    hidden, table, labels, bias = arrays("padded")
+    hidden *= np.float32(1e4)
     sums, gradients = sums_and_gradients(
-        linear_cross_entropy, hidden * np.float32(1e4), *rest, Head(37), jnp.float32(1), kernel=kernel
+        linear_cross_entropy, hidden, table, labels, bias, Head(37), jnp.float32(1), kernel=kernel
     )
     assert all(np.isfinite(array).all() for array in (*sums, *gradients))
 
@@ -199,10 +202,10 @@ def test_the_reference_is_for_one_device():
         linear_cross_entropy(*call(layout=layout), kernel="reference")
 
 
-def call(*, dtype="float32", **head):
+def call(*, dtype="float32", vocab_size=37, layout=ONE_DEVICE):
     """Arguments of a call."""
     hidden, table, labels, _ = map(jnp.asarray, arrays("padded"))
-    return hidden, table.astype(dtype), labels, jnp.float32(1), Head(**{"vocab_size": 37} | head)
+    return hidden, table.astype(dtype), labels, jnp.float32(1), Head(vocab_size, layout=layout)
 
 
 def test_what_cannot_be_is_told():

@@ -67,9 +67,9 @@ def test_chunks_of_any_size_change_nothing(chunk):
 
 @pytest.mark.parametrize(("scale", "after"), [(1 / 7, 1.0), (1.0, 1 / 7), (2.0, 1 / 14)])
 def test_loss_and_gradients_scale(scale, after):
-    arrays = map(jnp.asarray, (HIDDEN, TABLE, LABELS))
+    hidden, table, labels = map(jnp.asarray, (HIDDEN, TABLE, LABELS))
     whole = jax.tree.map(lambda array: array / 7, naive(Head(WORDS), HIDDEN, TABLE, LABELS))
-    close(loss_and_gradients(Head(WORDS), *arrays, scale, after), whole)
+    close(loss_and_gradients(Head(WORDS), hidden, table, labels, scale, after), whole)
 
 
 @pytest.mark.parametrize("tokens", [1021, 1013, 4000])
@@ -174,13 +174,22 @@ def compiled_for(device, run, sizes, dtype):
         return compile_lowered(lowered, device)
 
 
+def temporary_bytes(compiled):
+    """What the compiler says."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
 def check_eighth(device, sizes, dtype):
     """Temporaries, so neither arguments nor gradients."""
     runs = [compiled_for(device, run, sizes, dtype) for run in (loss_and_gradients, naive)]
-    chunked, whole = (run.memory_analysis().temp_size_in_bytes for run in runs)
+    chunked, whole = (temporary_bytes(run) for run in runs)
     assert whole >= 4 * sizes["rows"] * sizes["length"] * sizes["vocab_size"], "whole logits in float32"
     assert 8 * chunked <= whole
-    return runs[0].as_text()
+    text = runs[0].as_text()
+    assert text
+    return text
 
 
 def test_an_eighth_of_the_memory_of_whole_logits_on_a_cpu():
