@@ -138,13 +138,8 @@ def draw(options: argparse.Namespace, case: dict[str, Any]) -> tuple[list[jax.Ar
         positions[row] -= np.concatenate([[0], ends])[segments[row] - 1]
     prefix = jnp.asarray(positions < length // 8, jnp.int32) if case["kind"] == "prefix" else None
     places = map(jnp.asarray, (segments, positions))
-    told: dict[str, Any] = {
-        "packed": documents > 1,
-        "kind": case["kind"],
-        "window": options.window,
-        "prefix": prefix,
-    }
-    mask = row_mask(*places, **told)
+    told: dict[str, Any] = {"kind": case["kind"], "window": options.window, "prefix": prefix}
+    mask = row_mask(*places, packed=documents > 1, **told)
     words = random.integers(0, 2**32, (rows, options.heads, length, 2), np.uint32)
     return arrays, mask, Dropout(rate=options.dropout, rows=jnp.asarray(words)) if options.dropout else None
 
