@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--documents", nargs="+", type=int, default=[1, 8], help="of each row")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--softcap", type=float)
+    parser.add_argument("--window", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -115,6 +116,7 @@ def request(options: argparse.Namespace, case: dict[str, Any]) -> Request:
         dtype=case["dtype"],
         head_dim=options.head_dim,
         kind=case["kind"],
+        window=options.window is not None,
         packed_length=case["length"] if case["documents"] > 1 else None,
         dropout=options.dropout,
         softcap=options.softcap,
@@ -135,9 +137,9 @@ def draw(options: argparse.Namespace, case: dict[str, Any]) -> tuple[list[jax.Ar
         segments[row] = 1 + np.searchsorted(ends, np.arange(length), side="right")
         positions[row] -= np.concatenate([[0], ends])[segments[row] - 1]
     prefix = jnp.asarray(positions < length // 8, jnp.int32) if case["kind"] == "prefix" else None
-    mask = row_mask(
-        jnp.asarray(segments), jnp.asarray(positions), packed=documents > 1, kind=case["kind"], prefix=prefix
-    )
+    places = map(jnp.asarray, (segments, positions))
+    told: dict[str, Any] = {"kind": case["kind"], "window": options.window, "prefix": prefix}
+    mask = row_mask(*places, packed=documents > 1, **told)
     words = random.integers(0, 2**32, (rows, options.heads, length, 2), np.uint32)
     return arrays, mask, Dropout(rate=options.dropout, rows=jnp.asarray(words)) if options.dropout else None
 

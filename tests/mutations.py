@@ -318,6 +318,13 @@ MUTATIONS = (
         "tests/layers/test_dropout.py",
     ),
     Mutation(
+        "attention in blocks whose sum forgets the maximum",
+        "stack/kernels/attention/xla_chunked.py",
+        "norm = norm * shrink + weights.sum(-1)",
+        "norm = norm + weights.sum(-1)",
+        "tests/kernels/attention/test_implementations.py",
+    ),
+    Mutation(
         "attention dropout of the second word of a query alone",
         "stack/kernels/attention/dropout.py",
         "jnp.uint32(GOLDEN) + row0",

@@ -32,7 +32,7 @@ target = sys.argv[1]
 config = MeshConfig(data=2, fsdp=1, tensor=2)
 gpus = devices(target, 4)
 layout = Layout.of(meshes.build(config, gpus), config)
-batch, length, heads, kv_heads, width = 6, 640, 4, 2, 64
+batch, length, heads, kv_heads, width = 6, 2048, 4, 2, 64
 
 
 def shape(dtype, names, *sizes):
@@ -63,7 +63,7 @@ with meshes.use(layout.mesh), traced_for(gpus[0]):
         text, memory = compiled.as_text(), compiled.memory_analysis()
         print(json.dumps({"kernel": name, "temporaries": memory.temp_size_in_bytes, "hlo": text}))
 """
-SCORES = 3 * 2 * 640**2 * 4
+SCORES = 3 * 2 * 2048**2 * 4
 """Bytes of one device's scores, float32."""
 
 
@@ -87,8 +87,7 @@ def test_an_implementation_compiles_for_a_target_and_moves_nothing(target):
 
 @pytest.mark.full
 @pytest.mark.usefixtures("quick_gpu_compiler")
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_step_with_attention_in_blocks_compiles_where_loops_are_pipelined(remat):
+def test_a_step_with_attention_in_blocks_compiles_where_loops_are_pipelined():
     """Stage 3 gathers in the loop over layers; blocks are loops in it, and the batch stays where it lies."""
     rows, length = 96, 1100
     config = Config(
@@ -105,7 +104,7 @@ def test_a_step_with_attention_in_blocks_compiles_where_loops_are_pipelined(rema
         kernels=KernelsConfig(attention="xla_chunked"),
         data=DataConfig(sequence_length=length),
         mesh=MeshConfig(data=2, fsdp=4, tensor=2, zero=3),
-        train=TrainConfig(batch_size=rows, remat=remat),
+        train=TrainConfig(batch_size=rows, remat="none"),
     )
     with without_cache():
         hlo = compile_step(config, devices("h200", 16)).as_text()
@@ -113,11 +112,8 @@ def test_a_step_with_attention_in_blocks_compiles_where_loops_are_pipelined(rema
     found = collectives(hlo, {"data": 2, "fsdp": 4, "stage": 1, "context": 1, "expert": 1, "tensor": 2})
     assert any(collective.kind == "reduce-scatter" for collective in found)
     for collective in found:
-        assert not any(rows in shape or 1100 in shape[1:] for _, shape in collective.arrays) or (
-            collective.axes == ("tensor",)
-        ), collective
-    scores = re.findall(r"f32\[[\d,]*1100,1100\]", hlo)
-    assert not scores
+        assert not any(rows in shape for _, shape in collective.arrays), collective
+    assert not re.findall(rf"f32\[[\d,]*{length},{length}\]", hlo)
 
 
 def recipes():
@@ -130,6 +126,7 @@ def recipes():
 @pytest.mark.parametrize("name", list(recipes()))
 def test_the_default_attention_of_a_recipe_stores_no_scores_on_its_target(name):
     config = load(CONFIGS / f"{name}.yaml")
+    assert config.target is not None
     chip = chips.load(config.target.hardware)
     choice = choose_attention(config, platform=chip.platform, compute_capability=chip.compute_capability)
     assert not choice.stores_scores, str(choice)
