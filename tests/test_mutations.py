@@ -1,23 +1,14 @@
 """The list of mutations fits the code; that tests see each is for `python tests/mutations.py` to say."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from mutation_list import MUTATIONS
 
 ROOT = Path(__file__).parents[1]
 
 
-def mutations():
-    spec = importlib.util.spec_from_file_location("mutations", ROOT / "tests" / "mutations.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.MUTATIONS
-
-
-@pytest.mark.parametrize("mutation", mutations(), ids=lambda mutation: mutation.name)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_a_mutation_breaks_one_place_that_is_there(mutation):
     text = (ROOT / mutation.file).read_text("utf-8")
     assert text.count(mutation.old) == 1
@@ -26,4 +17,4 @@ def test_a_mutation_breaks_one_place_that_is_there(mutation):
 
 
 def test_there_are_24_and_more():
-    assert len({mutation.name for mutation in mutations()}) >= 24
+    assert len({mutation.name for mutation in MUTATIONS}) >= 24
