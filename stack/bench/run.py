@@ -13,6 +13,8 @@ from stack.bench.worker import EndedError, LateError, Worker
 
 GRACE_SECONDS = 60
 """What a case may run on after the time that was given."""
+PREPARATION = 0.75
+"""Of a case's time, the share by which all must be ready: one that is not takes no other's turns."""
 FEWEST_BLOCKS = 3
 """Blocks of which a median is told when the time of a case is over."""
 
@@ -77,7 +79,9 @@ class Contest:
         self.case = case
         self.environment = environment
         self.seconds = seconds
-        self.deadline = time.monotonic() + seconds
+        begun = time.monotonic()
+        self.deadline = begun + seconds
+        self.ready_by = begun + PREPARATION * seconds
         names = ("platform", "device_kind", "compute_capability")
         self.request = json.dumps(
             {
@@ -116,7 +120,7 @@ class Contest:
         for name in worker.contestants if worker else ():
             label = next((peer for peer in PEERS if name.startswith(peer)), team.name)
             row = self.rows[name] = self._row(name, label)
-            self._ask(team, row, "prepare")
+            self._ask(team, row, "prepare", self.ready_by)
             self.served[team.name].append(row)
 
     def _worker(self, team: Team) -> Worker | None:
@@ -161,7 +165,7 @@ class Contest:
                     self._ask(team, row, "finish")
         self._close()
 
-    def _ask(self, team: Team, row: Row, verb: str) -> dict[str, Any]:
+    def _ask(self, team: Team, row: Row, verb: str, by: float | None = None) -> dict[str, Any]:
         """The answer, whose facts are the row's; where there is none, or a refusal, the row says why."""
         worker = self._worker(team)
         if worker is None or row.status != "measured":
@@ -169,11 +173,12 @@ class Contest:
                 self._cut_short(row, self.ended.get(team.name, self._late))
             return {}
         try:
-            answer = worker.ask(self.deadline, **{verb: row.by})
+            answer = worker.ask(by or self.deadline, **{verb: row.by})
         except (EndedError, LateError) as error:
             worker.close()
             self.workers.pop(team.name, None)
-            self._cut_short(row, self._told(error))
+            is_slow = by and isinstance(error, LateError)
+            self._cut_short(row, self._slow if is_slow else self._told(error))
             return {}
         row.facts |= answer.get("facts", {})
         for key, status in _REFUSALS.items():
@@ -200,6 +205,10 @@ class Contest:
     @property
     def _late(self) -> str:
         return f"not done after {self.seconds:.0f} s"
+
+    @property
+    def _slow(self) -> str:
+        return f"not ready after {PREPARATION * self.seconds:.0f} s"
 
     def _told(self, error: Exception) -> str:
         return self._late if isinstance(error, LateError) else str(error)

@@ -239,7 +239,7 @@ def _step(compiled: bool, spec: dict[str, Any], device: torch.device) -> Ready:
 
     flops = spec["flops_per_token"]
     facts = {
-        "ok": abs(first - math.log(shapes["vocab_size"])) < _TOO_FAR,
+        "ok": abs(first - math.log(shapes["padded_vocab_size"])) < _TOO_FAR,
         "first_loss": first,
         "rows": rows,
         "remat": spec["remat"],
