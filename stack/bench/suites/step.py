@@ -29,6 +29,7 @@ from stack.step.step import train_step
 PRECISIONS: dict[str, dict[str, dict[str, Any]]] = {
     "bfloat16": {"model": {"dtype": "bfloat16"}},
     "float32": {"model": {"dtype": "float32"}},
+    "float8": {"model": {"dtype": "bfloat16"}, "kernels": {"matmul": "fp8"}},
 }
 """By name, the fields of a config, by section, that have the products of layers computed so; those that a
 device multiplies fast are measured on it."""
