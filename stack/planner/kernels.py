@@ -8,11 +8,12 @@ import jax
 
 from stack.config import Config
 from stack.hardware import chip as chips
+from stack.kernels import matmul
 from stack.kernels.attention import KERNELS, choose, fitting
 from stack.kernels.linear_cross_entropy import chunk_tokens
 from stack.objectives import build
 from stack.planner.compiled.findings import gib
-from stack.step.kernels import attention_request
+from stack.step.kernels import attention_request, choose_matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,12 @@ class Other:
     """An implementation that there is."""
 
     kernel: str
-    obstacles: Sequence[str]
+    obstacles: Sequence[str] = ()
     """What keeps it from running here; empty: it can."""
-    measured: Sequence[str]
+    measured: Sequence[str] = ()
     """Figures of such a device at such shapes."""
-    stores_scores: bool
+    stores_scores: bool | None = None
+    """Of attention."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,12 +77,18 @@ def explain(config: Config, hardware: str | None = None) -> Iterator[Operation]:
     scored = "places that are asked for" if "masked" in build(config).sizes else "tokens"
     yield Operation(
         name="cross-entropy",
-        kernel="xla",
+        kernel="xla_chunked",
         reason=f"the only one; logits of up to {tokens:,} {scored} exist at once on a device, {size}",
     )
+    products = choose_matmul(config, platform=platform, compute_capability=capability)
     how = {"gpu": "XLA takes cuBLAS or a Triton kernel for each product", "cpu": "XLA's own and oneDNN's"}
-    reason = f"the only one; {how.get(platform, 'what XLA has there')}, of {model.dtype} operands"
-    yield Operation(name="matmul", kernel="xla", reason=reason)
+    reason = f"{how.get(platform, 'what XLA has there')}, of {model.dtype} operands"
+    others = [Other(kernel="xla"), Other(kernel="fp8", obstacles=matmul.obstacles(platform, capability))]
+    if products.fp8 is None:
+        yield Operation(name="matmul", kernel="xla", reason=reason, others=others)
+    else:
+        asked = str(products).partition("(")[2].removesuffix(")")
+        yield Operation(name="matmul", kernel="fp8", reason=f"asked for; {asked}", others=others)
 
 
 def device(config: Config, hardware: str | None) -> tuple[str, float | None]:
@@ -105,7 +113,8 @@ def lines(operations: Sequence[Operation]) -> Iterator[str]:
             told = "cannot: " + "; ".join(other.obstacles) if other.obstacles else "can"
             if not other.obstacles:
                 told += f"; {'; '.join(other.measured) or 'not measured at such shapes on such a device'}"
-                told += "; stores all scores" if other.stores_scores else "; stores no scores"
+                if other.stores_scores is not None:
+                    told += "; stores all scores" if other.stores_scores else "; stores no scores"
             yield f"  {other.kernel:<12} {told}"
 
 

@@ -1,6 +1,7 @@
 """What a config asks of the operations that have several implementations."""
 
 from stack.config import Config
+from stack.kernels import matmul
 from stack.kernels.attention import Choice, Request, choose
 from stack.objectives import build
 
@@ -40,3 +41,20 @@ def choose_attention(config: Config, *, platform: str, compute_capability: float
     """
     request = attention_request(config, platform=platform, compute_capability=compute_capability)
     return choose(request, config.kernels.attention)
+
+
+def choose_matmul(config: Config, *, platform: str, compute_capability: float | None = None) -> matmul.Choice:
+    """How the products of a config's layers are computed on a platform; see `attention_request`.
+
+    Raises:
+      ConfigError: 8 bits were asked for where a device has none; nothing falls back.
+    """
+    asked = config.kernels
+    return matmul.choose(
+        asked.matmul,
+        platform=platform,
+        compute_capability=compute_capability,
+        dtype=config.model.dtype,
+        scaling=asked.fp8.scaling,
+        blocks=asked.fp8.blocks,
+    )

@@ -16,7 +16,6 @@ from stack.config.layout import check_divides
 from stack.data.fields import abstract_batch
 from stack.kernels.attention import Choice
 from stack.kernels.matmul import Choice as MatmulChoice
-from stack.kernels.matmul import choose as choose_matmul
 from stack.models import model_class
 from stack.models.stack import Execution
 from stack.objectives import build as build_objective
@@ -26,7 +25,7 @@ from stack.parallel.rules import Layout, Role
 from stack.parallel.zero import is_variable
 from stack.step import optimizer as optimizers
 from stack.step.groups import matching
-from stack.step.kernels import choose_attention
+from stack.step.kernels import choose_attention, choose_matmul
 
 Path = tuple[str, ...]
 """The way to a parameter in their tree."""
@@ -205,14 +204,7 @@ def on_mesh(
         mesh=mesh,
         layout=Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype),
         attention=choose_attention(config, platform=platform, compute_capability=compute_capability),
-        matmul=choose_matmul(
-            config.kernels.matmul,
-            platform=platform,
-            compute_capability=compute_capability,
-            dtype=config.model.dtype,
-            scaling=config.kernels.fp8.scaling,
-            blocks=config.kernels.fp8.blocks,
-        ),
+        matmul=choose_matmul(config, platform=platform, compute_capability=compute_capability),
     )
     _check_rows(program)
     if config.optimizer.frozen or config.optimizer.groups:

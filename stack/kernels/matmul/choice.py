@@ -50,14 +50,16 @@ def choose(
     """
     if wanted == "xla":
         return Choice(dtype=dtype)
-    obstacle = None
-    if platform in ("gpu", "cuda") and (compute_capability or OLDEST) < OLDEST:
-        obstacle = (
-            f"compute capability {compute_capability} is below {OLDEST} and multiplies no float8: XLA would"
-            " widen it without a word"
-        )
-    elif platform not in ("gpu", "cuda", "cpu"):
-        obstacle = f"on {platform} float8 is another format, or has not been compiled"
-    if obstacle is not None:
-        raise ConfigError(f"kernels.matmul=fp8 cannot run: {obstacle}; set kernels.matmul=xla")
+    if told := obstacles(platform, compute_capability):
+        raise ConfigError(f"kernels.matmul=fp8 cannot run: {'; '.join(told)}; set kernels.matmul=xla")
     return Choice(fp8=Fp8(blocks=blocks, scaling=scaling), dtype=dtype)
+
+
+def obstacles(platform: str, compute_capability: float | None) -> list[str]:
+    """What keeps products in 8 bits from running on a device; empty: they can."""
+    if platform in ("gpu", "cuda") and (compute_capability or OLDEST) < OLDEST:
+        found = f"compute capability {compute_capability} is below {OLDEST}"
+        return [f"{found} and multiplies no float8: XLA would widen it without a word"]
+    if platform not in ("gpu", "cuda", "cpu"):
+        return [f"on {platform} float8 is another format, or has not been compiled"]
+    return []

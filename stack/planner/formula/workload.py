@@ -8,11 +8,10 @@ from stack.config import Config, ConfigError, ModelConfig
 from stack.config.layout import check_divides, resolve
 from stack.hardware.chip import Hardware, Precision
 from stack.kernels.linear_cross_entropy import chunk_columns, chunk_tokens
-from stack.kernels.matmul import choose as choose_matmul
 from stack.models.cost import Sizes
 from stack.models.stack import Remat as StackRemat
 from stack.objectives import build
-from stack.step.kernels import choose_attention
+from stack.step.kernels import choose_attention, choose_matmul
 
 Remat = Literal[
     "none", "full", "dots", "save_qkv_proj", "attention_core", "alternate_layers", "alternate_products"
@@ -175,19 +174,9 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         )
     sizes = resolve(config.mesh, num_devices)
     check_divides(config, sizes)
-    attention = choose_attention(
-        config,
-        platform="gpu" if chip is None else chip.platform,
-        compute_capability=9.0 if chip is None else chip.compute_capability,
-    )
-    products = choose_matmul(
-        config.kernels.matmul,
-        platform="gpu" if chip is None else chip.platform,
-        compute_capability=9.0 if chip is None else chip.compute_capability,
-        dtype=model.dtype,
-        scaling=config.kernels.fp8.scaling,
-        blocks=config.kernels.fp8.blocks,
-    )
+    platform, capability = ("gpu", 9.0) if chip is None else (chip.platform, chip.compute_capability)
+    attention = choose_attention(config, platform=platform, compute_capability=capability)
+    products = choose_matmul(config, platform=platform, compute_capability=capability)
     micro_batch = train.batch_size // (sizes["data"] * sizes["fsdp"] * train.accumulation)
     return Workload(
         model=model,
