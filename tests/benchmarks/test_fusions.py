@@ -54,7 +54,7 @@ def test_kernels_and_their_bytes(monkeypatch):
     found = [(each.part, each.moved, each.times) for each in fusions.kernels(HLO.format(root=root))]
     assert found == [
         ("norm", 2 * 64 + 32, 1),  # Reads and writes [4, 8], reads one row.
-        ("product", 64 + 64 + 32 + 9, 1),
+        ("product", 64 + 64 + 32, 1),  # Without its workspace.
         ("copies and zeros", 2 * 96, 1),
         ("other", 2 * 32 + 4, 1),  # Reads a row and a place, writes a row.
     ]
