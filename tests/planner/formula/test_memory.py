@@ -272,7 +272,6 @@ def no_cache() -> Iterator[None]:
             "qwen3_0_6b",
             ("mesh.zero=3", "train.remat=save_qkv_proj", "mesh.tensor=4", "mesh.fsdp=2", BLOCKS),
         ),
-        ("llama3_8b", ("mesh.zero=2", "train.remat=full", "mesh.tensor=2", "mesh.fsdp=4", BLOCKS)),
     ],
 )
 def test_the_compiled_step_holds_what_the_formula_says(name: str, changes: tuple[str, ...]) -> None:
