@@ -105,3 +105,17 @@ def test_of_masked_words_the_head_takes_the_time_of_those_that_are_scored() -> N
     product = product_seconds(64 * 512, model.padded_vocab_size, 768, "bfloat16", chip)
     assert saved == pytest.approx(3 * product * (1 - 77 / 512), rel=1e-6)
     assert (masked.scored_tokens, whole.scored_tokens) == (64 * 77, 64 * 512)
+
+
+def test_a_step_in_8_bits_is_planned_so_and_refused_where_it_cannot_run() -> None:
+    h100, fp8 = chips.load("h100"), "kernels.matmul=fp8"
+    narrow, wide = (from_config(config("mesh.zero=3", *changes), 8, h100) for changes in ((fp8,), ()))
+    assert (narrow.precision, wide.precision) == ("float8", "bfloat16")
+    assert narrow.why_modelled() is None
+    ours, theirs = step_time(narrow, h100), step_time(wide, h100)
+    assert ours.matmul < theirs.matmul
+    halves = ours.communication["fsdp"].bytes / theirs.communication["fsdp"].bytes
+    assert 4 / 8 < halves < 1, "gathers of the layers alone"
+    for chip in ("a100-80gb", "mi300x"):
+        with pytest.raises(ConfigError, match=r"kernels\.matmul=fp8 cannot run"):
+            from_config(config(fp8), 8, chips.load(chip))
