@@ -112,10 +112,13 @@ def config_of(cell: Cell) -> Config:
     logits_bytes = LOSS_TOKENS * (4 * recipe.model.padded_vocab_size // cell.tensor)
     # Layers that are computed again are never unrolled.
     rolled = ["model.scan_unroll=1"] if cell.remat != "none" and recipe.model.scan_unroll > 1 else []
+    # These cells were compiled before there was a kernel that drops weights.
+    stored = ["kernels.attention=xla"] if recipe.model.attention_dropout else []
     return load(
         path,
         [
             *rolled,
+            *stored,
             f"objective.logits_bytes={logits_bytes}",
             "mesh.data=1",
             f"mesh.fsdp={here // cell.tensor}",
