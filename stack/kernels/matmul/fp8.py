@@ -98,7 +98,7 @@ class _Tensors:
         return len(self.names) - self.rows
 
     def forward(self, x: jax.Array, weight: jax.Array, amax: jax.Array | None) -> jax.Array:
-        """X weight."""
+        """The product of `x` and the weight."""
         inputs, outer = range(self.contracted), range(self.rows)
         x8, w8 = self._activations(x, amax), self._weight(weight, x.dtype)
         contracting = tuple(self.rows + axis for axis in inputs), tuple(inputs)

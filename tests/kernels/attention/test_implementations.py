@@ -7,7 +7,7 @@ import pytest
 from attention_cases import EVERY_DAY, Case, others, runs
 
 from stack.kernels.attention import xla_chunked
-from stack.kernels.attention.mosaic_gpu import interpreted
+from stack.kernels.attention.mosaic_gpu.tiles import interpreted
 
 IMPLEMENTATIONS = ("xla", "xla_chunked", "mosaic_gpu")
 """Those that run on a CPU, or in an interpreter there; `obstacles` says which cases each is given."""

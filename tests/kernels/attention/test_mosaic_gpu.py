@@ -15,7 +15,8 @@ import pytest
 from attention_cases import Case
 
 from stack.kernels.attention import Mask, Request, attend
-from stack.kernels.attention.mosaic_gpu import interpreted, obstacles
+from stack.kernels.attention.mosaic_gpu import obstacles
+from stack.kernels.attention.mosaic_gpu.tiles import interpreted
 from stack.parallel.rules import ONE_DEVICE
 
 LONG = partial(Case, dtype="bfloat16", batch=1, length=300, rows="packed")
@@ -89,6 +90,12 @@ def test_what_it_cannot_do_is_refused(more, message):
     bias = jnp.zeros((1, 1, 64, 64)) if "bias" in more else None
     with pytest.raises(ValueError, match=message):
         attend(query, key, key, mask, ONE_DEVICE, kernel="mosaic_gpu", bias=bias)
+
+
+def test_pallas_is_imported_by_those_who_run_it():
+    """It takes half a second, which every start would pay."""
+    code = "import sys, stack.kernels.attention as a; sys.exit('jax.experimental.pallas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_obstacles_are_all_told():

@@ -10,7 +10,7 @@ import pytest
 from stack.config import Config, StackError
 from stack.kernels.attention import KERNELS, Request
 from stack.kernels.attention import trial as trials
-from stack.kernels.attention.mosaic_gpu import interpreted
+from stack.kernels.attention.mosaic_gpu.tiles import interpreted
 from stack.kernels.attention.trial import LIMIT, trial_error
 from stack.step import program as programs
 from stack.train.watch.kernel_trial import KernelTrial

@@ -88,7 +88,7 @@ class Scores:
         return mix(first, second, columns.astype(jnp.uint32)) < jnp.uint32(threshold(self.dropout))
 
     def slope(self, scores: jax.Array) -> jax.Array | float:
-        """D score / d product of scores that are in powers of two, in natural units."""
+        """The derivative of scores, which are given in powers of two, by the product they are made of."""
         if self.softcap is None:
             return self.scale
         share = scores * (1 / (self.softcap * LOG2_E))
@@ -121,7 +121,7 @@ def zeros(rows: int, columns: int) -> jax.Array:
 
 
 def product(left: Any, right: Any, rows: int, columns: int) -> jax.Array:
-    """Left right, float32: of two matrices in shared memory."""
+    """The product of two matrices in shared memory, float32."""
 
     def multiply(result: Any) -> jax.Array:
         plgpu.wgmma(result, left, right)
@@ -131,7 +131,7 @@ def product(left: Any, right: Any, rows: int, columns: int) -> jax.Array:
 
 
 def accumulate(left: jax.Array, right: Any, sums: jax.Array) -> jax.Array:
-    """Sums + left right, in place: of a matrix in registers, and one in shared memory."""
+    """Adds to `sums`, in place, the product of a matrix in registers and one in shared memory."""
     if _is_interpreted.get():  # The interpreter has no sums to begin with, and no products of registers.
         sums += jnp.dot(left, right[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()
