@@ -13,7 +13,7 @@ from stack.layers.parameter import parameter
 from stack.parallel import mesh as meshes
 from stack.parallel.mesh import without_cache
 from stack.parallel.rules import Layout
-from stack.planner.compiled.compile import compile_step, devices
+from stack.planner.compiled.compile import compile_step, devices, has_plugin
 
 CUBLAS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
@@ -47,6 +47,7 @@ def calls(hlo):
     return Counter(re.findall(r'custom_call_target="([^"]+)"', hlo))
 
 
+@pytest.mark.skipif(not has_plugin(), reason="compiling for GPUs needs the extra plan")
 @pytest.mark.parametrize("blocks", ["tensor", "channel"])
 @pytest.mark.parametrize("sizes", [EVEN, ((3, 5), 7, 9)], ids=["even", "odd"])
 def test_hopper_computes_all_three_in_8_bits_whatever_the_sizes(sizes, blocks):
