@@ -153,7 +153,8 @@ def test_steps_on_a_gpu_fit_and_cover_models_lengths_and_rows_of_both_kinds():
         assert {packed for model, _, packed in seen if model == name} == {True, False}
     assert {length for _, length, _ in seen} == {2048, 8192, 16_384}
     # The best two settings of each, the likelier to be fast first.
-    (first, second) = (case for case in cases if case.title.startswith("gpt2_1_5b, 2,048 whole"))
+    (first, second, *eight) = (case for case in cases if case.title.startswith("gpt2_1_5b, 2,048 whole"))
+    assert {case.spec["precision"] for case in eight} == {"float8"}
     assert first.priority < second.priority
     assert (first.spec["rows"], first.spec["remat"]) != (second.spec["rows"], second.spec["remat"])
 
