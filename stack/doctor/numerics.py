@@ -34,7 +34,7 @@ BFLOAT16_RATIO = 1.2
 """Bfloat16: error of a layout's gradient against float32, over the error of one device's, its mean over four
 steps: of one step alone it may be a sixth less or more (`bert`: 0.0134 to 0.0162)."""
 BFLOAT16_LIMIT = 0.03
-"""Bfloat16: norm of any parameter's error against float32 over that of its gradient. 0.024 is the most."""
+"""Bfloat16: norm of any parameter's error against float32 over that of its gradient. 0.027 is the most."""
 FLOAT8_SHARE = 0.01
 """Products in 8 bits: norm of a layout's difference from one device over that of the error of both. Numbers
 that differ in their last bit may be rounded to different neighbours."""

@@ -89,12 +89,11 @@ def test_stage_3_gathers_the_layers_weights_in_8_bits_and_scatters_in_32():
             norm="rmsnorm",
             position="rotary",
             max_length=256,
-            attention="cudnn",
         ),
         data=DataConfig(sequence_length=256, packed=False),
         mesh=MeshConfig(data=2, fsdp=4, zero=3),
         train=TrainConfig(batch_size=16, remat="full"),
-        kernels=KernelsConfig(matmul="fp8"),
+        kernels=KernelsConfig(matmul="fp8", attention="cudnn"),
     )
     with without_cache():
         hlo = compile_step(config, devices("h200", 8)).as_text()
