@@ -57,7 +57,7 @@ def test_no_parameter_is_far_from_float32_on_real_text(family):
 @pytest.mark.full
 @pytest.mark.parametrize("family", get_args(Family))
 def test_no_parameter_of_the_contract_is_far_from_float32(family):
-    """Over four steps: of one, a scale's gradient may be small by chance, and its error a large share of it."""
+    """Over four steps: of one, a gradient may be small by chance, and its error a large share of it."""
 
     def gradients(dtype: str) -> dict[str, np.ndarray]:
         each = [compute(ONE_DEVICE, family, dtype, step=step).gradient for step in range(STEP, STEP + 4)]
