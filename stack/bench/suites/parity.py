@@ -12,14 +12,14 @@ from stack.bench.case import Case, Machine
 from stack.bench.serve import Ready, UnableError
 from stack.bench.timing import queued
 from stack.config import Config, ConfigError
-from stack.doctor.numerics import Numbers, distance, errors
+from stack.doctor.numerics import BFLOAT16_RATIO, Numbers, distance, errors
 from stack.kernels.attention import KERNELS
 from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import loss_gradient
 
-FLOAT32_LIMIT, BFLOAT16_RATIO = 1e-5, 1.2
-"""The largest error of any parameter; and the error of all over that of the CPU's bfloat16."""
+FLOAT32_LIMIT = 1e-5
+"""The largest error of any parameter."""
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt": {},

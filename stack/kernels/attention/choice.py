@@ -108,7 +108,7 @@ def choose(request: Request, wanted: str = "auto") -> Choice:
                 f" set kernels.attention=auto, {able}"
             )
         return Choice(kernel=wanted, reason="asked for", measured=bool(fitting(request, wanted)))
-    cannot = [f"{name} cannot: {'; '.join(texts)}" for name, texts in obstacles.items() if texts]
+    cannot = [f"{' and '.join(names)} cannot: {text}" for text, names in _by_text(obstacles).items()]
     able = [name for name, texts in obstacles.items() if not texts]
     timed = [entry for name in able for entry in fitting(request, name) if entry.speed > 1]
     if timed:
@@ -124,6 +124,15 @@ def choose(request: Request, wanted: str = "auto") -> Choice:
                 return Choice(kernel=name, reason="; ".join([reason, *cannot]))
     plain = "nothing was measured to be faster" if request.platform == "cpu" or long else "its rows are short"
     return Choice(kernel="xla", reason="; ".join([plain, *cannot]))
+
+
+def _by_text(obstacles: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Kernels by what keeps them from running, those that can left out."""
+    found: dict[str, list[str]] = {}
+    for name, texts in obstacles.items():
+        if texts:
+            found.setdefault("; ".join(texts), []).append(name)
+    return found
 
 
 def fitting(request: Request, name: str) -> list[Measured]:

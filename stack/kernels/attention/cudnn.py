@@ -4,9 +4,9 @@ from dataclasses import replace
 from functools import partial
 
 import jax
-from jax.sharding import PartitionSpec as P
 
 from stack.kernels.attention.dropout import Dropout
+from stack.kernels.attention.island import on_each_device
 from stack.kernels.attention.mask import Mask
 from stack.kernels.attention.request import Request
 from stack.parallel.rules import Layout
@@ -26,9 +26,8 @@ def attend(
 ) -> jax.Array:
     """See `stack.kernels.attention.attend`; whole rows only, as many queries as keys.
 
-    Always inside `shard_map`: outside, the call's output and gradients are typed replicated, and the
-    compiled step gathers the global batch without a word. One document per row needs no mask and runs
-    at full speed; packed rows pass one, [batch, 1, queries, keys], which cuDNN reads from memory.
+    One document per row needs no mask and runs at full speed; packed rows pass one, [batch, 1, queries,
+    keys], which cuDNN reads from memory.
     """
     if query.shape[1] != key.shape[1]:
         raise ValueError(
@@ -36,15 +35,7 @@ def attend(
         )
     if bias is not None or softcap is not None or dropout is not None:
         raise ValueError("cudnn has no bias, soft cap or dropout of attention; use xla")
-    if layout.trivial:
-        return _attend_local(query, key, value, mask, scale=scale)
-    heads = layout.spec("batch", None, "heads") or P()
-    kv_heads = layout.spec("batch", None, "kv_heads") or P()
-    rows = layout.spec("batch") or P()
-    specs = (heads, kv_heads, kv_heads, jax.tree.map(lambda array: rows if array.ndim else P(), mask))
-    local = partial(_attend_local, scale=scale)
-    call = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
-    return call(query, key, value, mask)
+    return on_each_device(partial(_attend_local, scale=scale), query, key, value, mask, layout)
 
 
 def obstacles(request: Request) -> list[str]:
@@ -68,7 +59,14 @@ def obstacles(request: Request) -> list[str]:
 
 
 def _attend_local(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, *, scale: float | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: Mask,
+    _bias: None = None,
+    _dropout: None = None,
+    *,
+    scale: float | None = None,
 ) -> jax.Array:
     packed = mask.query_segments is not None
     explicit = packed or mask.kind == "prefix"

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from stack.kernels.attention.dropout import Dropout, keep
+from stack.kernels.attention.island import on_each_device
 from stack.kernels.attention.mask import Mask
 from stack.kernels.attention.request import Request
 from stack.parallel.rules import Layout
@@ -45,18 +45,7 @@ def attend(
     Inside `shard_map`, as how many blocks see each other is each device's own.
     """
     local = partial(_attend_local, scale=scale, softcap=softcap, blocks=BLOCKS[_platform(layout)])
-    arrays = (query, key, value, mask, bias, dropout)
-    if layout.trivial:
-        return local(*arrays)
-    rows, heads = layout.spec("batch") or P(), layout.spec("batch", None, "heads") or P()
-    kv_heads = layout.spec("batch", None, "kv_heads") or P()
-    specs = (
-        *(heads, kv_heads, kv_heads),
-        jax.tree.map(lambda array: rows if array.ndim else P(), mask),
-        None if bias is None else _bias_spec(bias, query.shape[2], layout),
-        jax.tree.map(lambda _: layout.spec("batch", "heads"), dropout),
-    )
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)
+    return on_each_device(local, query, key, value, mask, layout, bias=bias, dropout=dropout)
 
 
 def obstacles(_: Request) -> list[str]:
@@ -486,8 +475,3 @@ def _product(axes: str, one: jax.Array, other: jax.Array) -> jax.Array:
 def _add(sums: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
     old = jax.lax.dynamic_index_in_dim(sums, at, keepdims=False)
     return jax.lax.dynamic_update_index_in_dim(sums, old + block, at, 0)
-
-
-def _bias_spec(bias: jax.Array, heads: int, layout: Layout) -> P:
-    groups = "batch" if bias.shape[0] > 1 else None
-    return layout.spec(groups, "heads" if bias.shape[1] == heads else None) or P()

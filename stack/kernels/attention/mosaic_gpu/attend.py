@@ -4,9 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from stack.kernels.attention.dropout import Dropout
+from stack.kernels.attention.island import on_each_device
 from stack.kernels.attention.mask import Mask
 from stack.kernels.attention.request import Request
 from stack.parallel.rules import Layout
@@ -27,8 +27,7 @@ def attend(
     """See `stack.kernels.attention.attend`; bfloat16 without a bias, of whole rows.
 
     Blocks of keys that no query of a tile sees are neither read nor multiplied: the work is that of the
-    pairs that see each other, rounded to blocks. A query that sees no key gets zeros. Always inside
-    `shard_map`: see `cudnn`.
+    pairs that see each other, rounded to blocks. A query that sees no key gets zeros.
     """
     if bias is not None:
         raise ValueError("mosaic_gpu takes no bias; use xla")
@@ -42,17 +41,7 @@ def attend(
     from stack.kernels.attention.mosaic_gpu.flash import attend_local  # Pallas takes half a second to import.
 
     local = partial(attend_local, scale=scale, softcap=softcap)
-    if layout.trivial:
-        return local(query, key, value, mask, dropout)
-    heads = layout.spec("batch", None, "heads") or P()
-    kv_heads = layout.spec("batch", None, "kv_heads") or P()
-    rows = layout.spec("batch") or P()
-    masks = jax.tree.map(lambda array: rows if array.ndim else P(), mask)
-    drops = jax.tree.map(lambda _: layout.spec("batch", "heads", None, None) or P(), dropout)
-    specs = (heads, kv_heads, kv_heads, masks, drops)
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(
-        query, key, value, mask, dropout
-    )
+    return on_each_device(local, query, key, value, mask, layout, dropout=dropout)
 
 
 def obstacles(request: Request) -> list[str]:

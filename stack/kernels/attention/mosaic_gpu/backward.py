@@ -23,10 +23,13 @@ from stack.kernels.attention.mosaic_gpu.tiles import (
     Tile,
     accumulate,
     feed,
+    feed_keys,
+    launch,
     matrix,
     product,
     spread,
     swizzle_of,
+    through,
     zeros,
 )
 
@@ -67,7 +70,8 @@ def query_gradient(
         statistics_ref, seen_ref, blocks_ref, *rows_ref, out_ref, memory, barriers = refs
         group, row, head = (lax.axis_index(name) for name in ("group", "batch", "heads"))
         number = tiles - 1 - lax.axis_index("tiles")  # See `forward`.
-        first, whole_first, whole_last, last = (blocks_ref[row, number, i] for i in range(4))
+        blocks = [blocks_ref[row, number, i] for i in range(4)]
+        first = blocks[0]
         q_buffer, d_buffer, k_ring, v_ring, statistics_buffer, seen_buffer, rows_buffer = memory
         q_ready, k_ready, v_ready, k_free, v_free = barriers
 
@@ -116,9 +120,7 @@ def query_gradient(
                 plgpu.barrier_arrive(k_free.at[slot])
                 return sums
 
-            sums = lax.fori_loop(first, whole_first, partial(step, masked=True), zeros(tile.queries, width))
-            sums = lax.fori_loop(whole_first, whole_last, partial(step, masked=False), sums)
-            sums = lax.fori_loop(whole_last, last, partial(step, masked=True), sums)
+            sums = through(blocks, step, zeros(tile.queries, width))
             q[...] = sums.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q, out_ref.at[row, mine, head])
@@ -129,12 +131,8 @@ def query_gradient(
             plgpu.set_max_registers(24, action="decrease")
             kv_head = lax.div(head, shared_by)
 
-            def copies(step: jax.Array) -> list[tuple]:
-                place = (row, pl.ds((first + step) * tile.keys, tile.keys), kv_head)
-                keys = k_ready, k_free, [(k_ref.at[place], k_ring)]
-                return [keys, (v_ready, v_free, [(v_ref.at[place], v_ring)])]
-
-            feed(last - first, tile.stages, copies)
+            keys, values = (k_ref, k_ring, k_ready, k_free), (v_ref, v_ring, v_ready, v_free)
+            feed_keys(blocks, tile, row, kv_head, keys, values)
 
     ready = plgpu.Barrier(num_barriers=tile.stages)
     free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tile.stages)
@@ -156,15 +154,11 @@ def query_gradient(
         free,
         free,
     )
-    return plgpu.kernel(
+    return launch(
         kernel,
         out_type=jax.ShapeDtypeStruct(query.shape, jnp.bfloat16),
-        scratch_types=[memory, barriers],
+        scratch=[memory, barriers],
         grid=(heads, tiles, batch),
-        grid_names=("heads", "tiles", "batch"),
-        num_threads=COMPUTE + 1,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
     )(query, key, value, cotangent, statistics, seen, blocks, *(() if rows is None else (rows,)))
 
 
@@ -208,8 +202,9 @@ def key_gradients(
         out_refs, (memory, barriers) = refs[-outputs - 2 : -2], refs[-2:]
         group, row, kv_head = (lax.axis_index(name) for name in ("group", "batch", "heads"))
         number = lax.axis_index("tiles")  # Under a causal mask the first have most to do.
-        first, whole_first, whole_last, last = (blocks_ref[row, number, i] for i in range(4))
-        count = last - first
+        blocks = [blocks_ref[row, number, i] for i in range(4)]
+        first = blocks[0]
+        count = blocks[3] - first
         k_buffer, v_buffer, q_ring, d_ring, statistics_ring, seen_ring, rows_ring = memory
         k_ready, q_ready, d_ready, q_free, d_free = barriers
 
@@ -258,14 +253,11 @@ def key_gradients(
                 plgpu.barrier_arrive(q_free.at[slot])
                 return tuple(sums)
 
-            def through(head: jax.Array, carry: tuple) -> tuple:
-                masked, plain = (partial(step, head=head, masked=told) for told in (True, False))
-                carry = lax.fori_loop(first, whole_first, masked, carry)
-                carry = lax.fori_loop(whole_first, whole_last, plain, carry)
-                return lax.fori_loop(whole_last, last, masked, carry)
+            def queries_of(head: jax.Array, carry: tuple) -> tuple:
+                return through(blocks, partial(step, head=head), carry)
 
             carry = tuple(zeros(tile.keys, width) for _ in range(outputs))
-            carry = lax.fori_loop(0, shared_by, through, carry)
+            carry = lax.fori_loop(0, shared_by, queries_of, carry)
             for sums, buffer, out_ref in zip(carry, (k, v), out_refs, strict=False):
                 buffer[...] = sums.astype(jnp.bfloat16)
                 plgpu.commit_smem()
@@ -309,13 +301,9 @@ def key_gradients(
         free,
         free,
     )
-    return plgpu.kernel(
+    return launch(
         kernel,
         out_type=[jax.ShapeDtypeStruct(key.shape, jnp.bfloat16)] * outputs,
-        scratch_types=[memory, barriers],
+        scratch=[memory, barriers],
         grid=(kv_heads, tiles, batch),
-        grid_names=("heads", "tiles", "batch"),
-        num_threads=COMPUTE + 1,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
     )(query, key, value, cotangent, statistics, seen, blocks, *(() if rows is None else (rows,)))

@@ -21,6 +21,7 @@ def attend_local(
     key: jax.Array,
     value: jax.Array,
     mask: Mask,
+    _bias: None,
     dropout: Dropout | None,
     *,
     scale: float | None,

@@ -21,10 +21,12 @@ from stack.kernels.attention.mosaic_gpu.tiles import (
     Scores,
     Tile,
     accumulate,
-    feed,
+    feed_keys,
+    launch,
     matrix,
     spread,
     swizzle_of,
+    through,
     zeros,
 )
 
@@ -69,7 +71,8 @@ def forward(
         group, row, head = (lax.axis_index(name) for name in ("group", "batch", "heads"))
         # Under a causal mask the last have most to do: they begin first.
         number = tiles - 1 - lax.axis_index("tiles")
-        first, whole_first, whole_last, last = (blocks_ref[row, number, i] for i in range(4))
+        blocks = [blocks_ref[row, number, i] for i in range(4)]
+        first = blocks[0]
         q_buffer, k_ring, v_ring, seen_buffer, lse_buffer, rows_buffer = memory
         q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
 
@@ -137,9 +140,7 @@ def forward(
                 plgpu.layout_cast(jnp.zeros((tile.queries,), jnp.float32), ROWS),
             )
             pl.when(group == 1)(take_turn)
-            carry = lax.fori_loop(first, whole_first, partial(step, masked=True), carry)
-            carry = lax.fori_loop(whole_first, whole_last, partial(step, masked=False), carry)
-            sums, highest, total = lax.fori_loop(whole_last, last, partial(step, masked=True), carry)
+            sums, highest, total = through(blocks, step, carry)
             pl.when(group == 0)(take_turn)
             sees = total > 0
             share = 1.0 / ((1 - scores.dropout) * jnp.where(sees, total, 1.0))
@@ -156,12 +157,8 @@ def forward(
             plgpu.set_max_registers(24, action="decrease")
             kv_head = lax.div(head, shared_by)
 
-            def copies(step: jax.Array) -> list[tuple]:
-                place = (row, pl.ds((first + step) * tile.keys, tile.keys), kv_head)
-                keys = k_ready, k_free, [(k_ref.at[place], k_ring)]
-                return [keys, (v_ready, v_free, [(v_ref.at[place], v_ring)])]
-
-            feed(last - first, tile.stages, copies)
+            keys, values = (k_ref, k_ring, k_ready, k_free), (v_ref, v_ring, v_ready, v_free)
+            feed_keys(blocks, tile, row, kv_head, keys, values)
 
     block = partial(matrix, swizzle=swizzle_of(width, tile.queries, tile.keys))
     memory = (
@@ -182,18 +179,14 @@ def forward(
         free,
         plgpu.Barrier(num_arrivals=COMPUTE),
     )
-    run = plgpu.kernel(
+    run = launch(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(query.shape, jnp.bfloat16),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
-        scratch_types=[memory, barriers],
+        scratch=[memory, barriers],
         grid=(heads, tiles, batch),
-        grid_names=("heads", "tiles", "batch"),
-        num_threads=COMPUTE + 1,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     output, lse = run(query, key, value, seen, blocks, *(() if rows is None else (rows,)))
     return output, lse

@@ -186,3 +186,45 @@ def feed(
 def spread(values: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
     """One number for each row (axis 0) or column (axis 1) of a matrix, in all of its places."""
     return lax.broadcast_in_dim(values, shape, [axis])
+
+
+def through[T](blocks: Sequence[jax.Array], step: Callable[..., T], carry: T) -> T:
+    """Takes a step for each block that is met.
+
+    Args:
+      blocks: the four numbers of `Blocks`.
+      step: (number of the block, carry, masked=whether some of it is not seen) -> carry.
+      carry: what the first step gets.
+    """
+    first, whole_first, whole_last, last = blocks
+    masked, whole = (partial(step, masked=told) for told in (True, False))
+    carry = lax.fori_loop(first, whole_first, masked, carry)
+    carry = lax.fori_loop(whole_first, whole_last, whole, carry)
+    return lax.fori_loop(whole_last, last, masked, carry)
+
+
+def feed_keys(
+    blocks: Sequence[jax.Array], tile: Tile, row: jax.Array, kv_head: jax.Array, *rings: tuple[Any, ...]
+) -> None:
+    """`feed` with the blocks of keys and of values that are met, each (source, ring, ready, free)."""
+    first, _, _, last = blocks
+
+    def copies(step: jax.Array) -> list[tuple]:
+        place = (row, pl.ds((first + step) * tile.keys, tile.keys), kv_head)
+        return [(ready, free, [(source.at[place], ring)]) for source, ring, ready, free in rings]
+
+    feed(last - first, tile.stages, copies)
+
+
+def launch(kernel: Callable[..., None], *, out_type: Any, scratch: list[Any], grid: tuple[int, ...]) -> Any:
+    """A kernel for a grid of heads, tiles and batch: two warpgroups that compute, one that copies."""
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("heads", "tiles", "batch"),
+        num_threads=COMPUTE + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
