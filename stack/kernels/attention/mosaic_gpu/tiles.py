@@ -134,7 +134,7 @@ def accumulate(left: jax.Array, right: Any, sums: jax.Array) -> jax.Array:
     """Adds to `sums`, in place, the product of a matrix in registers and one in shared memory."""
     if _is_interpreted.get():  # The interpreter has no sums to begin with, and no products of registers.
         sums += jnp.dot(left, right[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()
+        plgpu.commit_smem()  # A read of this kind needs it; it hides where `key_gradients` lacks its own.
         return sums
 
     def multiply(result: Any) -> None:
