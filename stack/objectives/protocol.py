@@ -1,6 +1,6 @@
 """What the step, the loader, the planner and the trainer ask of an objective."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -40,6 +40,14 @@ class Objective(Protocol):
 
         Raises:
           ConfigError: the tokenizer lacks a word that the objective needs.
+        """
+        ...
+
+    def ask(self, tokenizer: Tokenizer, prompts: Sequence[str]) -> Sequence[str]:
+        """The texts that a model is given for prompts that a person writes.
+
+        Raises:
+          StackError: a prompt that cannot be one.
         """
         ...
 

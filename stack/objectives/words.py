@@ -4,7 +4,7 @@ Who prepares data needs no JAX, so what computes is imported where it does.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stack.config import Config, WordsConfig
@@ -54,6 +54,10 @@ class Words:
     def examples(self, tokenizer: Tokenizer) -> Examples:
         """Rows as they are packed."""
         return PLAIN
+
+    def ask(self, tokenizer: Tokenizer, prompts: Sequence[str]) -> Sequence[str]:
+        """The texts that a model is given for prompts: themselves."""
+        return prompts
 
     def divisor(self, batch: "Mapping[str, jax.Array]") -> "jax.Array":
         """Labels of a batch, float32, at least 1."""
