@@ -30,6 +30,8 @@ class Objective(Protocol):
     """What is shown when a run ends: names of `stack.train.watch.endings`."""
     continues: bool
     """Whether what a model writes goes on with its prompt, or is a text of its own."""
+    between: str
+    """What is shown between a prompt and what is written."""
     marks: bool
     """Whether special words written out in a prompt stand for themselves, and are shown in the answer."""
 

@@ -41,6 +41,8 @@ class Words:
     continues: ClassVar[bool] = True
     """Whether what is written goes on with a prompt, which then begins a document; if not, the prompt is a
     whole text, and what is written another."""
+    between: ClassVar[str] = ""
+    """What is shown between a prompt and what is written."""
     marks: ClassVar[bool] = False
     """Whether special words that are written out in a prompt stand for themselves, and are shown."""
 
