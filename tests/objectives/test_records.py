@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,11 +43,11 @@ def config(folder: object = "nowhere", *, length: int = 64, kind: str = "complet
     return Config(**tree)
 
 
-def encoder(kind: str = "completion", tokenizer=None, **changes):
+def encoder(kind: str = "completion", tokenizer=None, **changes) -> Any:
     return build(config(kind=kind, **changes)).examples(tokenizer or ByteTokenizer()).encoder
 
 
-def encode(record: object, place: str = "here:1", **changes):
+def encode(record: object, place: str = "here:1", **changes) -> Any:
     return encoder(**changes)([Record.at(json.dumps(record), place)])[0]
 
 
@@ -138,7 +139,7 @@ def test_the_loss_is_that_of_the_marked_tokens(rows):
         model = program.merge(params)
         output = model({name: jax.numpy.asarray(value) for name, value in batch.items()}, program.execution())
         sums = jax.jit(partial(eval_step, program))(params, batch)
-    scores = np.float64(output.hidden) @ np.float64(output.table).T
+    scores = np.asarray(output.hidden, np.float64) @ np.asarray(output.table, np.float64).T
     scores = scores[..., : settings.model.vocab_size]
     log_sum = np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)) + scores.max(-1)
     labels = batch["labels"]
