@@ -113,7 +113,7 @@ def sample(arguments: argparse.Namespace) -> None:
         prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
         trainer = Trainer.from_run(arguments.config, overrides)
         prompts = prompts or [trainer.config.sample.prompt]
-        between = "" if trainer.program.objective.continues else "\n"
+        between = trainer.program.objective.between
         if len(prompts) == 1:
             text = trainer.stream(prompts[0], seed=arguments.seed)
             begin = next(text, "")  # What cannot be written is told before the prompt is.
