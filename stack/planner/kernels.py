@@ -13,7 +13,7 @@ from stack.kernels.attention import KERNELS, choose, fitting
 from stack.kernels.linear_cross_entropy import chunk_tokens
 from stack.objectives import build
 from stack.planner.compiled.findings import gib
-from stack.step.kernels import attention_request, choose_matmul
+from stack.step.kernels import attention_request, choose_matmul, platform_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,11 +98,7 @@ def device(config: Config, hardware: str | None) -> tuple[str, float | None]:
     if hardware is not None:
         chip = chips.load(hardware)
         return chip.platform, chip.compute_capability
-    here = jax.devices()[0]
-    capability = getattr(here, "compute_capability", None)  # "9.0"; AMD's are like "gfx942"
-    if capability and capability.startswith("gfx"):
-        return "rocm", None
-    return here.platform, float(capability) if capability else None
+    return platform_of(jax.devices()[0])
 
 
 def lines(operations: Sequence[Operation]) -> Iterator[str]:
