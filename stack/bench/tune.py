@@ -85,6 +85,7 @@ def run(
     jax.config.update("jax_platforms", "cpu")  # A GPU must stay free for the children.
     machine, problem, device = _ask(config, devices, around)
     able, told = _kernels(config, problem)
+    choice = choose(problem.request, config.kernels.attention)
     yield f"device     {machine.device_kind}, {machine.processor}, {machine.cores} cores"
     yield f"attention  {problem}"
     yield from (f"           {name} cannot: {reason}" for name, reason in told.items())
@@ -129,6 +130,8 @@ def run(
             write_bytes(target, json.dumps(about, indent=1).encode())
     if not kept:
         raise StackError(f"nothing was tuned: no tiles of {' or '.join(able)} ran; the reasons are above")
+    if choice.kernel not in kept:
+        yield f"a run takes {choice.kernel} ({choice.reason}), and so none of these tiles; kernels.attention={next(iter(kept))} does"
 
 
 def _ask(config: Config, devices: int | None, around: Mapping[str, str]) -> tuple[Machine, Problem, str]:

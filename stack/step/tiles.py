@@ -73,7 +73,7 @@ def with_tuned(program: Program, warn: Callable[[str], None]) -> Program:
     asked = problem(program.config, program.layout, platform=platform, compute_capability=capability)
     told = None
     if jax.process_index() == 0:
-        told = json.dumps(None if tiling is None else _look(asked, device, choice.kernel, warn))
+        told = json.dumps(None if tiling is None else look(asked, device, choice.kernel, warn))
     told = json.loads(messages.broadcast(f"tiles/{next(_calls)}", told))
     if tiling is None or told is None:
         return program
@@ -83,10 +83,17 @@ def with_tuned(program: Program, warn: Callable[[str], None]) -> Program:
     return dataclasses.replace(program, attention=attention)
 
 
-def _look(
+def look(
     asked: Problem, device: jax.Device, implementation: str, warn: Callable[[str], None]
 ) -> tuple[dict | None, str]:
-    """Tiles as JSON holds them, or None for the default, and what is told of them."""
+    """What was tuned for a problem: tiles as JSON holds them, None for the default, and what is told of them.
+
+    Args:
+      asked: what a device attends to.
+      device: it.
+      implementation: of attention, one that has tiles.
+      warn: as `with_tuned` takes it.
+    """
     tiling = KERNELS[implementation].tiling
     assert tiling is not None
     key = key_of(tuned.device_name(device), asked, implementation)
