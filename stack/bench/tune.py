@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,13 +78,14 @@ def run(
     """
     if rounds < 1 or not seconds > 0:
         raise ConfigError(f"--rounds {rounds} --seconds {seconds:g}: give more than 0 of both")
+    tilings = _tilings(config)
     target = None if path is None else expand(path)
     if target is not None:
         check_writable(target)
     around = environment(os.environ)
     jax.config.update("jax_platforms", "cpu")  # A GPU must stay free for the children.
     machine, problem, device = _ask(config, devices, around)
-    able, told = _kernels(config, problem)
+    able, told = _able(tilings, problem)
     choice = choose(problem.request, config.kernels.attention)
     yield f"device     {machine.device_kind}, {machine.processor}, {machine.cores} cores"
     yield f"attention  {problem}"
@@ -94,35 +95,20 @@ def run(
         if progress is not None:
             progress(f"  {row.by}: {'right' if row.status == 'measured' else f'{row.status}: {row.reason}'}")
 
+    def race(case: Case) -> list[Row]:
+        limits = {"seconds": seconds, "block_seconds": block_seconds}
+        return Contest(case, [STACK], machine, around, tell=tell, **limits).run()
+
     results: list[Result] = []
     kept: dict[str, str] = {}
     for name, tiling in able.items():
-        best = default = tiling.default(problem)
-        for part in tiling.parts:
-            tries = _candidates(part, problem, default, best)
-            told_of = f"{name}, {part.name}, {part.passes}"
-            yield f"{told_of}: {len(tries)} to try"
-            case = _case(name, part, problem, tiling, tries, rounds)
-            limits = {"seconds": seconds, "block_seconds": block_seconds}
-            rows = Contest(case, [STACK], machine, around, tell=tell, **limits).run()
-            result = Result(
-                kernel=name, part=part, rows=rows, default=str(default), chosen=_fastest(rows, str(default))
-            )
-            results.append(result)
-            yield from lines(result)
-            if result.chosen is None:
-                break
-            best = tries[result.chosen]
-        else:
-            last = results[-1]
-            place = tuned.keep(
-                key_of(device, problem, name),
-                tiling.plain(best),
-                seconds=last.seconds(last.chosen) or 0.0,
-                default_seconds=last.seconds(str(default)),
-            )
-            kept[name] = str(place)
-            yield f"{name}: {best} kept in {place}"
+        best = yield from _tune(name, tiling, problem, rounds, race, results)
+        if best is not None:
+            last, key = results[-1], key_of(device, problem, name)
+            taken, before = last.seconds(last.chosen), last.seconds(last.default)
+            assert taken is not None, "it was measured"
+            kept[name] = str(tuned.keep(key, tiling.plain(best), seconds=taken, default_seconds=before))
+            yield f"{name}: {best} kept in {kept[name]}"
         if target is not None:
             about = {"machine": dataclasses.asdict(machine), "device": device, "problem": problem.plain()}
             about |= {"versions": tuned.versions("attention"), "kept": kept}
@@ -131,7 +117,37 @@ def run(
     if not kept:
         raise StackError(f"nothing was tuned: no tiles of {' or '.join(able)} ran; the reasons are above")
     if choice.kernel not in kept:
-        yield f"a run takes {choice.kernel} ({choice.reason}), and so none of these tiles; kernels.attention={next(iter(kept))} does"
+        other = f"kernels.attention={next(iter(kept))}"
+        yield f"a run takes {choice.kernel} ({choice.reason}); with {other} it takes these tiles"
+
+
+def _tune(
+    kernel: str,
+    tiling: Tiling,
+    problem: Problem,
+    rounds: int,
+    race: Callable[[Case], list[Row]],
+    results: list[Result],
+) -> Generator[str, None, Tiles | None]:
+    """One implementation, part after part; its best tiles, or None where no tiles of a part ran."""
+    best = default = tiling.default(problem)
+    for part in tiling.parts:
+        tries = {str(tiles): tiles for tiles in (default, best, *part.candidates(problem, best))}
+        yield f"{kernel}, {part.name}, {part.passes}: {len(tries)} to try"
+        spec = {
+            "kernel": kernel,
+            "passes": part.passes,
+            "problem": problem.plain(),
+            "tiles": {name: tiling.plain(tiles) for name, tiles in tries.items()},
+        }
+        rows = race(Case(suite="tiles", title=f"{kernel}, {part.name}", spec=spec, priority=0, blocks=rounds))
+        chosen = _fastest(rows, str(default))
+        results.append(Result(kernel=kernel, part=part, rows=rows, default=str(default), chosen=chosen))
+        yield from lines(results[-1])
+        if chosen is None:
+            return None
+        best = tries[chosen]
+    return best
 
 
 def _ask(config: Config, devices: int | None, around: Mapping[str, str]) -> tuple[Machine, Problem, str]:
@@ -156,18 +172,20 @@ def _ask(config: Config, devices: int | None, around: Mapping[str, str]) -> tupl
     return Machine(**about["machine"]), Problem.of_plain(about["problem"]), about["device"]
 
 
-def _kernels(config: Config, problem: Problem) -> tuple[dict[str, Tiling], dict[str, str]]:
-    """What can be tuned, and why the rest with tiles cannot."""
+def _tilings(config: Config) -> dict[str, Tiling]:
+    """Of the implementations that a config may take."""
     wanted = config.kernels.attention
     tilings = {name: kernel.tiling for name, kernel in KERNELS.items() if kernel.tiling is not None}
-    choose(problem.request, wanted)  # Refused as a run refuses it.
-    if wanted != "auto":
-        if wanted not in tilings:
-            names = " or ".join(tilings)
-            raise ConfigError(
-                f"kernels.attention={wanted} has no tiles to tune; set kernels.attention=auto, {names}"
-            )
-        tilings = {wanted: tilings[wanted]}
+    if wanted not in ("auto", *tilings):
+        names = " or ".join(tilings)
+        raise ConfigError(
+            f"kernels.attention={wanted} has no tiles to tune; set kernels.attention=auto, {names}"
+        )
+    return {name: tiling for name, tiling in tilings.items() if wanted in ("auto", name)}
+
+
+def _able(tilings: Mapping[str, Tiling], problem: Problem) -> tuple[dict[str, Tiling], dict[str, str]]:
+    """What can be tuned on a machine, and why the rest cannot."""
     obstacles = {name: KERNELS[name].obstacles(problem.request) for name in tilings}
     able = {name: tiling for name, tiling in tilings.items() if not obstacles[name]}
     told = {name: "; ".join(texts) for name, texts in obstacles.items() if texts}
@@ -175,23 +193,6 @@ def _kernels(config: Config, problem: Problem) -> tuple[dict[str, Tiling], dict[
         reasons = "; ".join(f"{name}: {reason}" for name, reason in told.items())
         raise StackError(f"nothing can be tuned on this machine: {reasons}")
     return able, told
-
-
-def _candidates(part: Part, problem: Problem, default: Tiles, best: Tiles) -> dict[str, Tiles]:
-    """By name: the default, the best so far, and others."""
-    return {str(tiles): tiles for tiles in (default, best, *part.candidates(problem, best))}
-
-
-def _case(
-    kernel: str, part: Part, problem: Problem, tiling: Tiling, tries: Mapping[str, Tiles], rounds: int
-) -> Case:
-    spec = {
-        "kernel": kernel,
-        "passes": part.passes,
-        "problem": problem.plain(),
-        "tiles": {name: tiling.plain(tiles) for name, tiles in tries.items()},
-    }
-    return Case(suite="tiles", title=f"{kernel}, {part.name}", spec=spec, priority=0, blocks=rounds)
 
 
 def _fastest(rows: Sequence[Row], default: str) -> str | None:

@@ -15,6 +15,11 @@ WIDEST_OF_BOTH = 128
 SHARED_BYTES = 227 * 1024
 """Shared memory that a block of threads of compute capability 9.0 may have."""
 
+_ALIGNMENT = 1024
+"""Of every array there (`SMEM_ALIGNMENT` of jax 0.11.2)."""
+_SCRATCH = 2048
+"""What sums and maxima of rows take besides (`reduction_scratch_bytes`)."""
+
 Kernel = Literal["forward", "query_gradient", "key_gradients"]
 
 _ROWS = 128
@@ -96,17 +101,16 @@ def shared_bytes(kernel: Kernel, tile: Tile, width: int, *, dropout: bool) -> in
       width: of a head, a multiple of 16.
       dropout: whether weights are dropped.
     """
-    vectors = 4 * (2 if dropout else 1)  # Bytes of what a query sees, and of its random words.
-    if kernel == "forward":
-        of_query = COMPUTE * tile.queries * (2 * width + 2 * vectors + 4)
-        ring, barriers = 2 * tile.keys * 2 * width, COMPUTE + 4 * tile.stages + 1
-    elif kernel == "query_gradient":
-        of_query = COMPUTE * tile.queries * (2 * 2 * width + 2 * (vectors + 4))
-        ring, barriers = 2 * tile.keys * 2 * width, COMPUTE + 4 * tile.stages
-    else:
-        of_query = COMPUTE * tile.keys * 2 * 2 * width
-        ring, barriers = tile.queries * (2 * 2 * width + 2 * (vectors + 4)), COMPUTE + 4 * tile.stages
-    return of_query + tile.stages * ring + 8 * barriers
+    owned, met = (tile.keys, tile.queries) if kernel == "key_gradients" else (tile.queries, tile.keys)
+    own = [2 * COMPUTE * owned * width] * (1 if kernel == "forward" else 2)
+    ring = [2 * tile.stages * met * width] * 2
+    # Of each query what it sees; its log-sum-exp, and behind it the sum with the cotangent; random words.
+    copies = tile.stages if kernel == "key_gradients" else COMPUTE
+    pair = 4 * 2 * copies * tile.queries
+    vectors = [pair, pair // 2 if kernel == "forward" else pair, *([pair] if dropout else [])]
+    scratch = _SCRATCH if kernel == "forward" else 0
+    barriers = 8 * (COMPUTE + 4 * tile.stages + 1)
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in (*own, *ring, *vectors, scratch)) + barriers
 
 
 def obstacle(tiles: Tiles, width: int, *, dropout: bool) -> str | None:
