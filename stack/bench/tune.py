@@ -10,11 +10,11 @@ from typing import Any
 import jax
 
 from stack.bench.case import Case, Machine, Row
+from stack.bench.command import new_file
 from stack.bench.run import STACK, Contest, environment
 from stack.bench.worker import EndedError, LateError, Worker
 from stack.config import Config
 from stack.config.errors import ConfigError, StackError
-from stack.config.paths import check_writable, expand
 from stack.kernels import tuned
 from stack.kernels.attention import KERNELS, Problem, Tiles, choose
 from stack.kernels.attention.tiling import Part, Tiling
@@ -73,15 +73,13 @@ def run(
         block_seconds: about how long each is timed in a round.
 
     Raises:
-        ConfigError: no such number, or the config has no attention with tiles.
+        ConfigError: no such number, a file that exists, or a config whose attention has no tiles.
         StackError: no device is found, or nothing could be tuned.
     """
     if rounds < 1 or not seconds > 0:
         raise ConfigError(f"--rounds {rounds} --seconds {seconds:g}: give more than 0 of both")
     tilings = _tilings(config)
-    target = None if path is None else expand(path)
-    if target is not None:
-        check_writable(target)
+    target = None if path is None else new_file(path)
     around = environment(os.environ)
     jax.config.update("jax_platforms", "cpu")  # A GPU must stay free for the children.
     machine, problem, device = _ask(config, devices, around)

@@ -264,7 +264,7 @@ def _add_kernels(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     _add_overrides(tuned)
     text = "times that each is timed, in turns with the others (default: 7)"
     tuned.add_argument("--rounds", type=int, default=7, metavar="N", help=text)
-    text = "of each kernel at most (default: 300)"
+    text = "of each part of an implementation at most (default: 300)"
     tuned.add_argument("--seconds", type=float, default=300.0, metavar="N", help=text)
     text = "of the run, each of which has as much to do as the config says (default: those here)"
     tuned.add_argument("--devices", type=int, metavar="N", help=text)

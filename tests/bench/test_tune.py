@@ -124,17 +124,20 @@ def test_tiles_that_are_right_are_timed(more):
     ready.run(2)
 
 
-def test_tiles_that_are_wrong_are_not(monkeypatch):
+@pytest.mark.parametrize("first_row", [0, 1], ids=["everywhere", "where rows are several, as in a run"])
+def test_tiles_that_are_wrong_are_not(monkeypatch, first_row):
     kernel = KERNELS["xla_chunked"]
 
     def attend(*arrays, tiles=None, **options):
         output = xla_chunked.attend(*arrays, tiles=tiles, **options)
-        return output if tiles is None or tiles.longest != 16 else output.at[:, 3].multiply(1.1)
+        wrong = output.at[first_row:, 3].multiply(1.1)
+        return output if tiles is None or tiles.longest != 16 else wrong
 
     monkeypatch.setitem(KERNELS, "xla_chunked", dataclasses.replace(kernel, attend=attend))
     facts = prepared().facts
     assert not facts["ok"]
     assert facts["error"] > 0.01
+    assert first_row == 0 or facts["error_of"] == "the default tiles"
     assert prepared(tiles=BlockSizes(8, 2**12)).facts["ok"]
 
 
@@ -181,6 +184,7 @@ def test_the_table_tells_all_of_them():
     [
         (["--rounds", "0"], "--rounds 0 --seconds 300: give more than 0 of both"),
         (["--seconds", "-1"], "--rounds 7 --seconds -1: give more than 0 of both"),
+        (["--json", __file__], f"{__file__}: the file exists; remove it or give another name"),
         (["kernels.attention=xla"], "kernels.attention=xla has no tiles to tune; set kernels.attention=auto"),
         (["kernels.attention=cudnn"], "kernels.attention=cudnn has no tiles to tune"),
     ],
