@@ -155,11 +155,14 @@ OTHER = Tiles(Tile(64, 64, 2), Tile(64, 32, 3), Tile(32, 64, 2))
 LONGER = Tiles(Tile(64, 256, 2), Tile(64, 128, 2), Tile(64, 64, 2))
 
 
-@pytest.mark.parametrize("tiles", [LONGER, pytest.param(OTHER, marks=pytest.mark.full)], ids=str)
-def test_tiles_for_hopper_are_the_definition(tiles, capsys):
-    """Also where a row is shorter than a block."""
+@pytest.mark.parametrize(
+    ("tiles", "length"), [(LONGER, 100), pytest.param(OTHER, 300, marks=pytest.mark.full)], ids=str
+)
+def test_tiles_for_hopper_are_the_definition(tiles, length, capsys):
+    """Also where a block is longer than a row."""
     with interpreted():
-        check(Case(dtype="bfloat16", batch=1, length=140, heads=1, rows="packed"), Tiled("mosaic_gpu", tiles))
+        case = Case(dtype="bfloat16", batch=1, length=length, heads=1, rows="packed")
+        check(case, Tiled("mosaic_gpu", tiles))
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
@@ -177,6 +180,13 @@ def test_tiles_that_are_given_are_taken(monkeypatch):
     hopper = Case(length=64, dtype="bfloat16")
     texts = {jaxpr(hopper, Tiled("mosaic_gpu", tiles)) for tiles in (OTHER, LONGER)}
     assert len(texts | {jaxpr(hopper, "mosaic_gpu")}) == 3
+
+
+def test_rows_are_padded_to_whole_blocks():
+    case = Case(length=100, dtype="bfloat16")
+    for tiles, length in ((LONGER, 256), (OTHER, 128), (sizes.tiles_of(64, plain=True), 128)):
+        assert sizes.row_multiple(tiles) == length
+        assert f"bf16[2,{length},2,64]" in jaxpr(case, Tiled("mosaic_gpu", tiles))
 
 
 COMPILE = """
