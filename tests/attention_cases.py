@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stack.kernels.attention import KERNELS, Dropout, Kind, Mask, Request, attend, reference
+from stack.kernels.attention import KERNELS, Dropout, Kind, Mask, Request, Tiled, attend, reference
 from stack.parallel.rules import ONE_DEVICE
 
 Rows = Literal["whole", "padded", "packed"]
@@ -119,7 +119,7 @@ class Case:
 
         return self._both_ways(attention)
 
-    def actual(self, kernel: str) -> dict[str, np.ndarray]:
+    def actual(self, kernel: str | Tiled) -> dict[str, np.ndarray]:
         """The same by an implementation; shapes and dtypes are looked at too."""
 
         def attention(arrays: dict[str, Any], mask: Mask, dropout: Dropout | None) -> jax.Array:

@@ -83,6 +83,25 @@ def explain_kernels(arguments: argparse.Namespace) -> None:
         print("\n".join(kernels.lines(operations)))
 
 
+def tune_kernels(arguments: argparse.Namespace) -> None:
+    """Finds the fastest tiles of a config's attention on this machine, and keeps them."""
+    from stack.config.reading import load
+
+    config = load(arguments.config, arguments.rest)
+    environment.import_jax()
+    from stack.bench.tune import run
+
+    for line in run(
+        config,
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        devices=arguments.devices,
+        path=arguments.json,
+        progress=lambda text: print(text, file=sys.stderr, flush=True),
+    ):
+        print(line, flush=True)
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Prints what a run's held-out text gives."""
     defaults.import_jax()

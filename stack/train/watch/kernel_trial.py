@@ -36,7 +36,10 @@ class KernelTrial(Listener):
         request = attention_request(program.config, platform=device.platform)
         with meshes.use(meshes.build(MeshConfig(), [device])):
             error = trial_error(
-                choice.kernel, request, window=model.window, shared_by=model.num_heads // model.kv_heads
+                choice.implementation,
+                request,
+                window=model.window,
+                shared_by=model.num_heads // model.kv_heads,
             )
         if not error <= LIMIT:
             told = "no number" if math.isnan(error) else f"off by {error:.1%}"

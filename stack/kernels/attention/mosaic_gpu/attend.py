@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.island import on_each_device
 from stack.kernels.attention.mask import Mask
+from stack.kernels.attention.mosaic_gpu.sizes import Tiles
 from stack.kernels.attention.request import Request
 from stack.parallel.rules import Layout
 
@@ -23,6 +24,7 @@ def attend(
     scale: float | None,
     softcap: float | None,
     dropout: Dropout | None,
+    tiles: Tiles | None = None,
 ) -> jax.Array:
     """See `stack.kernels.attention.attend`; bfloat16 without a bias, of whole rows.
 
@@ -40,7 +42,7 @@ def attend(
         )
     from stack.kernels.attention.mosaic_gpu.flash import attend_local  # Pallas takes half a second to import.
 
-    local = partial(attend_local, scale=scale, softcap=softcap)
+    local = partial(attend_local, scale=scale, softcap=softcap, tiles=tiles)
     return on_each_device(local, query, key, value, mask, layout, dropout=dropout)
 
 
