@@ -111,15 +111,23 @@ class Case:
             dropout = Dropout(rate=self.dropout, rows=jnp.asarray(words))
         return {"softcap": self.softcap, "scale": self.scale, "dropout": dropout}
 
-    def expected(self) -> dict[str, np.ndarray]:
-        """By the definition: the output, and the gradients for `slope`."""
+    def read(self) -> jax.Array:
+        """[batch, queries] bool: those that see a key and are no padding."""
+        mask = self.mask()
+        sees = mask.allowed().any(-1)
+        if mask.lengths is None or self.keys is not None:
+            return sees
+        return sees & (jnp.arange(self.length) < mask.lengths[:, None])
+
+    def expected(self, *, of: jax.Array | None = None) -> dict[str, np.ndarray]:
+        """By the definition: the output, of the queries named or of all, and the gradients for `slope`."""
 
         def attention(arrays: dict[str, Any], mask: Mask, dropout: Dropout | None) -> jax.Array:
             return reference.attend(**arrays, mask=mask, **(self.options() | {"dropout": dropout}))
 
-        return self._both_ways(attention)
+        return self._both_ways(attention, of)
 
-    def actual(self, kernel: str) -> dict[str, np.ndarray]:
+    def actual(self, kernel: str, *, of: jax.Array | None = None) -> dict[str, np.ndarray]:
         """The same by an implementation; shapes and dtypes are looked at too."""
 
         def attention(arrays: dict[str, Any], mask: Mask, dropout: Dropout | None) -> jax.Array:
@@ -128,15 +136,16 @@ class Case:
             assert (output.shape, output.dtype) == (arrays["query"].shape, jnp.dtype(self.dtype))
             return output.astype(jnp.float32)
 
-        return self._both_ways(attention)
+        return self._both_ways(attention, of)
 
-    def _both_ways(self, attention: Any) -> dict[str, np.ndarray]:
+    def _both_ways(self, attention: Any, of: jax.Array | None) -> dict[str, np.ndarray]:
         arrays = self.arrays()
         slope = jnp.asarray(np.random.default_rng(11).normal(size=arrays["query"].shape), self.dtype)
 
         @jax.jit
         def run(arrays: dict[str, jax.Array], mask: Mask, dropout: Dropout | None) -> Any:
-            output, back = jax.vjp(lambda arrays: attention(arrays, mask, dropout), arrays)
+            read = 1 if of is None else of[..., None, None]
+            output, back = jax.vjp(lambda arrays: attention(arrays, mask, dropout) * read, arrays)
             (gradients,) = back(slope.astype(output.dtype))
             return {"output": output} | gradients
 
