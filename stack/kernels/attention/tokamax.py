@@ -61,14 +61,15 @@ def attend(
 def obstacles(request: Request) -> list[str]:
     """Everything that keeps Tokamax from computing what is asked; empty: it can."""
     capability = request.compute_capability
+    widest = 256 if capability is None or capability < 10.0 else 192
     checks = (
         (request.platform != "gpu", f"the platform is {request.platform}, not an NVIDIA GPU"),
         (
-            capability is not None and capability not in (9.0, 10.0),
-            f"its backward pass is for compute capability 9.0 and 10.0, not {capability}",
+            capability is not None and capability not in (9.0, 10.0, 10.3),
+            f"its backward pass is for compute capability 9.0, 10.0 and 10.3, not {capability}",
         ),
         (request.dtype != "bfloat16", f"dtype is {request.dtype}, not bfloat16"),
-        (request.head_dim > 256, f"head width {request.head_dim} is over 256"),
+        (request.head_dim > widest, f"head width {request.head_dim} is over {widest}"),
         (request.dropout > 0, "it has no attention dropout"),
         (request.bias, "the gradient of a bias would store all scores"),
         (not installed(), MISSING),
@@ -79,21 +80,22 @@ def obstacles(request: Request) -> list[str]:
 def operation() -> Callable[..., jax.Array]:
     """Tokamax's own kernels, forward and backward, with the tiles of its rules.
 
-    The tiles that it was tuned to on one kind of GPU are not looked up: they would be others for some shapes
-    of H100 alone, and each miss would be told.
+    Tiles that it was tuned to are not looked up: it has those of one GPU for shapes of its own, and each miss
+    would be told.
     """
     from tokamax._src.ops.attention import pallas_mosaic_gpu, pallas_mosaic_gpu_vjp
     from tokamax.config import ignore_autotuning_cache
 
-    def by_rules(kernels: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arrays: Any, **options: Any) -> Any:
-            with ignore_autotuning_cache(True):
-                return kernels(*arrays, **options)
+    def backward(*arrays: Any, **options: Any) -> Any:
+        with ignore_autotuning_cache(True):
+            return pallas_mosaic_gpu_vjp.PallasMosaicGpuFlashAttentionVjp()(*arrays, **options)
 
-        return call
+    def attention(*arrays: jax.Array, **options: Any) -> jax.Array:
+        kernel = pallas_mosaic_gpu.PallasMosaicGpuFlashAttention(vjp=backward)
+        tiles = kernel.bind(*arrays, return_residuals=True, **options).heuristics_config
+        return kernel.replace(config=tiles)(*arrays, **options)
 
-    backward = by_rules(pallas_mosaic_gpu_vjp.PallasMosaicGpuFlashAttentionVjp())
-    return by_rules(pallas_mosaic_gpu.PallasMosaicGpuFlashAttention(vjp=backward))
+    return attention
 
 
 def _attend_local(
