@@ -2,13 +2,16 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from stack.kernels.attention import KERNELS, Dropout, Kind, Mask, Request, attend, reference
+from stack.kernels.attention import KERNELS, Dropout, Kind, Mask, Request, attend, reference, tokamax
 from stack.parallel.rules import ONE_DEVICE
 
 Rows = Literal["whole", "padded", "packed"]
@@ -170,6 +173,16 @@ def _documents(case: Case, length: int, *, seed: int) -> tuple[jax.Array, jax.Ar
             starts = begins[np.where(segments[row] > 0, segments[row] - 1, 4)]
             positions[row] = np.arange(length) - starts
     return jnp.asarray(segments), jnp.asarray(positions)
+
+
+@contextmanager
+def plain_tokamax() -> Iterator[None]:
+    """Tokamax answers the same call in plain operations, on a CPU too; masks and scales are its own."""
+    from tokamax._src.ops.attention.base import DotProductAttention
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokamax, "operation", DotProductAttention)
+        yield
 
 
 def runs(case: Case, kernel: str) -> bool:

@@ -1,12 +1,12 @@
 """Every implementation that runs here is the definition, forward and backward."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from attention_cases import EVERY_DAY, Case, others, runs
+from attention_cases import EVERY_DAY, Case, others, plain_tokamax, runs
 
-from stack.kernels.attention import tokamax, xla_chunked
+from stack.kernels.attention import xla_chunked
 from stack.kernels.attention.mosaic_gpu.tiles import interpreted
 
 IMPLEMENTATIONS = ("xla", "xla_chunked", "mosaic_gpu", "tokamax")
@@ -23,17 +23,7 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(xla_chunked, "BLOCKS", {"cpu": (8, 2**9), "gpu": (8, 2**9)})
 
 
-@contextmanager
-def without_a_gpu():
-    """Tokamax answers the same call in plain operations, which also say what is right of masks and scales."""
-    from tokamax._src.ops.attention.base import DotProductAttention
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokamax, "operation", DotProductAttention)
-        yield
-
-
-HERE = {"mosaic_gpu": interpreted, "tokamax": without_a_gpu}
+HERE = {"mosaic_gpu": interpreted, "tokamax": plain_tokamax}
 """What some need to run on a CPU."""
 
 

@@ -7,9 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from attention_cases import Case, plain_tokamax
 
 from stack.config import (
     Config,
@@ -110,6 +113,32 @@ def test_what_it_cannot_do_is_refused(more, message):
     bias = jnp.zeros((1, 1, 64, 64)) if "bias" in more else None
     with pytest.raises(ValueError, match=message):
         attend(query, key, key, mask, ONE_DEVICE, kernel="tokamax", bias=bias)
+
+
+ASKED = partial(Case, dtype="bfloat16", length=40)
+
+
+@pytest.mark.full
+@needs_tokamax
+@pytest.mark.parametrize(
+    "case",
+    [
+        ASKED(kind="full", rows="padded"),
+        ASKED(kind="full", rows="packed", window=7, local=False, scale=0.3),
+        ASKED(kind="prefix", rows="padded", heads=4, kv_heads=2),
+        ASKED(kind="prefix", rows="packed", softcap=1.5),
+        ASKED(kind="full", rows="padded", keys=33),
+        ASKED(rows="padded", window=7, local=True),
+    ],
+    ids=str,
+)
+def test_masks_and_scales_are_translated(case):
+    """By its plain operations; where what nobody reads sees no key, they make means of all values."""
+    read = case.read()
+    with plain_tokamax():
+        found = case.actual("tokamax", of=read)
+    for name, want in case.expected(of=read).items():
+        assert np.linalg.norm(found[name] - want) <= 8e-3 * np.linalg.norm(want), name
 
 
 COMPILE = """
