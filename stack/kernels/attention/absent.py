@@ -15,8 +15,8 @@ OLDEST_CUDNN = 91_200
 def traced_for(device: Any) -> Iterator[None]:
     """What is traced within is for a GPU that is not here.
 
-    JAX checks the call of cuDNN against this machine's cuDNN and GPU; Tokamax takes the kernel, and Mosaic the
-    instructions, of the default device. They cannot be told of others; the compiler then needs none of them.
+    JAX checks the call of cuDNN against this machine's cuDNN and GPU; Tokamax takes its kernel, and Mosaic
+    its instructions, for the default device. They cannot be told of others, and the compiler needs none.
     """
     here = checks.check_cudnn_version, checks.check_compute_capability, backend.get_default_device
 
