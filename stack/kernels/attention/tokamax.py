@@ -21,6 +21,9 @@ from stack.parallel.rules import Layout
 
 MISSING = "it is not installed: pip install 'stack[tokamax]'"
 
+TILE = 128
+"""Queries that a block of threads of the backward pass takes together."""
+
 
 def installed() -> bool:
     """Whether Tokamax is. It is imported where it runs alone, as that takes seconds."""
@@ -117,8 +120,19 @@ def _attend_local(
     runs = Runs(
         # Without an end of their own, causal rows' kernels leave out the half that nobody sees.
         is_causal=causal,
-        k_start=seen.start[:, None] if begins else None,
-        k_end=None if causal else seen.end[:, None],
+        k_start=_in_tiles(seen.start)[:, None] if begins else None,
+        k_end=None if causal else _in_tiles(seen.end)[:, None],
     )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return operation()(query, key, value, mask=runs, logits_scale=scale, logits_soft_cap=softcap)
+    arrays = (_in_tiles(array) for array in (query, key, value))
+    output = operation()(*arrays, mask=runs, logits_scale=scale, logits_soft_cap=softcap)
+    return output[:, : query.shape[1]]
+
+
+def _in_tiles(array: jax.Array) -> jax.Array:
+    """[batch, length, ...] with zeros to a multiple of `TILE` tokens: kernels read the numbers of whole ones.
+
+    What is added is behind the last token, so it is seen in no causal row, and in no other, whose runs end.
+    """
+    missing = -array.shape[1] % TILE
+    return jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)) if missing else array

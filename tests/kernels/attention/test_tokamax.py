@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case, plain_tokamax
+from interpreted_tokamax import backward_interpreted
 
 from stack.config import (
     Config,
@@ -141,6 +142,27 @@ def test_masks_and_scales_are_translated(case):
         assert np.linalg.norm(found[name] - want) <= 8e-3 * np.linalg.norm(want), name
 
 
+@pytest.mark.full
+@needs_tokamax
+@pytest.mark.parametrize(
+    "case",
+    [
+        ASKED(length=200, rows="packed", heads=4, kv_heads=2),
+        ASKED(length=256, rows="packed", kind="full", window=20, softcap=5.0),
+        ASKED(length=160, rows="packed", kind="prefix", head_dim=80),
+        ASKED(length=140, rows="padded", kind="full", keys=290),
+        ASKED(length=256, rows="padded", window=40, head_dim=128),
+    ],
+    ids=str,
+)
+def test_its_backward_kernels_for_hopper_make_of_the_masks_what_is_meant(case):
+    read = case.read()
+    with backward_interpreted():
+        found = case.actual("tokamax", of=read)
+    for name, want in case.expected(of=read).items():
+        assert np.linalg.norm(found[name] - want) <= 8e-3 * np.linalg.norm(want), name
+
+
 COMPILE = """
 import json, sys
 import jax, jax.numpy as jnp
@@ -217,7 +239,7 @@ def test_its_kernels_compile_within_their_registers_and_memory(tmp_path, target)
 @needs_tokamax
 @pytest.mark.usefixtures("quick_gpu_compiler")
 def test_the_compiled_step_calls_it_both_ways_and_gathers_no_batch(caplog):
-    rows, length, tensor = 96, 192, 2
+    rows, length, tensor = 96, 256, 2
     config = Config(
         model=DecoderConfig(
             vocab_size=1000,
