@@ -1,5 +1,6 @@
 """Eight virtual CPU devices and a persistent compile cache, set before anything imports jax."""
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -52,6 +53,20 @@ def run_processes() -> Callable[..., list[Any]]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.run
+
+
+@pytest.fixture
+def tokamax_is_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Says whether Tokamax is installed, whatever is: `auto` and its reasons differ. At first it is not."""
+    from stack.kernels.attention import KERNELS, tokamax
+
+    def say(is_here: bool) -> None:
+        monkeypatch.setattr(tokamax, "installed", lambda: is_here)
+        kernel = dataclasses.replace(KERNELS["tokamax"], installed=tokamax.installed)
+        monkeypatch.setitem(KERNELS, "tokamax", kernel)
+
+    say(False)
+    return say
 
 
 @pytest.fixture(scope="module")

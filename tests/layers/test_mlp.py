@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def test_mlp_is_the_published_formula(kind, activation):
 def test_the_backward_pass_is_given_the_products_alone(kind, count):
     mlp = Mlp(DecoderConfig(embed_dim=12, num_heads=2, mlp_dim=20, mlp=kind), rngs=nnx.Rngs(0))
     backward = jax.make_jaxpr(lambda *given: jax.vjp(lambda mlp, x: mlp(x, ONE_DEVICE), *given)[1])
-    kept = backward(mlp, jnp.ones((3, 5, 12))).jaxpr.outvars
+    kept: list[Any] = backward(mlp, jnp.ones((3, 5, 12))).jaxpr.outvars
     wide = {variable for variable in kept if variable.aval.shape == (3, 5, 20)}
     assert len(wide) == count, "up and gate"
 

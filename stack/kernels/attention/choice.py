@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import jax
 
 from stack.config.errors import ConfigError
-from stack.kernels.attention import cudnn, mosaic_gpu, xla, xla_chunked
+from stack.kernels.attention import cudnn, mosaic_gpu, tokamax, xla, xla_chunked
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask
 from stack.kernels.attention.request import Request
@@ -84,6 +84,8 @@ class Kernel:
     """Whether it is more than array operations that XLA compiles: until it was measured, a run tries it."""
     tiling: Tiling | None = None
     """Of its blocks, where there are others to choose from; its `attend` then takes `tiles`."""
+    installed: Callable[[], bool] = lambda: True
+    """Whether the package that it is of is here; if not, that is among its obstacles."""
 
 
 KERNELS: dict[str, Kernel] = {
@@ -91,6 +93,7 @@ KERNELS: dict[str, Kernel] = {
     "mosaic_gpu": Kernel(
         attend=mosaic_gpu.attend, obstacles=mosaic_gpu.obstacles, tiling=TILINGS["mosaic_gpu"]
     ),
+    "tokamax": Kernel(attend=tokamax.attend, obstacles=tokamax.obstacles, installed=tokamax.installed),
     "xla_chunked": Kernel(
         attend=xla_chunked.attend,
         obstacles=xla_chunked.obstacles,
@@ -128,7 +131,8 @@ def choose(request: Request, wanted: str = "auto") -> Choice:
                 f" set kernels.attention=auto, {able}"
             )
         return Choice(kernel=wanted, reason="asked for", measured=bool(fitting(request, wanted)))
-    cannot = [f"{' and '.join(names)} cannot: {text}" for text, names in _by_text(obstacles).items()]
+    here = {name: texts for name, texts in obstacles.items() if KERNELS[name].installed()}
+    cannot = [f"{_listed(names)} cannot: {text}" for text, names in _by_text(here).items()]
     able = [name for name, texts in obstacles.items() if not texts]
     timed = [entry for name in able for entry in fitting(request, name) if entry.speed > 1]
     if timed:
@@ -153,6 +157,11 @@ def _by_text(obstacles: dict[str, list[str]]) -> dict[str, list[str]]:
         if texts:
             found.setdefault("; ".join(texts), []).append(name)
     return found
+
+
+def _listed(names: list[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def fitting(request: Request, name: str) -> list[Measured]:
