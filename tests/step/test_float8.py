@@ -57,6 +57,7 @@ def test_the_layers_matrices_are_in_8_bits_and_nothing_else_is() -> None:
         (["kernels.fp8.first_layers=1", "kernels.fp8.last_layers=1"], "leaves no product in 8 bits"),
         (["kernels.fp8.history=3"], "kernels.fp8: history=3 is not read with scaling=current"),
         (["kernels.fp8.scaling=delayed", "kernels.fp8.blocks=channel"], "blocks=channel needs scaling="),
+        (["kernels.fp8.scaling=delayed", "kernels.fp8.blocks=block"], "no block has a past; set one of them"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(overrides, line) -> None:
@@ -87,6 +88,31 @@ def test_a_chip_without_them_is_refused_by_name(platform, capability, line) -> N
     assert str(programs.on_mesh(config, mesh, "gpu", 9.0).matmul) == (
         "products: fp8 (current scale per tensor; evaluation, embeddings and head in float32)"
     )
+
+
+@pytest.mark.parametrize("capability", [8.9, 10.0])
+def test_blocks_of_a_sum_have_a_kernel_for_hopper_alone(capability) -> None:
+    config = tiny(FP8, "kernels.fp8.blocks=block", "mesh.fsdp=8")
+    mesh = meshes.abstract(config.mesh, 8)
+    told = (
+        rf"blocks=block cannot run: compute capability {capability} is not 9\.0.*set it to tensor or channel"
+    )
+    with pytest.raises(ConfigError, match=told):
+        programs.on_mesh(config, mesh, "gpu", capability)
+    assert str(programs.on_mesh(config, mesh, "gpu", 9.0).matmul).startswith(
+        "products: fp8 (current scale per block of 128, mosaic_gpu; "
+    )
+    assert "128, reference" in str(programs.on_mesh(config, mesh, "cpu").matmul)
+
+
+def test_a_mesh_that_cuts_blocks_is_refused_by_name() -> None:
+    whole = ("model.head_dim=64", "model.mlp_dim=512")
+    config = tiny(FP8, "kernels.fp8.blocks=block", "mesh.fsdp=4", "mesh.tensor=2", *whole)
+    mesh = meshes.abstract(config.mesh, 8)
+    programs.on_mesh(config, mesh, "gpu", 9.0)
+    told = r"mesh\.tensor=2 cuts model\.mlp_dim=320 in 160s, which the 128 that share a scale do not divide; "
+    with pytest.raises(ConfigError, match=told + "lower mesh.tensor, or set blocks=channel"):
+        programs.on_mesh(config.replace("model.mlp_dim=320"), mesh, "gpu", 9.0)
 
 
 def types(program: programs.Program, function: Any) -> str:
