@@ -78,14 +78,15 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
             )
 
 
-FLOAT8_BLOCK = 128
-"""Numbers along a sum that share a scale, with kernels.fp8.blocks=block."""
+FLOAT8_BLOCKS = {"block": 128, "mx": 32}
+"""Numbers along a sum that share a scale, by kernels.fp8.blocks."""
 
 
 def _check_blocks(config: Config, tensor: int) -> None:
     """What shares a scale lies on one device."""
-    model, kernels = config.model, config.kernels
-    if tensor == 1 or kernels.matmul != "fp8" or kernels.fp8.blocks != "block":
+    model, kernels, blocks = config.model, config.kernels, config.kernels.fp8.blocks
+    shared = FLOAT8_BLOCKS.get(blocks)
+    if tensor == 1 or kernels.matmul != "fp8" or shared is None:
         return
     parts = {
         "model.num_heads x head_dim": model.num_heads * model.head_width,
@@ -93,9 +94,9 @@ def _check_blocks(config: Config, tensor: int) -> None:
         "model.mlp_dim": model.mlp_width,
     }
     for name, size in parts.items():
-        if size // tensor % FLOAT8_BLOCK:
+        if size // tensor % shared:
             raise ConfigError(
-                f"kernels.fp8.blocks=block: mesh.tensor={tensor} cuts {name}={size} in {size // tensor}s, "
-                f"which the {FLOAT8_BLOCK} that share a scale do not divide; lower mesh.tensor, or set "
+                f"kernels.fp8.blocks={blocks}: mesh.tensor={tensor} cuts {name}={size} in {size // tensor}s, "
+                f"which the {shared} that share a scale do not divide; lower mesh.tensor, or set "
                 "blocks=channel"
             )

@@ -40,7 +40,7 @@ class Operation:
     """All implementations, the one that runs too, where there are several."""
 
 
-_IN_8_BITS: dict[matmul.Blocks, str] = {"tensor": "fp8", "block": "fp8 block"}
+_IN_8_BITS: dict[matmul.Blocks, str] = {"tensor": "fp8", "block": "fp8 block", "mx": "fp8 mx"}
 """Ways to scale that run on devices of their own; `channel` runs where `tensor` does."""
 
 

@@ -8,8 +8,9 @@ import pytest
 from stack.doctor.numerics import FLOAT8_SHARE, ONE_DEVICE, STEP, Family, Numbers, cells, compute, distance
 
 TENSOR, CHANNEL = ("kernels.matmul=fp8",), ("kernels.matmul=fp8", "kernels.fp8.blocks=channel")
-BLOCK = ("kernels.matmul=fp8", "kernels.fp8.blocks=block")
-WHOLE_BLOCKS = (*BLOCK, "model.embed_dim=256", "model.head_dim=128", "model.mlp_dim=512")
+MX = ("kernels.matmul=fp8", "kernels.fp8.blocks=mx")
+WHOLE_BLOCKS = ("kernels.matmul=fp8", "kernels.fp8.blocks=block")
+WHOLE_BLOCKS += ("model.embed_dim=256", "model.head_dim=128", "model.mlp_dim=512")
 """On each device, also before weights are gathered: see `stack.kernels.matmul.blocks`."""
 CELLS = {cell.name: cell for cell in cells()}
 FSDP, SEQUENCE = "fsdp zero 1 + accumulation", "fsdp zero 3 + tensor sequence parallel"
@@ -26,7 +27,7 @@ def reference(family: Family, overrides: tuple[str, ...], step: int) -> Numbers:
         pytest.param(FSDP, "gpt", TENSOR, id="gpt"),
         pytest.param(SEQUENCE, "llama", TENSOR, id="llama", marks=pytest.mark.full),
         pytest.param("data + fsdp zero 3", "llama", CHANNEL, id="llama channel", marks=pytest.mark.full),
-        pytest.param("data + fsdp zero 3", "llama", BLOCK, id="llama block", marks=pytest.mark.full),
+        pytest.param("data + fsdp zero 3", "llama", MX, id="llama mx", marks=pytest.mark.full),
         pytest.param(SEQUENCE, "llama", WHOLE_BLOCKS, id="llama whole blocks", marks=pytest.mark.full),
         pytest.param(SEQUENCE, "t5", CHANNEL, id="t5 channel", marks=pytest.mark.full),
     ],

@@ -1,5 +1,6 @@
 """Training in 8 bits: which products, what is looked back on, and that nothing else changes."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -90,19 +91,36 @@ def test_a_chip_without_them_is_refused_by_name(platform, capability, line) -> N
     )
 
 
-@pytest.mark.parametrize("capability", [8.9, 10.0])
-def test_blocks_of_a_sum_have_a_kernel_for_hopper_alone(capability) -> None:
-    config = tiny(FP8, "kernels.fp8.blocks=block", "mesh.fsdp=8")
+@pytest.mark.parametrize(
+    ("blocks", "capability", "told"),
+    [
+        ("block", 8.9, "8.9 is not 9.0 (H100, H200), for which its kernel is"),
+        ("block", 10.0, "10.0 is not 9.0 (H100, H200), for which its kernel is"),
+        ("mx", 9.0, "9.0 is not 10.0 to 10.3 (B200, B300), whose tensor cores scale"),
+        ("mx", 12.0, "12.0 is not 10.0 to 10.3 (B200, B300), whose tensor cores scale"),
+    ],
+)
+def test_blocks_of_a_sum_run_where_they_were_compiled(blocks, capability, told) -> None:
+    config = tiny(FP8, f"kernels.fp8.blocks={blocks}", "mesh.fsdp=8")
     mesh = meshes.abstract(config.mesh, 8)
-    told = (
-        rf"blocks=block cannot run: compute capability {capability} is not 9\.0.*set it to tensor or channel"
-    )
-    with pytest.raises(ConfigError, match=told):
+    line = re.escape(f"kernels.fp8.blocks={blocks} cannot run: compute capability {told}")
+    with pytest.raises(ConfigError, match=line + ".*; set it to tensor or channel"):
         programs.on_mesh(config, mesh, "gpu", capability)
-    assert str(programs.on_mesh(config, mesh, "gpu", 9.0).matmul).startswith(
-        "products: fp8 (current scale per block of 128, mosaic_gpu; "
-    )
-    assert "128, reference" in str(programs.on_mesh(config, mesh, "cpu").matmul)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "capability", "told"),
+    [
+        ("block", 9.0, "block: a scale for each 128 of a sum, by mosaic_gpu; "),
+        ("mx", 10.3, "mx: a scale for each 32 of a sum, by scaled_matmul; "),
+        ("mx", None, "mx: a scale for each 32 of a sum, by reference; "),
+    ],
+)
+def test_what_runs_them_is_told(blocks, capability, told) -> None:
+    config = tiny(FP8, f"kernels.fp8.blocks={blocks}", "mesh.fsdp=8")
+    mesh = meshes.abstract(config.mesh, 8)
+    program = programs.on_mesh(config, mesh, "gpu" if capability else "cpu", capability)
+    assert str(program.matmul).startswith(f"products: fp8 ({told}")
 
 
 def test_a_mesh_that_cuts_blocks_is_refused_by_name() -> None:

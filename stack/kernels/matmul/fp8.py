@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
-from stack.kernels.matmul.blocks import BlockOperands
+from stack.kernels.matmul.blocks import FORMS, BlockOperands
 from stack.kernels.matmul.float8 import BACKWARD, FORWARD, Scaled, largest, quantize
 from stack.kernels.matmul.operands import Fp8, Operands, cotangent_spec, lay_out, without_types
 from stack.parallel.rules import Layout
@@ -43,7 +43,7 @@ def project(
       amax: float32 [2], what scales are made for: the largest of `x` and of the gradient of the result.
         Its own gradient is what they are, for those of the next step. None: what they are is what is taken.
     """
-    operands = BlockOperands if how.blocks == "block" else _Tensors
+    operands = BlockOperands if how.blocks in FORMS else _Tensors
     products = operands(
         layout=layout,
         kernel=kernel,

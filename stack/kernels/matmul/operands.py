@@ -13,10 +13,10 @@ from stack.kernels.matmul.float8 import Scaled
 from stack.parallel.rules import Layout
 from stack.parallel.zero import scatter_gradient
 
-Blocks = Literal["tensor", "channel", "block"]
+Blocks = Literal["tensor", "channel", "block", "mx"]
 """What shares a scale: all of an operand; or what one number of the result is summed over, [1, inputs] of the
-activations and [inputs, 1] of the weight; or 128 of what is summed, and of a weight 128 x 128."""
-Kernel = Literal["xla", "reference", "mosaic_gpu"]
+activations and [inputs, 1] of the weight; or blocks of what is summed: see `stack.kernels.matmul.blocks`."""
+Kernel = Literal["xla", "reference", "mosaic_gpu", "scaled_matmul"]
 """What multiplies: XLA's product of float8 arrays; of blocks, their definition or a kernel."""
 
 

@@ -1,4 +1,4 @@
-"""Products in 8 bits by a kernel of Stack's own, compared with their definition on the device at hand."""
+"""Products in 8 bits by a kernel for blocks, compared with their definition on the device at hand."""
 
 import dataclasses
 from typing import Any
@@ -14,8 +14,6 @@ from stack.parallel.rules import ONE_DEVICE
 LIMIT = 0.02
 """Of the error. Both multiply the same rounded numbers: what the tensor cores add up, and rounding to
 bfloat16, give 0.003; a scale that is another block's, 1 and more."""
-OWN_CODE = frozenset({"mosaic_gpu"})
-"""Kernels that are Stack's own, none of which was measured on a device."""
 _SHAPE = 2, 320, 1024, 384
 """Examples, tokens, inputs and outputs: more blocks of a sum than the kernel holds at once, some short."""
 

@@ -40,7 +40,7 @@ class KernelTrial(Listener):
                 )
                 remedy = "kernels.attention=xla_chunked"
                 told["attention"] = _judge(error, LIMIT, f"kernels.attention={choice.kernel}", remedy)
-            if fp8 is not None and fp8.kernel in matmul_trial.OWN_CODE:
+            if fp8 is not None and fp8.kernel not in ("xla", "reference"):
                 error = matmul_trial.trial_error(fp8, program.config.model.dtype)
                 name, remedy = f"kernels.fp8.blocks={fp8.blocks}", "kernels.fp8.blocks=tensor"
                 told["products"] = _judge(error, matmul_trial.LIMIT, name, remedy)

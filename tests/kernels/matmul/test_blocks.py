@@ -1,4 +1,4 @@
-"""Products with scales for blocks of 128, against NumPy's in float64, in the interpreter and compiled."""
+"""Products with scales for blocks of a sum, against NumPy's in float64, in the interpreter and compiled."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stack.kernels.attention.mosaic_gpu.tiles import interpreted
-from stack.kernels.matmul import Fp8
+from stack.kernels.matmul import Blocks, Fp8
 from stack.kernels.matmul.blocks import quantize_blocks
 from stack.kernels.matmul.fp8 import project
 from stack.layers.parameter import parameter
@@ -39,17 +39,22 @@ def rounded(x, height, width):
     return x
 
 
-def by_example(x, examples):
+def by_example(x, examples, size):
     """Rounded along tokens, which are cut at the ends of examples."""
-    return np.concatenate([rounded(one, 128, 1) for one in np.split(x, examples)])
+    return np.concatenate([rounded(one, size, 1) for one in np.split(x, examples)])
 
 
-def expected(x, weight, cotangent, contracted):
+def expected(x, weight, cotangent, contracted, blocks):
+    """The product and both gradients."""
+    size = {"block": 128, "mx": 32}[blocks]
+    across = size if blocks == "block" else 1
     rows = x.reshape(-1, np.prod(weight.shape[:contracted]))
     matrix, y = weight.reshape(rows.shape[1], -1), cotangent.reshape(len(rows), -1)
-    w8 = rounded(matrix, 128, 128)
-    change = by_example(rows, len(x)).T @ by_example(y, len(x))
-    return rounded(rows, 1, 128) @ w8, rounded(y, 1, 128) @ w8.T, change
+    return (
+        rounded(rows, 1, size) @ rounded(matrix, size, across),
+        rounded(y, 1, size) @ rounded(matrix, across, size).T,
+        by_example(rows, len(x), size).T @ by_example(y, len(x), size),
+    )
 
 
 def arrays(x_shape, weight_shape, contracted):
@@ -62,7 +67,7 @@ def arrays(x_shape, weight_shape, contracted):
     return array(*x_shape), array(*weight_shape), 1e-6 * array(*x_shape[:2], *weight_shape[contracted:])
 
 
-def compare(case, dtype, kernel, *, rtol):
+def compare(case, dtype, kernel, *, rtol, blocks: Blocks = "block"):
     x_shape, weight_shape, axes, names, contracted = case
     x, weight, cotangent = (
         np.asarray(jnp.asarray(array, dtype), np.float64)
@@ -70,7 +75,7 @@ def compare(case, dtype, kernel, *, rtol):
     )
 
     def run(x, weight):
-        how = Fp8(blocks="block", kernel=kernel)
+        how = Fp8(blocks=blocks, kernel=kernel)
         return project(
             x, parameter(weight, axes=axes, role="float8"), ONE_DEVICE, names, contracted=contracted, how=how
         )
@@ -78,12 +83,12 @@ def compare(case, dtype, kernel, *, rtol):
     y, backward = jax.vjp(jax.jit(run), jnp.asarray(x, dtype), jnp.asarray(weight, jnp.float32))
     found = y, *jax.jit(backward)(jnp.asarray(cotangent, dtype))
     assert [array.dtype.name for array in found] == [dtype, dtype, "float32"]
-    for array, exact in zip(found, expected(x, weight, cotangent, contracted), strict=True):
+    for array, exact in zip(found, expected(x, weight, cotangent, contracted, blocks), strict=True):
         actual = np.asarray(array, np.float64).reshape(exact.shape)
         np.testing.assert_allclose(actual, exact, rtol=0, atol=rtol * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("shape", [(1, 128), (128, 1), (128, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 128), (128, 1), (128, 128), (1, 32)], ids=str)
 def test_each_block_has_a_scale_of_its_own(shape):
     x = arrays((260, 150), (1, 1), 1)[0].astype(np.float32)
     values, scale = jax.jit(quantize_blocks, static_argnums=1)(x, shape)
@@ -94,11 +99,18 @@ def test_each_block_has_a_scale_of_its_own(shape):
     np.testing.assert_array_equal(exact, rounded(x.astype(np.float64), *shape))
 
 
+@pytest.mark.parametrize("blocks", ["block", "mx"])
 @pytest.mark.parametrize(
     ("case", "dtype"), [(UP, "float32"), (OUT, "float32"), (UP, "bfloat16")], ids=["up", "out", "bfloat16"]
 )
-def test_products_and_gradients_are_those_of_rounded_numbers(case, dtype):
-    compare(case, dtype, "reference", rtol=1e-6 if dtype == "float32" else 2.0**-8)
+def test_products_and_gradients_are_those_of_rounded_numbers(case, dtype, blocks):
+    rtol = 1e-6 if dtype == "float32" else 2.0**-8
+    compare(case, dtype, "reference", rtol=rtol, blocks=blocks)
+
+
+def test_so_are_those_that_jax_defines():
+    """Of MX, as `jax.nn.scaled_matmul` has them on a CPU, where it too multiplies in what is asked for."""
+    compare(OUT, "float32", "scaled_matmul", rtol=1e-6, blocks="mx")
 
 
 @pytest.mark.parametrize("case", [OUT, pytest.param(UP, marks=pytest.mark.full)], ids=["out", "up"])
@@ -136,12 +148,15 @@ def test_more_blocks_than_shared_memory_holds(squares, capsys):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_is_never_taken_for_a_large_number(bad):
-    values = quantize_blocks(jnp.ones((2, 256)).at[0, 200].set(bad), (1, 128)).values.astype(jnp.float32)
+    x = jnp.ones((2, 256)).at[0, 200].set(bad)
+    values, scale = quantize_blocks(x, (1, 128), jnp.float8_e8m0fnu)
+    values = values.astype(jnp.float32)
+    np.testing.assert_array_equal(np.isnan(scale.astype(jnp.float32)), [[False, True], [False, False]])
     np.testing.assert_array_equal(np.isnan(values), [[False] * 128 + [True] * 128, [False] * 256])
 
 
 COMPILE = """
-import json
+import sys
 import jax, jax.numpy as jnp
 from stack.config import MeshConfig
 from stack.kernels.matmul import Fp8
@@ -153,12 +168,12 @@ from stack.parallel.rules import Layout
 from stack.planner.compiled.compile import devices
 
 config = MeshConfig(data=2, fsdp=2, tensor=2, zero=3)
-mesh = meshes.build(config, devices("h200", 8))
+mesh = meshes.build(config, devices(sys.argv[1], 8))
 layout = Layout.of(mesh, config, dtype="bfloat16")
 up, down = ("embed", "mlp"), ("mlp", "embed")
 
 def loss(x, first, second):
-    how = Fp8(blocks="block", kernel="mosaic_gpu")
+    how = Fp8(blocks=sys.argv[2], kernel=sys.argv[3])
     for axes, weight in ((up, first), (down, second)):
         kernel, names = parameter(weight, axes=axes, role="float8"), ("batch", "length", axes[1])
         x = project(x, kernel, layout, names, contracted=1, how=how)
@@ -171,31 +186,40 @@ def weight(axes, *shape):
 x = jax.ShapeDtypeStruct((8, 1024, 512), jnp.bfloat16, sharding=layout.sharding("batch"))
 with meshes.use(mesh), without_cache():
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    print(step.lower(x, weight(up, 512, 1024), weight(down, 1024, 512)).compile().as_text())
+    lowered = step.lower(x, weight(up, 512, 1024), weight(down, 1024, 512))
+    print(lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text())
 """
+
+
+def compiled(*arguments, **environment):
+    """The program for a chip, in 8 bits by a kernel; Mosaic aborts its process where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *arguments],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=590,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def moved(hlo):
+    """Dtypes of weights that are gathered, and of what is added up over devices."""
+    gathers = "".join(re.findall(r"all-gather(?:-start)? = .*", hlo))
+    weights = re.findall(r"(\w+)\[512,(?:512|1024)\]", gathers)
+    sums = re.findall(r"(\w+)\[[\d,]+\]\S* (?:all-reduce|reduce-scatter)(?:-start)?\(", hlo)
+    return set(weights), set(sums)
 
 
 @pytest.mark.full
 def test_the_kernel_compiles_for_hopper_and_weights_are_gathered_in_8_bits(tmp_path):
-    """Mosaic aborts the process where it fails: in one of its own."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_TO": str(tmp_path),
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=590
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    hlo = done.stdout
+    dump = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    hlo = compiled("h200", "block", "mosaic_gpu", **dump)
     assert len(re.findall(r'custom_call_target="mosaic_gpu', hlo)) == 6, "two products and their gradients"
-    gathered = re.findall(r"(\w+)\[512,(?:512|1024)\]", "".join(re.findall(r"all-gather-start = .*", hlo)))
-    assert set(gathered) == {"f8e4m3fn"}
-    reduced = re.findall(r"(\w+)\[[\d,]+\]\S* (?:all-reduce|reduce-scatter)(?:-start)?\(", hlo)
-    assert set(reduced) == {"bf16", "f32"}, "of partial sums"
+    assert moved(hlo) == ({"f8e4m3fn"}, {"bf16", "f32"}), "no largest number"
     assembled = "".join(path.read_text() for path in tmp_path.rglob("*.ptxas"))
-    registers = [int(each) for each in re.findall(r"Used (\d+) registers", assembled)]
-    assert len(registers) >= 2
+    assert len(re.findall(r"Used \d+ registers", assembled)) >= 2
     assert not any(int(each) for each in re.findall(r"(\d+) bytes spill stores", assembled))
     memory = [
         int(each)
@@ -203,3 +227,11 @@ def test_the_kernel_compiles_for_hopper_and_weights_are_gathered_in_8_bits(tmp_p
         for each in re.findall(r"smem_scratch_bytes=(\d+)", path.read_text())
     ]
     assert max(memory) <= 227 * 1024
+
+
+@pytest.mark.full
+def test_blackwell_multiplies_mx_and_hopper_would_widen_it_without_a_word():
+    hlo = compiled("b200", "mx", "scaled_matmul")
+    assert hlo.count("__cudnn$blockScaledDot") == 6, "two products and their gradients"
+    assert moved(hlo) == ({"f8e4m3fn"}, {"bf16", "f32"})
+    assert "__cudnn$blockScaledDot" not in compiled("h200", "mx", "scaled_matmul")

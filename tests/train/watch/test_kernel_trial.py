@@ -80,8 +80,8 @@ def test_products_by_a_kernel_of_its_own_are_tried_too(monkeypatch):
     with interpreted():
         assert products.trial_error(how, "bfloat16") < products.LIMIT / 2
 
-    def other_scales(left, right, dtype):
-        return blocks.multiply_reference(left._replace(scale=left.scale[::-1]), right, dtype)
+    def other_scales(left, *more):
+        return blocks.multiply_reference(left._replace(scale=left.scale[::-1]), *more)
 
     monkeypatch.setitem(blocks.MULTIPLY, "mosaic_gpu", other_scales)
     assert products.trial_error(how, "bfloat16") > 10 * products.LIMIT
