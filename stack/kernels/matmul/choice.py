@@ -10,8 +10,8 @@ OLDEST = 8.9
 """The first NVIDIA compute capability, Ada's, with matrix products in 8-bit floats; Hopper's is 9.0."""
 
 
-_KERNELS: dict[Blocks, Kernel] = {"block": "mosaic_gpu", "mx": "scaled_matmul"}
-"""On NVIDIA's GPUs."""
+KERNELS: dict[Blocks, Kernel] = {"block": "mosaic_gpu", "mx": "scaled_matmul"}
+"""Of blocks, on NVIDIA's GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def choose(
         raise ConfigError(f"kernels.fp8.blocks={blocks} cannot run: {reasons}; set it to tensor or channel")
     kernel: Kernel = "xla"
     if blocks in FORMS:
-        kernel = "reference" if platform == "cpu" else _KERNELS[blocks]
+        kernel = "reference" if platform == "cpu" else KERNELS[blocks]
     return Choice(fp8=Fp8(blocks=blocks, scaling=scaling, kernel=kernel), dtype=dtype)
 
 
