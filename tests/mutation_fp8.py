@@ -13,8 +13,8 @@ FP8 = (
     Mutation(
         "columns of the second operand are not scaled",
         "stack/kernels/matmul/mosaic_gpu.py",
-        "found *= spread(of_rows, tile, 0) * spread(of_columns, tile, 1)",
-        "found *= spread(of_rows, tile, 0)",
+        "scales = spread(of_rows, tile, 0) * spread(of_columns, tile, 1)",
+        "scales = spread(of_rows, tile, 0)",
         "tests/kernels/matmul/test_blocks.py",
     ),
     Mutation(

@@ -63,16 +63,16 @@ def multiply(
             def step(number: jax.Array, sums: jax.Array) -> jax.Array:
                 slot = lax.rem(number, stages)
                 plgpu.barrier_wait(ready.at[slot])
-                found = product(left_ring.at[slot, mine], right_ring.at[slot].transpose((1, 0)), _ROWS, SIZE)
                 of_rows = plgpu.load(left_scales.at[slot, mine], layout=ROWS)
                 if squares:
-                    found *= spread(of_rows * right_scales[slot, 0], tile, 0)
+                    scales = spread(of_rows * right_scales[slot, 0], tile, 0)
                 else:
                     of_columns = plgpu.load(right_scales.at[slot], layout=COLUMNS)
-                    found *= spread(of_rows, tile, 0) * spread(of_columns, tile, 1)
+                    scales = spread(of_rows, tile, 0) * spread(of_columns, tile, 1)
+                found = product(left_ring.at[slot, mine], right_ring.at[slot].transpose((1, 0)), *tile)
                 plgpu.commit_smem()  # What was read so is written anew by another path to memory.
                 plgpu.barrier_arrive(free.at[slot])
-                return sums + found
+                return sums + found * scales
 
             sums = lax.fori_loop(0, steps, step, zeros(_ROWS, SIZE))
             result[mine] = sums.astype(dtype)
