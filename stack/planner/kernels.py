@@ -49,6 +49,10 @@ class Operation:
     """All implementations, the one that runs too, where there are several."""
 
 
+_IN_8_BITS: dict[matmul.Blocks, str] = {"tensor": "fp8", "block": "fp8 block", "mx": "fp8 mx"}
+"""Ways to scale that run on devices of their own; `channel` runs where `tensor` does."""
+
+
 def explain(config: Config, hardware: str | None = None) -> Iterator[Operation]:
     """The operations of a config, one after another.
 
@@ -100,12 +104,19 @@ def explain(config: Config, hardware: str | None = None) -> Iterator[Operation]:
     products = choose_matmul(config, platform=platform, compute_capability=capability)
     how = {"gpu": "XLA takes cuBLAS or a Triton kernel for each product", "cpu": "XLA's own and oneDNN's"}
     reason = f"{how.get(platform, 'what XLA has there')}, of {model.dtype} operands"
-    others = [Other(kernel="xla"), Other(kernel="fp8", obstacles=matmul.obstacles(platform, capability))]
+    others = [
+        Other(kernel="xla"),
+        *(
+            Other(kernel=name, obstacles=matmul.obstacles(platform, capability, blocks))
+            for blocks, name in _IN_8_BITS.items()
+        ),
+    ]
     if products.fp8 is None:
         yield Operation(name="matmul", kernel="xla", reason=reason, others=others)
     else:
         asked = str(products).partition("(")[2].removesuffix(")")
-        yield Operation(name="matmul", kernel="fp8", reason=f"asked for; {asked}", others=others)
+        name = _IN_8_BITS.get(products.fp8.blocks, "fp8")
+        yield Operation(name="matmul", kernel=name, reason=f"asked for; {asked}", others=others)
 
 
 def device(config: Config, hardware: str | None) -> tuple[str, float | None]:
