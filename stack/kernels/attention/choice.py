@@ -11,7 +11,7 @@ from stack.kernels.attention import cudnn, mosaic_gpu, xla, xla_chunked
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask
 from stack.kernels.attention.request import Request
-from stack.kernels.measured import Measured, measured
+from stack.kernels.measured import MeasuredAttention, measured
 from stack.parallel.rules import Layout
 
 LONG = 256
@@ -135,7 +135,7 @@ def _by_text(obstacles: dict[str, list[str]]) -> dict[str, list[str]]:
     return found
 
 
-def fitting(request: Request, name: str) -> list[Measured]:
+def fitting(request: Request, name: str) -> list[MeasuredAttention]:
     """What was measured of a kernel on such a device at such shapes."""
     device = request.platform if request.compute_capability is None else f"{request.compute_capability:.1f}"
     if request.platform == "gpu" and request.compute_capability is None:
@@ -150,7 +150,7 @@ def fitting(request: Request, name: str) -> list[Measured]:
     used = {extra for extra, has in extras.items() if has}
     return [
         entry
-        for entry in measured("attention")
+        for entry in measured().attention
         if entry.implementation == name
         and entry.device_class == device
         and request.dtype in entry.dtypes
