@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import jax
 
 from stack.config.errors import ConfigError
-from stack.kernels.grouped_matmul import xla, xla_chunked
+from stack.kernels.grouped_matmul import mosaic_gpu, xla, xla_chunked
 from stack.kernels.grouped_matmul.request import Request
 from stack.kernels.measured import MeasuredGroups, measured
 
@@ -58,6 +58,11 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {
+    "mosaic_gpu": Kernel(
+        multiply=mosaic_gpu.multiply,
+        weight_gradient=mosaic_gpu.weight_gradient,
+        obstacles=mosaic_gpu.obstacles,
+    ),
     "xla_chunked": Kernel(
         multiply=xla_chunked.multiply,
         weight_gradient=xla_chunked.weight_gradient,
@@ -70,7 +75,7 @@ KERNELS: dict[str, Kernel] = {
         copies_tokens=True,
     ),
 }
-"""THE list. Both can do everything."""
+"""THE list. The last two can do everything."""
 
 
 @dataclass(frozen=True, kw_only=True)
