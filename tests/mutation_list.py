@@ -16,6 +16,13 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
+        "the last tile of a group is left out",
+        "stack/kernels/grouped_matmul/visits.py",
+        "(ends - 1) // rows - first_tile + 1",
+        "(ends - 1) // rows - first_tile",
+        "tests/kernels/grouped_matmul/test_visits.py",
+    ),
+    Mutation(
         "an infinite number is rounded to the largest",
         "stack/kernels/matmul/float8.py",
         "jnp.where(jnp.isfinite(values), jnp.clip(values, -limit, limit), jnp.nan)",

@@ -109,7 +109,7 @@ class _Problem:
             jnp.asarray(data.normal(seed, *shape), dtype) for seed, shape in enumerate(shapes)
         )
         self.sizes = jnp.asarray(sizes(tokens, groups))
-        signs = np.random.default_rng(4).choice(np.float32([-1, 1]), max(inputs, outputs))
+        signs = np.random.default_rng(4).choice(np.array([-1, 1], np.float32), max(inputs, outputs))
         self.in_signs, self.out_signs = jnp.asarray(signs[:inputs]), jnp.asarray(signs[:outputs])
 
     def project(self, result: jax.Array, of_tokens: jax.Array, of_weights: jax.Array) -> list[jax.Array]:

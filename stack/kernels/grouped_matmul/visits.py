@@ -47,7 +47,7 @@ def visits(sizes: Int32[Array, " groups"], *, tokens: int, rows: int) -> Visits:
     until = jnp.cumsum(counts)
     number = jnp.arange(most_visits(tokens, len(sizes), rows), dtype=jnp.int32)
     is_visit = number < until[-1]
-    group = jnp.searchsorted(until, number, side="right").astype(jnp.int32)
+    group = jnp.searchsorted(until, number, side="right", method="compare_all").astype(jnp.int32)
     group = jnp.minimum(group, len(sizes) - 1)
     tile = first_tile[group] + number - (until - counts)[group]
     tile = jnp.where(is_visit, tile, -(-tokens // rows))

@@ -1,10 +1,14 @@
 """What runs is a value with its reason; what was asked for runs or is refused."""
 
+import dataclasses
+import re
+from typing import Any
+
 import jax.numpy as jnp
 import pytest
 
 from stack.config import ConfigError
-from stack.kernels.grouped_matmul import KERNELS, Request, choose, grouped_matmul
+from stack.kernels.grouped_matmul import KERNELS, Request, choose, fitting, grouped_matmul
 
 MIXTRAL = Request(
     platform="gpu",
@@ -24,6 +28,33 @@ def test_what_was_not_measured_is_not_taken():
         "grouped_matmul: xla_chunked (nothing was measured at such shapes on such a device;"
         " xla would copy tokens for each group)"
     )
+
+
+def test_what_cannot_is_told_beside():
+    choice = choose(dataclasses.replace(MIXTRAL, compute_capability=8.0))
+    assert choice.kernel == "xla_chunked"
+    assert choice.reason.endswith(
+        "; mosaic_gpu cannot: compute capability 8.0 is not 9.0 (H100, H200), whose instructions it uses"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_processor_it_was_measured(dtype):
+    here = Request(platform="cpu", dtype=dtype, tokens=1024, groups=8, inputs=256, outputs=512)
+    assert choose(here).kernel == "xla_chunked"
+    assert re.match(r"measured on a CPU: [34]\.\d+ times as fast as xla", choose(here).reason)
+    assert choose(here, "xla_chunked").measured
+    others: list[dict[str, Any]] = [
+        {"tokens": 1000},
+        {"groups": 7},
+        {"inputs": 64},
+        {"outputs": 1800},
+        {"dtype": "float64"},
+    ]
+    for change in others:
+        other = dataclasses.replace(here, **change)
+        assert not fitting(other, "xla_chunked"), change
+        assert choose(other).kernel == "xla_chunked"
 
 
 @pytest.mark.parametrize("name", KERNELS)

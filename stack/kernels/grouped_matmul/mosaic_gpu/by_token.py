@@ -44,7 +44,8 @@ def multiply(tokens: jax.Array, weights: jax.Array, sizes: jax.Array, *, transpo
     columns, tiles = columns_of(width), length // ROWS
     steps = inputs // HALF
     plan = visits(sizes, tokens=length, rows=ROWS)
-    begins = jnp.searchsorted(plan.tile, jnp.arange(tiles + 1, dtype=jnp.int32)).astype(jnp.int32)
+    number = jnp.arange(tiles + 1, dtype=jnp.int32)
+    begins = jnp.searchsorted(plan.tile, number, method="compare_all").astype(jnp.int32)
     # What many groups share takes long: it begins first.
     order = jnp.argsort(begins[:-1] - begins[1:]).astype(jnp.int32)
 
