@@ -15,7 +15,7 @@ from grouped_matmul_cases import SIZES, Case
 
 from stack.config import ConfigError
 from stack.kernels.attention.mosaic_gpu.tiles import interpreted
-from stack.kernels.grouped_matmul import api, grouped_matmul
+from stack.kernels.grouped_matmul import KERNELS, api, grouped_matmul
 from stack.kernels.grouped_matmul.mosaic_gpu import multiply, weight_gradient
 from stack.kernels.grouped_matmul.mosaic_gpu.tiles import PANEL, place
 
@@ -165,11 +165,11 @@ def test_every_kernel_compiles_for_hopper_within_its_registers_and_memory(tmp_pa
     """Mosaic aborts the process where it fails: in one of its own."""
     dumps = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
     found = compiled("h200", "mosaic_gpu", SHAPES, **dumps)
-    for one, (tokens, _, inputs, outputs, _) in zip(found, SHAPES, strict=True):
+    for one, (tokens, groups, inputs, outputs, _) in zip(found, SHAPES, strict=True):
         assert one["hlo"].count("mosaic_gpu") >= 3
         assert not re.findall(r"all-gather|all-to-all|collective-permute", one["hlo"])
         reduced = re.findall(r"= .*? all-reduce(?:-start)?\(", one["hlo"])
-        assert reduced, "gradients of weights are added"
+        assert any(f"f32[{groups}," in shape for shape in reduced), "gradients of weights, in float32"
         assert not any(f"[{tokens}," in shape for shape in reduced), "tokens stay where they are"
         assert one["temporaries"] < 16 * (tokens * (inputs + outputs) + 128 * inputs * outputs)
     assembled = "".join(path.read_text() for path in tmp_path.rglob("*.ptxas"))
@@ -191,3 +191,12 @@ def test_other_gpus_are_refused_before_their_compiler_aborts(target):
     assert re.search(
         r"compute capability (8|10)\.0 is not 9\.0 .*; take auto, xla_chunked or xla", one["refused"]
     )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "target"), [("xla_chunked", "a100-80gb"), ("xla", "h200")])
+def test_array_operations_compile_for_gpus_and_one_of_them_copies_tokens_for_each_group(name, target):
+    (one,) = compiled(target, name, [(16_384, 16, 1024, 512, ("embed", "mlp"))])
+    assert not re.findall(r"all-gather|all-to-all|collective-permute", one["hlo"])
+    copies = 16 * (16_384 // 4) * 1024 * 2
+    assert KERNELS[name].copies_tokens == (one["temporaries"] > copies)
