@@ -15,6 +15,7 @@ SUITES = {
     "cross_entropy": "cross_entropy",
     "step": "step",
     "embedding": "embedding",
+    "grouped_matmul": "grouped_matmul",
     "parity": "parity",
     "tiles": "tiles",
 }

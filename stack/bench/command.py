@@ -14,7 +14,7 @@ import jax
 from stack.bench import table
 from stack.bench.case import Case, Machine, Row
 from stack.bench.run import PEERS, STACK, Team, best, environment, probe, run_cases
-from stack.bench.suites import attention, cross_entropy, embedding, matmul, parity, step
+from stack.bench.suites import attention, cross_entropy, embedding, grouped_matmul, matmul, parity, step
 from stack.bench.worker import EndedError, LateError
 from stack.config.errors import ConfigError, StackError
 from stack.config.explain import nearest
@@ -28,6 +28,7 @@ SUITES: dict[str, Callable[..., list[Case]]] = {
     "parity": parity.cases,
     "matmul": matmul.cases,
     "embedding": embedding.cases,
+    "grouped_matmul": grouped_matmul.cases,
 }
 """By name, the cases for a machine."""
 

@@ -273,7 +273,7 @@ def _add_kernels(verbs: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _add_bench(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     bench = _verb(verbs, "bench", commands.bench, "measure kernels and whole steps on this machine")
-    text = "attention, step, cross_entropy, parity, matmul, embedding (default: all, what matters most first)"
+    text = "attention, step, cross_entropy, parity, matmul, grouped_matmul, embedding (default: all)"
     bench.add_argument("suites", metavar="SUITE", nargs="*", help=text)
     bench.add_argument("--list", action="store_true", help="tell the cases for this machine and run none")
     bench.add_argument("--tiny", action="store_true", help="tiny problems, to try it out")

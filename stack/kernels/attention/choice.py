@@ -12,7 +12,7 @@ from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask
 from stack.kernels.attention.request import Request
 from stack.kernels.attention.tiling import TILINGS, Tiled, Tiles, Tiling
-from stack.kernels.measured import Measured, measured
+from stack.kernels.measured import MeasuredAttention, measured
 from stack.parallel.rules import Layout
 
 LONG = 256
@@ -164,7 +164,7 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def fitting(request: Request, name: str) -> list[Measured]:
+def fitting(request: Request, name: str) -> list[MeasuredAttention]:
     """What was measured of a kernel on such a device at such shapes."""
     device = request.platform if request.compute_capability is None else f"{request.compute_capability:.1f}"
     if request.platform == "gpu" and request.compute_capability is None:
@@ -179,7 +179,7 @@ def fitting(request: Request, name: str) -> list[Measured]:
     used = {extra for extra, has in extras.items() if has}
     return [
         entry
-        for entry in measured("attention")
+        for entry in measured().attention
         if entry.implementation == name
         and entry.device_class == device
         and request.dtype in entry.dtypes

@@ -48,17 +48,24 @@ def attend(
 
 def obstacles(request: Request) -> list[str]:
     """Everything that keeps the kernels from computing what is asked; empty: they can."""
-    capability = request.compute_capability
-    version = _cuda_version() if request.platform == "gpu" else 0
     checks = (
-        (request.platform != "gpu", f"the platform is {request.platform}, not an NVIDIA GPU"),
+        (request.head_dim > 256, f"head width {request.head_dim} is over 256"),
+        (request.bias, "it takes no bias"),
+    )
+    device = device_obstacles(request.platform, request.compute_capability, request.dtype)
+    return device + [text for failed, text in checks if failed]
+
+
+def device_obstacles(platform: str, capability: float | None, dtype: str) -> list[str]:
+    """What keeps kernels for Hopper in bfloat16 from running on a device; empty: they can."""
+    version = _cuda_version() if platform == "gpu" else 0
+    checks = (
+        (platform != "gpu", f"the platform is {platform}, not an NVIDIA GPU"),
         (
             capability is not None and capability != 9.0,
             f"compute capability {capability} is not 9.0 (H100, H200), whose instructions it uses",
         ),
-        (request.dtype != "bfloat16", f"dtype is {request.dtype}, not bfloat16"),
-        (request.head_dim > 256, f"head width {request.head_dim} is over 256"),
-        (request.bias, "it takes no bias"),
+        (dtype != "bfloat16", f"dtype is {dtype}, not bfloat16"),
         (
             12_080 <= version < 12_091,
             f"CUDA {version // 1000}.{version % 1000 // 10} assembles masks wrongly, mended in 12.9.1",
