@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import cast, get_args
 
+from stack.kernels.attention.xla_chunked import BLOCKS
 from stack.models.stack import Remat
 from stack.planner.formula.residuals import LayerResiduals, trace_residuals
 from stack.planner.formula.result import Memory
@@ -34,7 +35,7 @@ STREAMS = 8
 """Arrays as wide as the model, and as many as wide as the heads, that are alive in attention's backward pass
 where no fused kernel runs: inputs, norms, results and their gradients."""
 
-AHEAD = 0.2
+AHEAD = 0.1
 """The share of what a layer's backward pass works on with which the next layer's has begun by then. That is
 at stage 3, where no barrier keeps the two apart and the next has something to begin with: what was saved, or
 a gather along the sequence."""
@@ -271,7 +272,8 @@ def _layer_temporaries(w: Workload) -> float:
     gathers = 2 * w.micro_tokens * model.embed_dim * bytes_each if w.sequence_parallel else 0.0
     everything = rows * _trace(w, "none").per_layer(w.tensor) + gathers + _made_beside(w)
     if w.fused_attention:
-        return everything + rows * (_trace(w, "none").once - _trace(w, _policy(w)).once)
+        mask = rows * (_trace(w, "none").once - _trace(w, _policy(w)).once)
+        return everything + mask + (_block_scores(w) if w.blocked_attention else 0.0)
     scores = w.length * model.num_heads / w.tensor
     # Softmax and its gradient in float32, both in the compute dtype too, and what dropout kept.
     per_score = 2 * 4 + 2 * bytes_each + (1 if model.attention_dropout else 0)
@@ -279,6 +281,13 @@ def _layer_temporaries(w: Workload) -> float:
     heads = STREAMS * model.num_heads * model.head_width / w.tensor
     attention = w.micro_tokens * (scores * per_score + bytes_each * (stream + heads))
     return max(attention, everything + bytes_each * w.micro_tokens * scores)
+
+
+def _block_scores(w: Workload) -> float:
+    """Of attention in plain operations: the weights of the blocks at work, their gradient and the scores'."""
+    sizes = BLOCKS["gpu"]
+    pairs = w.micro_batch / w.context * w.model.num_heads / w.tensor * min(w.length, sizes.longest) ** 2
+    return 3 * 4 * min(pairs, sizes.scores)
 
 
 def _made_beside(w: Workload) -> float:
