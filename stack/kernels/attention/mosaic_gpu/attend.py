@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from stack.kernels.attention.assembler import wrong_masks
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.island import on_each_device
 from stack.kernels.attention.mask import Mask
@@ -47,7 +48,7 @@ def attend(
 def obstacles(request: Request) -> list[str]:
     """Everything that keeps the kernels from computing what is asked; empty: they can."""
     capability = request.compute_capability
-    version = _cuda_version() if request.platform == "gpu" else 0
+    wrong = wrong_masks() if request.platform == "gpu" else None
     checks = (
         (request.platform != "gpu", f"the platform is {request.platform}, not an NVIDIA GPU"),
         (
@@ -57,21 +58,6 @@ def obstacles(request: Request) -> list[str]:
         (request.dtype != "bfloat16", f"dtype is {request.dtype}, not bfloat16"),
         (request.head_dim > 256, f"head width {request.head_dim} is over 256"),
         (request.bias, "it takes no bias"),
-        (
-            12_080 <= version < 12_091,
-            f"CUDA {version // 1000}.{version % 1000 // 10} assembles masks wrongly, mended in 12.9.1",
-        ),
+        (wrong is not None, f"{wrong}"),
     )
     return [text for failed, text in checks if failed]
-
-
-def _cuda_version() -> int:
-    """Of the CUDA that is installed here, e.g. 12080 for 12.8; 0: there is none."""
-    from jax._src.lib import cuda_versions
-
-    if cuda_versions is None:
-        return 0
-    try:
-        return cuda_versions.cuda_runtime_get_version()
-    except RuntimeError:
-        return 0
