@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stack.kernels.attention import KERNELS, Dropout, Kind, Mask, Request, attend, reference, tokamax
+from stack.kernels.attention import KERNELS, Dropout, Kind, Mask, Request, Tiled, attend, reference, tokamax
 from stack.parallel.rules import ONE_DEVICE
 
 Rows = Literal["whole", "padded", "packed"]
@@ -130,7 +130,7 @@ class Case:
 
         return self._both_ways(attention, of)
 
-    def actual(self, kernel: str, *, of: jax.Array | None = None) -> dict[str, np.ndarray]:
+    def actual(self, kernel: str | Tiled, *, of: jax.Array | None = None) -> dict[str, np.ndarray]:
         """The same by an implementation; shapes and dtypes are looked at too."""
 
         def attention(arrays: dict[str, Any], mask: Mask, dropout: Dropout | None) -> jax.Array:

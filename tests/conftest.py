@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Kept between runs, and shared with the processes that tests start; for programs of one device.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# The user's own cache has tiles that were tuned, with which numbers round otherwise.
+os.environ["XDG_CACHE_HOME"] = str(CACHE.with_name("home"))
+shutil.rmtree(CACHE.with_name("home") / "stack" / "tiles", ignore_errors=True)
 # Tests compile much and run little: with LLVM's optimisation of CPU code, and the emitter of fusions by
 # MLIR in place of the one before it, a program takes three times as long to compile.
 os.environ.setdefault(

@@ -14,7 +14,7 @@ import pytest
 from stack.bench import command, data, models
 from stack.bench.case import Machine
 from stack.bench.serve import UnableError
-from stack.bench.suites import attention, cross_entropy, matmul, step
+from stack.bench.suites import attention, cross_entropy, grouped_matmul, matmul, step
 from stack.bench.suites.machine import describe
 from stack.config import load
 from stack.hardware import chip as chips
@@ -112,6 +112,37 @@ def test_the_loss_is_held_against_its_formula():
         np.testing.assert_allclose(right, exact, rtol=1e-4, atol=1e-7)
 
 
+def test_products_of_experts_are_held_against_their_formula():
+    problem = grouped_matmul._Problem(made(grouped_matmul))
+    tokens, weights, slope = (
+        np.asarray(x, np.float64) for x in (problem.tokens, problem.weights, problem.slope)
+    )
+    result, of_tokens, of_weights = np.zeros_like(slope), np.zeros_like(tokens), np.zeros_like(weights)
+    ends = np.cumsum(problem.sizes)
+    assert ends[-1] == len(tokens)
+    for group, (begin, end) in enumerate(zip(ends - problem.sizes, ends, strict=True)):
+        result[begin:end] = tokens[begin:end] @ weights[group]
+        of_tokens[begin:end] = slope[begin:end] @ weights[group].T
+        of_weights[group] = tokens[begin:end].T @ slope[begin:end]
+    for right, exact in zip(
+        problem.right, problem.project(*map(jnp.asarray, (result, of_tokens, of_weights))), strict=True
+    ):
+        np.testing.assert_allclose(right, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_of_a_wrong_expert_is_seen(monkeypatch):
+    multiply = grouped_matmul._multiply
+
+    def shifted(name, tokens, weights, sizes):
+        return multiply(name, tokens, weights, sizes.at[0].add(-1))
+
+    makers = grouped_matmul.makers(made(grouped_matmul), [])
+    assert makers["xla_chunked, with gradients"]().facts["ok"]
+    monkeypatch.setattr(grouped_matmul, "_multiply", shifted)
+    makers = grouped_matmul.makers(made(grouped_matmul), [])
+    assert not makers["xla_chunked, forward"]().facts["ok"]
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_contestants_are_all_implementations_those_that_cannot_with_their_reasons(name):
     makers = attention.makers(made(attention), [])
@@ -130,6 +161,22 @@ def test_a_product_is_named_by_its_shape_and_a_gpu_has_two_ways():
     assert "float8 8192 x 8192 x 8192, no Triton" in names
     assert "copy of 1024 MiB" in names
     assert len(names) == 9
+
+
+@pytest.mark.parametrize(("capability", "blocks"), [(9.0, "block"), (10.0, "mx"), (8.9, None)])
+def test_a_product_of_a_layer_in_8_bits_is_taken_in_blocks_too(capability, blocks):
+    case = next(case for case in matmul.cases(GPU, tiny=False) if "gpt2_1_5b" in case.title)
+    about = ABOUT | {"platform": "gpu", "compute_capability": capability}
+    names = matmul.makers(case.spec | about, ["torch"]).keys()
+    found = {name.rpartition(", ")[2] for name in names if name.startswith("up float8")}
+    assert found == {"up float8 16384 x 1600 x 6400", "no Triton", *([blocks] if blocks else [])}
+
+
+def test_a_product_in_blocks_is_held_to_its_definition():
+    spec = {"shape": [64, 96, 40], "precision": "float8", "device_kind": "cpu", "group": ""}
+    facts = matmul._blocks(spec, "mx").facts
+    assert facts["ok"]
+    assert facts["error"] < 0.004
 
 
 def test_an_error_is_a_share_of_what_is_right_and_no_number_is_never_right():

@@ -161,7 +161,7 @@ def test_a_request_is_what_the_config_asks():
 
 
 def test_the_table_is_of_kernels_that_there_are_and_that_could_run():
-    for entry in measured("attention"):
+    for entry in measured().attention:
         for head_dim in entry.head_dims:
             request = Request(
                 platform="cpu" if entry.device_class == "cpu" else "gpu",

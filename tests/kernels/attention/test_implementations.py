@@ -20,7 +20,7 @@ LIMITS = {"float32": 2e-6, "bfloat16": 8e-3}
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Of which a row has several."""
-    monkeypatch.setattr(xla_chunked, "BLOCKS", {"cpu": (8, 2**9), "gpu": (8, 2**9)})
+    monkeypatch.setattr(xla_chunked, "BLOCKS", dict.fromkeys(("cpu", "gpu"), xla_chunked.BlockSizes(8, 2**9)))
 
 
 HERE = {"mosaic_gpu": interpreted, "tokamax": plain_tokamax}
