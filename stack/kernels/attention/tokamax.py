@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stack.kernels.attention.assembler import wrong_masks
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.intervals import intervals
 from stack.kernels.attention.island import on_each_device
@@ -64,6 +65,7 @@ def attend(
 def obstacles(request: Request) -> list[str]:
     """Everything that keeps Tokamax from computing what is asked; empty: it can."""
     capability = request.compute_capability
+    wrong = wrong_masks() if request.platform == "gpu" else None
     widest = 256 if capability is None or capability < 10.0 else 192
     checks = (
         (request.platform != "gpu", f"the platform is {request.platform}, not an NVIDIA GPU"),
@@ -75,6 +77,7 @@ def obstacles(request: Request) -> list[str]:
         (request.head_dim > widest, f"head width {request.head_dim} is over {widest}"),
         (request.dropout > 0, "it has no attention dropout"),
         (request.bias, "the gradient of a bias would store all scores"),
+        (wrong is not None, f"{wrong}"),
         (not installed(), MISSING),
     )
     return [text for failed, text in checks if failed]

@@ -24,7 +24,7 @@ from stack.config import (
     MeshConfig,
     TrainConfig,
 )
-from stack.kernels.attention import Mask, Request, attend, choose
+from stack.kernels.attention import KERNELS, Mask, Request, assembler, attend, choose
 from stack.kernels.attention.tokamax import MISSING, obstacles
 from stack.parallel.mesh import without_cache
 from stack.parallel.rules import ONE_DEVICE
@@ -65,6 +65,15 @@ def test_obstacles_are_all_told():
         "the gradient of a bias would store all scores",
         "it is not installed: pip install 'stack[tokamax]'",
     ]
+
+
+@pytest.mark.parametrize("kernel", ["mosaic_gpu", "tokamax"])
+def test_an_assembler_that_breaks_masks_is_an_obstacle(monkeypatch, tokamax_is_here, kernel):
+    tokamax_is_here(True)
+    for version, told in ((12_060, []), (12_080, ["12.8"]), (12_090, ["12.9"]), (12_091, []), (13_000, [])):
+        monkeypatch.setattr(assembler, "_cuda_version", lambda version=version: version)
+        found = KERNELS[kernel].obstacles(HOPPER)
+        assert found == [f"CUDA {name} assembles masks wrongly, mended in 12.9.1" for name in told]
 
 
 def test_auto_takes_it_unmeasured_where_no_other_kernel_can_and_it_is_installed(tokamax_is_here):
