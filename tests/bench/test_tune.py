@@ -20,7 +20,9 @@ from stack.config import Config, load
 from stack.config.errors import StackError
 from stack.kernels import tuned
 from stack.kernels.attention import KERNELS, Problem, Request, xla_chunked
+from stack.kernels.attention.mosaic_gpu.tiles import interpreted
 from stack.kernels.attention.tiling import TILINGS
+from stack.kernels.attention.trial import LIMIT
 from stack.kernels.attention.xla_chunked import BlockSizes
 from stack.step import program as programs
 from stack.step.tiles import problem, with_tuned
@@ -100,10 +102,10 @@ def test_what_is_asked_for_is_part_of_the_problem(file):
     assert Problem.of_plain(json.loads(json.dumps(found.plain()))) == found
 
 
-def prepared(kernel: str = "xla_chunked", tiles: BlockSizes | None = None, **more) -> Ready:
+def prepared(tiles: BlockSizes | None = None, passes: str = "with gradients", **more) -> Ready:
     asked = dataclasses.replace(PROBLEM, request=dataclasses.replace(PROBLEM.request, **more))
     blocks = tiles or BlockSizes(16, 2**12)
-    spec = {"kernel": kernel, "passes": "with gradients", "problem": asked.plain()}
+    spec = {"kernel": "xla_chunked", "passes": passes, "problem": asked.plain()}
     spec |= {"tiles": {"those": {"longest": blocks.longest, "scores": blocks.scores}}}
     return suite.makers(spec, [])["those"]()
 
@@ -112,6 +114,7 @@ def prepared(kernel: str = "xla_chunked", tiles: BlockSizes | None = None, **mor
     "more",
     [
         {},
+        {"passes": "forward"},
         pytest.param({"kind": "prefix", "softcap": 5.0}, marks=pytest.mark.full),
         pytest.param({"kind": "full", "bias": True, "packed_length": None}, marks=pytest.mark.full),
         pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.full),
@@ -122,6 +125,21 @@ def test_tiles_that_are_right_are_timed(more):
     ready = prepared(**more)
     assert ready.facts["ok"]
     ready.run(2)
+
+
+@pytest.mark.full
+def test_tiles_of_the_kernels_for_hopper_are_tried_in_the_same_way():
+    """In the interpreter: from what a child is told to what is timed."""
+    asked = dataclasses.replace(PROBLEM.request, platform="gpu", dtype="bfloat16")
+    hopper = dataclasses.replace(PROBLEM, request=asked, rows=2, heads=1)
+    part = TILINGS["mosaic_gpu"].parts[-1]
+    *_, tiles = part.candidates(hopper, TILINGS["mosaic_gpu"].default(hopper))
+    plain = {str(tiles): TILINGS["mosaic_gpu"].plain(tiles)}
+    spec = {"kernel": "mosaic_gpu", "passes": part.passes, "problem": hopper.plain(), "tiles": plain}
+    with interpreted():
+        ready = suite.makers(json.loads(json.dumps(spec)), [])[str(tiles)]()
+    assert ready.facts["ok"], ready.facts
+    assert 1e-4 < ready.facts["error"] < LIMIT == ready.facts["limit"]
 
 
 @pytest.mark.parametrize("first_row", [0, 1], ids=["everywhere", "where rows are several, as in a run"])
