@@ -331,6 +331,10 @@ def train_bpe(data: DataConfig, vocab_size: int, path: str | Path, *, seed: int 
     texts = [source for source in data.sources if source.kind != "tokens"]
     if not texts:
         raise ConfigError("data.sources holds token files only; a tokenizer is trained on text")
+    if any(source.field is None and source.kind != "arrayrecord" for source in texts):
+        raise ConfigError(
+            "data.sources: field=null is a whole record; a tokenizer is trained on text: name its field"
+        )
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

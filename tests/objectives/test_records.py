@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stack.config import Config, ConfigError, StackError
 from stack.data import open_data
 from stack.data.records import Record
-from stack.data.tokenizer import ByteTokenizer, load_tokenizer
+from stack.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from stack.inference.text import encode_prompts
 from stack.objectives import build
 from stack.parallel import mesh as meshes
@@ -238,6 +238,11 @@ def test_objectives_and_sources_must_agree(changes, words):
         config(**changes)
     for word in words:
         assert word in str(told.value)
+
+
+def test_a_tokenizer_is_trained_on_texts_and_not_on_records(tmp_path):
+    with pytest.raises(ConfigError, match="name its field"):
+        train_bpe(config(tmp_path).data, 300, tmp_path / "tokenizer.json")
 
 
 def test_another_way_of_reading_makes_another_corpus(rows):
