@@ -17,12 +17,9 @@ from stack.kernels.tuned import Key, find, keep
 KEY = Key(operation="attention", implementation="xla_chunked", device="a device", problem={"rows": 3})
 TILES = {"longest": 64, "scores": 4096}
 
+numbers = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
 plain = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**53), 2**53)
-    | st.floats(allow_nan=False, width=32)
-    | st.text(),
+    st.none() | st.booleans() | numbers | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
