@@ -1,6 +1,6 @@
 """Products in 8 bits against those in bfloat16: how far a model learns, on real text.
 
-    uv run python benchmarks/fp8.py [--config FILE] [--steps N] [--seeds S ...] [--json FILE]
+    uv run python benchmarks/fp8.py [--config FILE] [--steps N] [--seeds S ...] [--ways WAY ...] [--json FILE]
 
 Trains the quickstart in bfloat16 and, with the same rows in the same order, with each way of scaling 8 bits.
 On a CPU, which has no products in 8 bits, this tells the numbers and nothing of the speed. It fails where a
@@ -31,6 +31,8 @@ WAYS = {
     "current, tensor": (FP8,),
     "current, channel": (FP8, "kernels.fp8.blocks=channel"),
     "delayed, tensor": (FP8, "kernels.fp8.scaling=delayed"),
+    "current, block": (FP8, "kernels.fp8.blocks=block"),
+    "current, mx": (FP8, "kernels.fp8.blocks=mx"),
 }
 BAND = 0.01
 """Of the held-out loss in bfloat16."""
@@ -77,6 +79,7 @@ def main() -> int:
     parser.add_argument("--config", default=str(QUICKSTART))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS)[1:], default=list(WAYS)[1:])
     parser.add_argument("--json")
     options = parser.parse_args()
     results: dict[str, dict[str, dict]] = {}
@@ -86,7 +89,7 @@ def main() -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:
-            for way in WAYS:
+            for way in ("bfloat16", *options.ways):
                 found = train(options.config, way, seed, options.steps, folder)
                 results.setdefault(way, {})[str(seed)] = found
                 base = results["bfloat16"][str(seed)]

@@ -1,61 +1,16 @@
 """Lines that are broken one at a time by `python tests/mutations.py`, and the tests that must see it."""
 
-import dataclasses
-
-
-@dataclasses.dataclass(frozen=True)
-class Mutation:
-    """One line that is broken, and the tests that must see it."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
-
+from mutation import Mutation
+from mutation_fp8 import FP8
 
 MUTATIONS = (
+    *FP8,
     Mutation(
         "the last tile of a group is left out",
         "stack/kernels/grouped_matmul/visits.py",
         "(ends - 1) // rows - first_tile + 1",
         "(ends - 1) // rows - first_tile",
         "tests/kernels/grouped_matmul/test_visits.py",
-    ),
-    Mutation(
-        "an infinite number is rounded to the largest",
-        "stack/kernels/matmul/float8.py",
-        "jnp.where(jnp.isfinite(values), jnp.clip(values, -limit, limit), jnp.nan)",
-        "jnp.clip(values, -limit, limit)",
-        "tests/kernels/matmul/test_float8.py",
-    ),
-    Mutation(
-        "a gradient in 8 bits is not scaled by the other operand",
-        "stack/kernels/matmul/fp8.py",
-        "_scale(change, x8, ())",
-        "change",
-        "tests/kernels/matmul/test_fp8.py",
-    ),
-    Mutation(
-        "channels of a weight are left out of its product's gradient",
-        "stack/kernels/matmul/fp8.py",
-        "self._gradient(_scale(cotangent, w8, outputs), outputs)",
-        "self._gradient(cotangent, outputs)",
-        "tests/kernels/matmul/test_fp8.py",
-    ),
-    Mutation(
-        "partial sums of gradients are cut to 14 bits",
-        "stack/kernels/matmul/fp8.py",
-        "highest = jax.lax.Precision.HIGHEST",
-        "highest = jax.lax.Precision.DEFAULT",
-        "tests/kernels/matmul/test_compiled.py",
-    ),
-    Mutation(
-        "a step that is not applied changes what delayed scaling looks back on",
-        "stack/step/step.py",
-        'guard.choose(is_good, history, state["float8"])',
-        "history",
-        "tests/step/test_float8.py",
     ),
     Mutation(
         "a prefix is seen by what follows alone",

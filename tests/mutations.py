@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mutation_list import MUTATIONS, Mutation
+from mutation import Mutation
+from mutation_list import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("stack", "tests", "configs", "benchmarks", "docs", "pyproject.toml")

@@ -64,7 +64,7 @@ def run(
     names, wanted = _checked(suites, SUITES, "suite"), _peers(against)
     if not seconds > 0:
         raise ConfigError(f"--seconds {seconds:g}: give more than 0")
-    target = None if path is None else _target(path)
+    target = None if path is None else new_file(path)
     around = environment(os.environ)
     # Plans are made here, where a GPU must stay free for the children.
     jax.config.update("jax_platforms", "cpu")
@@ -131,7 +131,13 @@ def _peers(against: str | None) -> list[str]:
     return _checked([] if against is None else against.split(","), PEERS, "peer")
 
 
-def _target(path: str) -> Path:
+def new_file(path: str) -> Path:
+    """The path of a file that is to be written, and can be.
+
+    Raises:
+        ConfigError: it exists.
+        StackError: it could not be written.
+    """
     target = expand(path)
     if target.exists():
         raise ConfigError(f"{target}: the file exists; remove it or give another name")

@@ -18,9 +18,10 @@ class Fp8Config(Section):
     of the last steps, which is known beforehand. A weight always has its own."""
     history: PositiveInt = 16
     """`delayed`: steps looked back on."""
-    blocks: Literal["tensor", "channel"] = "tensor"
-    """What shares a scale: a whole `tensor`; or each token of an activation and each output `channel` of a
-    weight."""
+    blocks: Literal["tensor", "channel", "block", "mx"] = "tensor"
+    """What shares a scale: a whole `tensor`; each token of an activation and each output `channel` of a
+    weight; a `block`, 1 x 128 of an activation or a gradient and 128 x 128 of a weight (arXiv 2412.19437), on
+    H100, H200 and, slowly, a CPU; or 32 along a sum, `mx` (MXFP8), on B200, B300 and, slowly, a CPU."""
     exclude: tuple[str, ...] = Field(default=(), strict=False)
     """Weights of layers whose products stay in model.dtype, by name, `*` for anything: `layers.attention.*`.
     Embeddings, the head and what is outside the layers always do."""
@@ -32,9 +33,10 @@ class Fp8Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.scaling == "delayed" and self.blocks == "channel":
+        if self.scaling == "delayed" and self.blocks != "tensor":
+            what = "token" if self.blocks == "channel" else "block"
             raise ValueError(
-                "blocks=channel needs scaling=current: no token has a past; set one of them otherwise"
+                f"blocks={self.blocks} needs scaling=current: no {what} has a past; set one of them otherwise"
             )
         return self
 
@@ -44,7 +46,7 @@ class KernelsConfig(Section):
 
     conditions = (Condition(fields=("fp8",), other="matmul", values=("fp8",)),)
 
-    attention: Literal["auto", "cudnn", "mosaic_gpu", "xla_chunked", "xla"] = "auto"
+    attention: Literal["auto", "cudnn", "mosaic_gpu", "tokamax", "xla_chunked", "xla"] = "auto"
     """`auto` takes the fastest that was measured on such a chip at such shapes, else one that stores no
     scores; a name takes that one, or is refused with all that keeps it from running."""
     matmul: Literal["xla", "fp8"] = "xla"

@@ -37,9 +37,9 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
     """Refuses what the mesh cannot split evenly.
 
     Raises:
-      ConfigError: `tensor` does not divide heads, MLP or vocabulary, naming the largest that does;
-        sequence parallelism does not divide the sequence; or a micro-batch or an evaluation batch
-        does not divide over data x fsdp.
+      ConfigError: `tensor` does not divide heads, MLP or vocabulary, naming the largest that does; it cuts
+        what shares a scale of 8 bits; sequence parallelism does not divide the sequence; or a micro-batch or
+        an evaluation batch does not divide over data x fsdp.
     """
     model, train, tensor = config.model, config.train, sizes["tensor"]
     parts = {
@@ -56,6 +56,7 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
                 f"mesh.tensor={tensor} does not divide {name}={size}; the largest up to it that divides "
                 f"heads, MLP and vocabulary is {best}"
             )
+    _check_blocks(config, tensor)
     if config.mesh.sequence_parallel and config.data.sequence_length % tensor:
         raise ConfigError(
             f"mesh.sequence_parallel splits data.sequence_length={config.data.sequence_length} over "
@@ -74,4 +75,28 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
             raise ConfigError(
                 f"{name}={size} in {pieces} micro-batch{'es' * (pieces > 1)} does not divide over data "
                 f"{sizes['data']} x fsdp {sizes['fsdp']} = {ways} ways; {remedy}"
+            )
+
+
+FLOAT8_BLOCKS = {"block": 128, "mx": 32}
+"""Numbers along a sum that share a scale, by kernels.fp8.blocks."""
+
+
+def _check_blocks(config: Config, tensor: int) -> None:
+    """What shares a scale lies on one device."""
+    model, kernels, blocks = config.model, config.kernels, config.kernels.fp8.blocks
+    shared = FLOAT8_BLOCKS.get(blocks)
+    if tensor == 1 or kernels.matmul != "fp8" or shared is None:
+        return
+    parts = {
+        "model.num_heads x head_dim": model.num_heads * model.head_width,
+        "model.num_kv_heads x head_dim": model.kv_heads * model.head_width,
+        "model.mlp_dim": model.mlp_width,
+    }
+    for name, size in parts.items():
+        if size // tensor % shared:
+            raise ConfigError(
+                f"kernels.fp8.blocks={blocks}: mesh.tensor={tensor} cuts {name}={size} in {size // tensor}s, "
+                f"which the {shared} that share a scale do not divide; lower mesh.tensor, or set "
+                "blocks=channel"
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 from stack.config import AXES, Config, ConfigError
 from stack.config.arguments import check_type
-from stack.config.layout import resolve
+from stack.config.layout import FLOAT8_BLOCKS, resolve
 from stack.hardware import chip as chips
 from stack.hardware.chip import Hardware
 from stack.models.flops import recomputed_flops_per_token, train_flops_per_token
@@ -170,10 +170,8 @@ def plan(
         notes.append(f"{chip.name} has no bfloat16: planned in float16, which is modelled only")
     elif why := work.why_modelled():
         notes.append(f"modelled only: {why}")
-    if config.kernels.matmul == "fp8" and count > 1 and config.kernels.fp8.scaling == "current":
-        notes.append(
-            "kernels.matmul=fp8: the time leaves out the all-reduces of each operand's largest number"
-        )
+    if config.kernels.matmul == "fp8" and count > 1 and (note := _left_out_in_8_bits(config)):
+        notes.append(note)
     if not chip.peak_flops.get(work.precision):
         notes.append(f"{chip.name} lists no peak for {work.precision}: another precision's is used")
     result = Plan(
@@ -188,6 +186,18 @@ def plan(
         notes=tuple(notes),
     )
     return add_compiled(result) if compile_step else result
+
+
+def _left_out_in_8_bits(config: Config) -> str | None:
+    """What the time does not know of products in 8 bits on several devices."""
+    fp8, start = config.kernels.fp8, "kernels.matmul=fp8: the time"
+    if fp8.blocks in FLOAT8_BLOCKS:
+        if config.mesh.zero < 3 or config.mesh.fsdp == 1:
+            return None
+        return f"{start} has weights gathered in 8 bits, also those whose shards cut blocks={fp8.blocks}"
+    if fp8.scaling == "delayed":
+        return None
+    return f"{start} leaves out the all-reduces of each operand's largest number"
 
 
 def add_compiled(result: Plan) -> Plan:

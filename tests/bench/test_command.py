@@ -49,7 +49,8 @@ def test_a_bad_command_line_is_one_line_with_status_2(capsys, arguments, told):
     assert capsys.readouterr() == ("", f"error: {told}\n")
 
 
-def test_absent_peers_are_named():
+def test_absent_peers_are_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     teams, found = command._teams(["torch", "tokamax"], "/no/such/python", command.probe(os.environ))
     assert [team.name for team in teams] == ["stack"]
     assert found["torch"].startswith("absent: /no/such/python does not run: ")

@@ -163,6 +163,22 @@ def test_a_product_is_named_by_its_shape_and_a_gpu_has_two_ways():
     assert len(names) == 9
 
 
+@pytest.mark.parametrize(("capability", "blocks"), [(9.0, "block"), (10.0, "mx"), (8.9, None)])
+def test_a_product_of_a_layer_in_8_bits_is_taken_in_blocks_too(capability, blocks):
+    case = next(case for case in matmul.cases(GPU, tiny=False) if "gpt2_1_5b" in case.title)
+    about = ABOUT | {"platform": "gpu", "compute_capability": capability}
+    names = matmul.makers(case.spec | about, ["torch"]).keys()
+    found = {name.rpartition(", ")[2] for name in names if name.startswith("up float8")}
+    assert found == {"up float8 16384 x 1600 x 6400", "no Triton", *([blocks] if blocks else [])}
+
+
+def test_a_product_in_blocks_is_held_to_its_definition():
+    spec = {"shape": [64, 96, 40], "precision": "float8", "device_kind": "cpu", "group": ""}
+    facts = matmul._blocks(spec, "mx").facts
+    assert facts["ok"]
+    assert facts["error"] < 0.004
+
+
 def test_an_error_is_a_share_of_what_is_right_and_no_number_is_never_right():
     right = jnp.array([3.0, 4.0])
     assert attention.relative_error(jnp.array([3.0, 4.5]), right) == pytest.approx(0.1)

@@ -224,3 +224,22 @@ def test_a_plan_prints_as_its_lines():
     result = plan(llama(), hardware="h100", devices=8)
     assert str(result) == "\n".join(report.lines(result))
     assert result._repr_html_().startswith("<pre>llama3_8b on 8 x NVIDIA H100")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], "the time leaves out the all-reduces of each operand's largest number"),
+        (["kernels.fp8.scaling=delayed"], None),
+        (
+            ["kernels.fp8.blocks=block"],
+            "has weights gathered in 8 bits, also those whose shards cut",
+        ),
+        (["kernels.fp8.blocks=block", "mesh.zero=1"], None),
+    ],
+)
+def test_what_the_time_does_not_know_of_8_bits_is_told(overrides, told):
+    config = llama("kernels.matmul=fp8", "mesh.zero=3", *overrides)
+    notes = [note for note in plan(config, hardware="h100", devices=8).notes if "fp8" in note]
+    assert bool(notes) == bool(told)
+    assert told is None or told in notes[0]

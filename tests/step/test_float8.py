@@ -1,5 +1,6 @@
 """Training in 8 bits: which products, what is looked back on, and that nothing else changes."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,7 @@ def test_the_layers_matrices_are_in_8_bits_and_nothing_else_is() -> None:
         (["kernels.fp8.first_layers=1", "kernels.fp8.last_layers=1"], "leaves no product in 8 bits"),
         (["kernels.fp8.history=3"], "kernels.fp8: history=3 is not read with scaling=current"),
         (["kernels.fp8.scaling=delayed", "kernels.fp8.blocks=channel"], "blocks=channel needs scaling="),
+        (["kernels.fp8.scaling=delayed", "kernels.fp8.blocks=block"], "no block has a past; set one of them"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(overrides, line) -> None:
@@ -87,6 +89,48 @@ def test_a_chip_without_them_is_refused_by_name(platform, capability, line) -> N
     assert str(programs.on_mesh(config, mesh, "gpu", 9.0).matmul) == (
         "products: fp8 (current scale per tensor; evaluation, embeddings and head in float32)"
     )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "capability", "told"),
+    [
+        ("block", 8.9, "8.9 is not 9.0 (H100, H200), for which its kernel is"),
+        ("block", 10.0, "10.0 is not 9.0 (H100, H200), for which its kernel is"),
+        ("mx", 9.0, "9.0 is not 10.0 to 10.3 (B200, B300), whose tensor cores scale"),
+        ("mx", 12.0, "12.0 is not 10.0 to 10.3 (B200, B300), whose tensor cores scale"),
+    ],
+)
+def test_blocks_of_a_sum_run_where_they_were_compiled(blocks, capability, told) -> None:
+    config = tiny(FP8, f"kernels.fp8.blocks={blocks}", "mesh.fsdp=8")
+    mesh = meshes.abstract(config.mesh, 8)
+    line = re.escape(f"kernels.fp8.blocks={blocks} cannot run: compute capability {told}")
+    with pytest.raises(ConfigError, match=line + ".*; set it to tensor or channel"):
+        programs.on_mesh(config, mesh, "gpu", capability)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "capability", "told"),
+    [
+        ("block", 9.0, "block: a scale for each 128 of a sum, by mosaic_gpu; "),
+        ("mx", 10.3, "mx: a scale for each 32 of a sum, by scaled_matmul; "),
+        ("mx", None, "mx: a scale for each 32 of a sum, by reference; "),
+    ],
+)
+def test_what_runs_them_is_told(blocks, capability, told) -> None:
+    config = tiny(FP8, f"kernels.fp8.blocks={blocks}", "mesh.fsdp=8")
+    mesh = meshes.abstract(config.mesh, 8)
+    program = programs.on_mesh(config, mesh, "gpu" if capability else "cpu", capability)
+    assert str(program.matmul).startswith(f"products: fp8 ({told}")
+
+
+def test_a_mesh_that_cuts_blocks_is_refused_by_name() -> None:
+    whole = ("model.head_dim=64", "model.mlp_dim=512")
+    config = tiny(FP8, "kernels.fp8.blocks=block", "mesh.fsdp=4", "mesh.tensor=2", *whole)
+    mesh = meshes.abstract(config.mesh, 8)
+    programs.on_mesh(config, mesh, "gpu", 9.0)
+    told = r"mesh\.tensor=2 cuts model\.mlp_dim=320 in 160s, which the 128 that share a scale do not divide; "
+    with pytest.raises(ConfigError, match=told + "lower mesh.tensor, or set blocks=channel"):
+        programs.on_mesh(config.replace("model.mlp_dim=320"), mesh, "gpu", 9.0)
 
 
 def types(program: programs.Program, function: Any) -> str:

@@ -13,6 +13,10 @@ from stack.bench.models import MODELS
 from stack.bench.serve import Ready
 from stack.bench.timing import queued
 from stack.hardware.chip import lookup
+from stack.kernels.matmul import Blocks, obstacles
+from stack.kernels.matmul.blocks import FORMS, MULTIPLY, quantize_blocks
+from stack.kernels.matmul.choice import KERNELS as KERNELS_OF_BLOCKS
+from stack.kernels.matmul.float8 import Scaled
 from stack.planner.formula.time import product_seconds
 
 Product = tuple[str, tuple[int, int, int], str]
@@ -90,7 +94,7 @@ def _case(suite: str, title: str, products: list[Product], *, priority: int, cop
     return Case(
         suite=suite,
         title=title,
-        spec={"products": named, "copy_bytes": copy_bytes},
+        spec={"products": named, "copy_bytes": copy_bytes, "blocks": suite == "matmul"},
         priority=priority,
         seconds=120,
         blocks=5,
@@ -99,7 +103,7 @@ def _case(suite: str, title: str, products: list[Product], *, priority: int, cop
 
 
 def makers(spec: dict[str, Any], peers: list[str]) -> dict[str, Callable[[], Ready]]:
-    """XLA's choice of kernel; on GPUs also without Triton's, as cuBLAS has the float8 ones."""
+    """XLA's choice of kernel; on GPUs also without Triton's, as cuBLAS has the float8 ones, and in blocks."""
     del peers
     on_gpu = spec["platform"] == "gpu"
     contestants: dict[str, Callable[[], Ready]] = {}
@@ -109,6 +113,10 @@ def makers(spec: dict[str, Any], peers: list[str]) -> dict[str, Callable[[], Rea
         if on_gpu:
             options = {"xla_gpu_enable_triton_gemm": False}
             contestants[f"{name}, no Triton"] = partial(_product, product, options)
+        if on_gpu and spec["blocks"] and product["precision"] == "float8":
+            for blocks in KERNELS_OF_BLOCKS:
+                if not obstacles("gpu", spec["compute_capability"], blocks):
+                    contestants[f"{name}, {blocks}"] = partial(_blocks, product, blocks)
     if size := spec["copy_bytes"]:
         contestants[f"copy of {size / 2**20:g} MiB"] = partial(_copy, size)
     return contestants
@@ -139,14 +147,43 @@ def _product(spec: dict[str, Any], options: dict[str, Any]) -> Ready:
     compiled = jax.jit(multiply, compiler_options=options).lower(left, right).compile()
     few = left[:_CHECKED].astype(jnp.float32)
     exact = jnp.einsum(by, few, right.astype(jnp.float32), precision="highest")
-    difference = compiled(left, right)[:_CHECKED].astype(jnp.float32) - exact
+    return Ready(queued(compiled, left, right), _facts(spec, compiled(left, right), exact))
+
+
+def _blocks(spec: dict[str, Any], blocks: Blocks) -> Ready:
+    """The product of a forward pass, of numbers that are rounded already, with a scale for each block."""
+    rows, inner, columns = spec["shape"]
+    form, kernel = FORMS[blocks], KERNELS_OF_BLOCKS[blocks]
+    shapes = ((rows, inner), form.shape(1)), ((columns, inner), form.shape(1, weight=True))
+    left, right = (
+        jax.jit(quantize_blocks, static_argnums=(1, 2))(
+            jnp.asarray(data.normal(seed, *shape), jnp.bfloat16), block, form.scales
+        )
+        for seed, (shape, block) in enumerate(shapes)
+    )
+
+    def multiply(left: Scaled, right: Scaled) -> jax.Array:
+        return MULTIPLY[kernel](left, right, form, jnp.bfloat16)
+
+    compiled = jax.jit(multiply).lower(left, right).compile()
+    few = Scaled(left.values[:_CHECKED], left.scale[:_CHECKED])
+    with jax.default_matmul_precision("highest"):
+        exact = MULTIPLY["reference"](few, right, form, jnp.float32)
+    return Ready(queued(compiled, left, right), _facts(spec, compiled(left, right), exact))
+
+
+def _facts(spec: dict[str, Any], result: jax.Array, exact: jax.Array) -> dict[str, Any]:
+    """Of a product, some rows of which are known in float32."""
+    rows, inner, columns = spec["shape"]
+    precision = spec["precision"]
+    difference = result[:_CHECKED].astype(jnp.float32) - exact
     error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(exact))
     chip = lookup(spec["device_kind"])
     planned = None
     if chip is not None and precision in chip.peak_flops:
         planned = product_seconds(rows, columns, inner, precision, chip)
     limit = 1e-3 if precision == "float32" else 1e-2  # TensorFloat-32 has ten bits.
-    facts = {
+    return {
         "ok": error <= limit,
         "error": error,
         "limit": limit,
@@ -155,4 +192,3 @@ def _product(spec: dict[str, Any], options: dict[str, Any]) -> Ready:
         "planned_seconds": planned,
         "group": spec["group"],
     }
-    return Ready(queued(compiled, left, right), facts)

@@ -1,32 +1,18 @@
 """Products with a weight whose operands are in 8 bits, and so are those of their gradients."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import layout as memory_layout
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
+from stack.kernels.matmul.blocks import FORMS, BlockOperands
 from stack.kernels.matmul.float8 import BACKWARD, FORWARD, Scaled, largest, quantize
+from stack.kernels.matmul.operands import Fp8, Operands, cotangent_spec, lay_out, without_types
 from stack.parallel.rules import Layout
-from stack.parallel.zero import is_gathered, scatter_gradient
-
-Blocks = Literal["tensor", "channel"]
-"""What shares a scale: all of an operand; or what one number of the result is summed over, [1, inputs] of the
-activations and [inputs, 1] of the weight."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fp8:
-    """How products are computed in 8 bits."""
-
-    blocks: Blocks = "tensor"
-    scaling: str = "current"
-    """`current`: an operand is scaled by its own largest number; `delayed`: by one that is given."""
+from stack.parallel.zero import is_gathered
 
 
 def project(
@@ -57,7 +43,8 @@ def project(
       amax: float32 [2], what scales are made for: the largest of `x` and of the gradient of the result.
         Its own gradient is what they are, for those of the next step. None: what they are is what is taken.
     """
-    tensors = _Tensors(
+    operands = BlockOperands if how.blocks in FORMS else _Tensors
+    products = operands(
         layout=layout,
         kernel=kernel,
         names=names,
@@ -69,41 +56,24 @@ def project(
 
     @jax.custom_vjp
     def product(x: jax.Array, weight: jax.Array, amax: jax.Array | None) -> jax.Array:
-        return tensors.forward(x, weight, amax)
+        return products.forward(x, weight, amax)
 
     product.defvjp(
         lambda *inputs: (product(*inputs), inputs),
-        lambda inputs, cotangent: tensors.backward(*inputs, cotangent=cotangent),
+        lambda inputs, cotangent: products.backward(*inputs, cotangent=cotangent),
     )
     return product(x, kernel[...], amax)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Tensors:
-    """The three products of a layer's weight, and how their operands lie."""
-
-    layout: Layout
-    kernel: nnx.Variable
-    names: tuple[str, ...]
-    rows: int
-    """Axes of `x` that are not inputs."""
-    contracted: int
-    is_split: bool
-    """Whether the weight is gathered here."""
-    how: Fp8
-
-    @property
-    def outputs(self) -> int:
-        """Axes of the result that are of the weight."""
-        return len(self.names) - self.rows
+class _Tensors(Operands):
+    """Those of products with one scale, or one for each number of the result."""
 
     def forward(self, x: jax.Array, weight: jax.Array, amax: jax.Array | None) -> jax.Array:
         """The product of `x` and the weight."""
         inputs, outer = range(self.contracted), range(self.rows)
         x8, w8 = self._activations(x, amax), self._weight(weight, x.dtype)
         contracting = tuple(self.rows + axis for axis in inputs), tuple(inputs)
-        spec = self.layout.product_spec(self.names, contracted=self.kernel.axes[: self.contracted])
-        y = _dot(x8, w8, contracting, spec, x.dtype, precision=jax.lax.Precision.DEFAULT)
+        y = _dot(x8, w8, contracting, self.result, x.dtype, precision=jax.lax.Precision.DEFAULT)
         y = self.layout.shard(y, *self.names)
         return _scale(_scale(y, x8, outer), w8, range(self.rows, y.ndim))
 
@@ -121,20 +91,18 @@ class _Tensors:
             for_weight = self._gradient(_scale(cotangent, x8, rows), rows)
         highest = jax.lax.Precision.HIGHEST
         gradient = _dot(
-            for_x, w8, (outputs, columns), _cotangent_spec(x, self.layout), x.dtype, precision=highest
+            for_x, w8, (outputs, columns), cotangent_spec(x, self.layout), x.dtype, precision=highest
         )
         gradient = _scale(gradient, for_x, rows)
-        replicas = self.layout.replicas
-        spec = None if self.layout.trivial else P(*self._whole.partitions, unreduced=replicas)
-        change = _dot(x8, for_weight, (rows, rows), spec, x.dtype, precision=highest)
+        change = _dot(x8, for_weight, (rows, rows), self.change, x.dtype, precision=highest)
         change = _scale(change, for_weight, columns)
         if self.how.blocks == "tensor":
             gradient, change = _scale(gradient, w8, ()), _scale(change, x8, ())
         largest_now = None if amax is None else jnp.stack([largest(x), largest(cotangent)])
-        return gradient, self._scatter(change, weight), largest_now
+        return gradient, self.scatter(change, weight), largest_now
 
     def _activations(self, x: jax.Array, amax: jax.Array | None) -> Scaled:
-        x = _without_types(x, self.layout)
+        x = without_types(x, self.layout)
         if amax is not None:
             return quantize(x, FORWARD, amax[0])
         axes = None if self.how.blocks == "tensor" else tuple(range(self.rows, x.ndim))
@@ -145,31 +113,14 @@ class _Tensors:
     ) -> Scaled:
         """In 8 bits, and then laid out for its products."""
         scaled = quantize(cotangent, BACKWARD, largest(cotangent, axes) if amax is None else amax)
-        spec = self.layout.product_spec(self.names, contracted=self.kernel.axes[: self.contracted])
-        return scaled if spec is None else _lay_out(scaled, P(*spec.partitions))
+        return scaled if self.result is None else lay_out(scaled, P(*self.result.partitions))
 
     def _weight(self, weight: jax.Array, dtype: jnp.dtype) -> Scaled:
         """In 8 bits, and whole over `fsdp`."""
-        if self.is_split:  # As it lies at rest; see `stack.parallel.zero`.
-            at_rest = memory_layout.Layout(major_to_minor=tuple(range(weight.ndim)))
-            weight = memory_layout.with_layout_constraint(weight, at_rest)
-        weight = _without_types(weight, self.layout).astype(dtype)
+        weight = self.at_rest(weight, dtype)
         axes = None if self.how.blocks == "tensor" else tuple(range(self.contracted))
         scaled = quantize(weight, FORWARD, largest(weight, axes))
-        return _lay_out(scaled, self._whole) if self.is_split else scaled
-
-    @property
-    def _whole(self) -> P:
-        return self.layout.whole_spec(self.kernel.axes)
-
-    def _scatter(self, gradient: jax.Array, weight: jax.Array) -> jax.Array:
-        """A partial sum as the weight's gradient is wanted."""
-        if not self.is_split:
-            return gradient.astype(weight.dtype)
-        partial_sum = bool(jax.typeof(weight).sharding.spec.reduced)
-        return scatter_gradient(
-            gradient, self.layout, self.kernel.axes, self.kernel.role, partial_sum=partial_sum
-        )
+        return lay_out(scaled, self.whole) if self.is_split else scaled
 
 
 def _dot(
@@ -207,23 +158,3 @@ def _scale(y: jax.Array, by: Scaled, axes: range | tuple[int, ...]) -> jax.Array
     if unreduced:
         scale = jax.reshard(scale, P(*jax.typeof(scale).sharding.spec.partitions, reduced=unreduced))
     return y * scale.astype(y.dtype)
-
-
-def _lay_out(scaled: Scaled, spec: P) -> Scaled:
-    """Values on devices as told, and scales of blocks with them."""
-    scale = scaled.scale
-    if scale.ndim:
-        entries = zip(spec.partitions, scale.shape, strict=True)
-        scale = jax.reshard(scale, P(*(entry if size > 1 else None for entry, size in entries)))
-    return Scaled(jax.reshard(scaled.values, spec), scale)
-
-
-def _without_types(x: jax.Array, layout: Layout) -> jax.Array:
-    """`x` as it lies, but not `reduced`: what is used elementwise cannot be."""
-    spec = jax.typeof(x).sharding.spec
-    return x if layout.trivial or not spec.reduced else jax.reshard(x, P(*spec.partitions))
-
-
-def _cotangent_spec(x: jax.Array, layout: Layout) -> P | None:
-    spec = jax.typeof(x).sharding.spec
-    return None if layout.trivial else P(*spec.partitions, unreduced=spec.reduced)

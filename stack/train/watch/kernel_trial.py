@@ -9,6 +9,7 @@ from stack.config import MeshConfig
 from stack.config.errors import StackError
 from stack.kernels.attention import KERNELS
 from stack.kernels.attention.trial import LIMIT, trial_error
+from stack.kernels.matmul import trial as matmul_trial
 from stack.parallel import mesh as meshes
 from stack.step.kernels import attention_request
 from stack.step.program import Program
@@ -23,25 +24,37 @@ class KernelTrial(Listener):
         self._program = program
 
     def on_start(self, info: dict[str, Any]) -> dict[str, Any] | None:
-        """Adds the error to `attention`, if there was reason to look.
+        """Adds the errors to `attention` and `products`, if there was reason to look.
 
         Raises:
-            StackError: it is wrong on this device.
+            StackError: one is wrong on this device.
         """
-        program, choice = self._program, self._program.attention
-        if choice.measured or not KERNELS[choice.kernel].own_code:
-            return None
-        device = jax.local_devices()[0]
-        model = program.config.model
-        request = attention_request(program.config, platform=device.platform)
+        program, device = self._program, jax.local_devices()[0]
+        choice, fp8, told = program.attention, program.matmul.fp8, {}
         with meshes.use(meshes.build(MeshConfig(), [device])):
-            error = trial_error(
-                choice.kernel, request, window=model.window, shared_by=model.num_heads // model.kv_heads
-            )
-        if not error <= LIMIT:
-            told = "no number" if math.isnan(error) else f"off by {error:.1%}"
-            raise StackError(
-                f"kernels.attention={choice.kernel} is wrong on {device.device_kind}: {told} where"
-                f" {LIMIT:.0%} is the limit; set kernels.attention=xla_chunked, and please report it"
-            )
-        return {"attention": f"{info['attention']}; tried here: {error:.1%} off the definition"}
+            if KERNELS[choice.kernel].own_code and not choice.measured:
+                model = program.config.model
+                request = attention_request(program.config, platform=device.platform)
+                error = trial_error(
+                    choice.implementation,
+                    request,
+                    window=model.window,
+                    shared_by=model.num_heads // model.kv_heads,
+                )
+                remedy = "kernels.attention=xla_chunked"
+                told["attention"] = _judge(error, LIMIT, f"kernels.attention={choice.kernel}", remedy)
+            if fp8 is not None and fp8.kernel not in ("xla", "reference"):
+                error = matmul_trial.trial_error(fp8, program.config.model.dtype)
+                name, remedy = f"kernels.fp8.blocks={fp8.blocks}", "kernels.fp8.blocks=tensor"
+                told["products"] = _judge(error, matmul_trial.LIMIT, name, remedy)
+        return {name: f"{info[name]}; {line}" for name, line in told.items()} or None
+
+
+def _judge(error: float, limit: float, name: str, remedy: str) -> str:
+    if not error <= limit:
+        told = "no number" if math.isnan(error) else f"off by {error:.1%}"
+        raise StackError(
+            f"{name} is wrong on {jax.local_devices()[0].device_kind}: {told} where {limit:.0%} is the limit;"
+            f" set {remedy}, and please report it"
+        )
+    return f"tried here: {error:.1%} off the definition"

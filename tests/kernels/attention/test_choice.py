@@ -10,6 +10,8 @@ from stack.kernels.attention import KERNELS, Request, choose
 from stack.kernels.measured import measured
 from stack.step.kernels import attention_request, choose_attention
 
+pytestmark = pytest.mark.usefixtures("tokamax_is_here")
+"""Which says that it is not: without it there are the same kernels everywhere."""
 GPT = Request(platform="gpu", compute_capability=9.0, dtype="bfloat16", head_dim=64, length=1024)
 PLAIN = Config().replace("data.sequence_length=1024", "data.packed=false")
 

@@ -94,7 +94,8 @@ def test_what_it_cannot_do_is_refused(more, message):
 
 def test_pallas_is_imported_by_those_who_run_it():
     """It takes half a second, which every start would pay."""
-    code = "import sys, stack.kernels.attention as a; sys.exit('jax.experimental.pallas' in sys.modules)"
+    code = "import sys, stack.kernels.attention, stack.kernels.matmul.fp8;"
+    code += "sys.exit('jax.experimental.pallas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -12,6 +12,8 @@ from stack.kernels.attention import KERNELS, Request
 from stack.kernels.attention import trial as trials
 from stack.kernels.attention.mosaic_gpu.tiles import interpreted
 from stack.kernels.attention.trial import LIMIT, trial_error
+from stack.kernels.matmul import Fp8, blocks
+from stack.kernels.matmul import trial as products
 from stack.step import program as programs
 from stack.train.watch.kernel_trial import KernelTrial
 
@@ -70,3 +72,16 @@ def test_the_kernel_for_hopper_is_tried_as_others(monkeypatch):
     monkeypatch.setattr(trials, "_LONGEST", 128)
     with interpreted():
         assert trial_error("mosaic_gpu", ASKED, shared_by=2) < LIMIT / 2
+
+
+def test_products_by_a_kernel_of_its_own_are_tried_too(monkeypatch):
+    monkeypatch.setattr(products, "_SHAPE", (1, 130, 100, 72))
+    how = Fp8(blocks="block", kernel="mosaic_gpu")
+    with interpreted():
+        assert products.trial_error(how, "bfloat16") < products.LIMIT / 2
+
+    def other_scales(left, *more):
+        return blocks.multiply_reference(left._replace(scale=left.scale[::-1]), *more)
+
+    monkeypatch.setitem(blocks.MULTIPLY, "mosaic_gpu", other_scales)
+    assert products.trial_error(how, "bfloat16") > 10 * products.LIMIT
