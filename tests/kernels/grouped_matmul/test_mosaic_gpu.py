@@ -28,7 +28,7 @@ FULL = [
     HOPPER(*SIZES["none has any"]),
     HOPPER(*SIZES["some tokens belong to none"]),
     HOPPER(*SIZES["skewed"]),
-    HOPPER((3,) * 20, 65),
+    HOPPER((3,) * 8, 30),
     HOPPER(*SIZES["one token"]),
     HOPPER(*SIZES["more than there are"]),
 ]
