@@ -6,6 +6,20 @@ from mutation_fp8 import FP8
 MUTATIONS = (
     *FP8,
     Mutation(
+        "rows at a border are stored for the wrong group",
+        "stack/kernels/grouped_matmul/mosaic_gpu/by_token.py",
+        "jnp.where(is_mine, result.astype(jnp.bfloat16), others)",
+        "result.astype(jnp.bfloat16)",
+        "tests/kernels/grouped_matmul/test_mosaic_gpu.py",
+    ),
+    Mutation(
+        "gradients of experts are added in bfloat16",
+        "stack/kernels/grouped_matmul/island.py",
+        "jnp.promote_types(cotangent.dtype, jnp.float32)",
+        "cotangent.dtype",
+        "tests/kernels/grouped_matmul/test_sharded.py",
+    ),
+    Mutation(
         "the last tile of a group is left out",
         "stack/kernels/grouped_matmul/visits.py",
         "(ends - 1) // rows - first_tile + 1",
