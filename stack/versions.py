@@ -18,10 +18,10 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def code_digest() -> str:
-    """Of every module of Stack: equal where the same code is installed, whatever its version says."""
+def code_digest(folder: str = "") -> str:
+    """Of every module of Stack, or of a folder: equal where the same code is, whatever its version says."""
     digest = hashlib.blake2b(digest_size=6)
-    root = Path(__file__).parent
+    root = Path(__file__).parent / folder
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -2,13 +2,16 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from stack.kernels.attention import KERNELS, Dropout, Kind, Mask, Request, attend, reference
+from stack.kernels.attention import KERNELS, Dropout, Kind, Mask, Request, Tiled, attend, reference, tokamax
 from stack.parallel.rules import ONE_DEVICE
 
 Rows = Literal["whole", "padded", "packed"]
@@ -111,15 +114,23 @@ class Case:
             dropout = Dropout(rate=self.dropout, rows=jnp.asarray(words))
         return {"softcap": self.softcap, "scale": self.scale, "dropout": dropout}
 
-    def expected(self) -> dict[str, np.ndarray]:
-        """By the definition: the output, and the gradients for `slope`."""
+    def read(self) -> jax.Array:
+        """[batch, queries] bool: those that see a key and are no padding."""
+        mask = self.mask()
+        sees = mask.allowed().any(-1)
+        if mask.lengths is None or self.keys is not None:
+            return sees
+        return sees & (jnp.arange(self.length) < mask.lengths[:, None])
+
+    def expected(self, *, of: jax.Array | None = None) -> dict[str, np.ndarray]:
+        """By the definition: the output, of the queries named or of all, and the gradients for `slope`."""
 
         def attention(arrays: dict[str, Any], mask: Mask, dropout: Dropout | None) -> jax.Array:
             return reference.attend(**arrays, mask=mask, **(self.options() | {"dropout": dropout}))
 
-        return self._both_ways(attention)
+        return self._both_ways(attention, of)
 
-    def actual(self, kernel: str) -> dict[str, np.ndarray]:
+    def actual(self, kernel: str | Tiled, *, of: jax.Array | None = None) -> dict[str, np.ndarray]:
         """The same by an implementation; shapes and dtypes are looked at too."""
 
         def attention(arrays: dict[str, Any], mask: Mask, dropout: Dropout | None) -> jax.Array:
@@ -128,15 +139,16 @@ class Case:
             assert (output.shape, output.dtype) == (arrays["query"].shape, jnp.dtype(self.dtype))
             return output.astype(jnp.float32)
 
-        return self._both_ways(attention)
+        return self._both_ways(attention, of)
 
-    def _both_ways(self, attention: Any) -> dict[str, np.ndarray]:
+    def _both_ways(self, attention: Any, of: jax.Array | None) -> dict[str, np.ndarray]:
         arrays = self.arrays()
         slope = jnp.asarray(np.random.default_rng(11).normal(size=arrays["query"].shape), self.dtype)
 
         @jax.jit
         def run(arrays: dict[str, jax.Array], mask: Mask, dropout: Dropout | None) -> Any:
-            output, back = jax.vjp(lambda arrays: attention(arrays, mask, dropout), arrays)
+            read = 1 if of is None else of[..., None, None]
+            output, back = jax.vjp(lambda arrays: attention(arrays, mask, dropout) * read, arrays)
             (gradients,) = back(slope.astype(output.dtype))
             return {"output": output} | gradients
 
@@ -161,6 +173,16 @@ def _documents(case: Case, length: int, *, seed: int) -> tuple[jax.Array, jax.Ar
             starts = begins[np.where(segments[row] > 0, segments[row] - 1, 4)]
             positions[row] = np.arange(length) - starts
     return jnp.asarray(segments), jnp.asarray(positions)
+
+
+@contextmanager
+def plain_tokamax() -> Iterator[None]:
+    """Tokamax answers the same call in plain operations, on a CPU too; masks and scales are its own."""
+    from tokamax._src.ops.attention.base import DotProductAttention
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokamax, "operation", DotProductAttention)
+        yield
 
 
 def runs(case: Case, kernel: str) -> bool:

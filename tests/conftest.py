@@ -1,7 +1,9 @@
 """Eight virtual CPU devices and a persistent compile cache, set before anything imports jax."""
 
+import dataclasses
 import importlib.util
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,9 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Kept between runs, and shared with the processes that tests start; for programs of one device.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# The user's own cache has tiles that were tuned, with which numbers round otherwise.
+os.environ["XDG_CACHE_HOME"] = str(CACHE.with_name("home"))
+shutil.rmtree(CACHE.with_name("home") / "stack" / "tiles", ignore_errors=True)
 # Tests compile much and run little: with LLVM's optimisation of CPU code, and the emitter of fusions by
 # MLIR in place of the one before it, a program takes three times as long to compile.
 os.environ.setdefault(
@@ -48,6 +53,20 @@ def run_processes() -> Callable[..., list[Any]]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.run
+
+
+@pytest.fixture
+def tokamax_is_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Says whether Tokamax is installed, whatever is: `auto` and its reasons differ. At first it is not."""
+    from stack.kernels.attention import KERNELS, tokamax
+
+    def say(is_here: bool) -> None:
+        monkeypatch.setattr(tokamax, "installed", lambda: is_here)
+        kernel = dataclasses.replace(KERNELS["tokamax"], installed=tokamax.installed)
+        monkeypatch.setitem(KERNELS, "tokamax", kernel)
+
+    say(False)
+    return say
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,13 @@ from mutation_fp8 import FP8
 MUTATIONS = (
     *FP8,
     Mutation(
+        "the last tile of a group is left out",
+        "stack/kernels/grouped_matmul/visits.py",
+        "(ends - 1) // rows - first_tile + 1",
+        "(ends - 1) // rows - first_tile",
+        "tests/kernels/grouped_matmul/test_visits.py",
+    ),
+    Mutation(
         "a prefix is seen by what follows alone",
         "stack/models/decoder.py",
         'kind="prefix" if "prefix" in batch else "causal"',

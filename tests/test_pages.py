@@ -14,6 +14,7 @@ BIN = Path(sys.executable).parent
 
 _FEW = "train.steps=40 eval.baselines=false eval.batches=2 data.sources.0.max_bytes=300000"
 _QUICKSTART = "stack train configs/quickstart.yaml"
+_SOME = "train.steps=12 optimizer.schedule.warmup_steps=4 eval.batches=2"
 SHORTER = {
     _QUICKSTART: _FEW,
     f"{_QUICKSTART} name=deeper train.steps=300 model.num_layers=6": _FEW,
@@ -39,7 +40,7 @@ ELSEWHERE = {
 README, DATA, PLANNER = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "planner.md"
 INIT_FROM = ROOT / "docs" / "init_from.md"
 LAUNCH, WEIGHTS = ROOT / "docs" / "launch.md", ROOT / "docs" / "hugging_face.md"
-OBJECTIVES = ROOT / "docs" / "objectives.md"
+OBJECTIVES, FINE_TUNING = ROOT / "docs" / "objectives.md", ROOT / "docs" / "fine_tuning.md"
 
 TRACKING = ROOT / "docs" / "tracking.md"
 _WORDS = ("stack ", "uv ", "launch/", "sbatch ", "source ", ".ci/", "python3.12 ")
@@ -179,6 +180,25 @@ def test_the_page_on_data_runs_from_top_to_bottom(folder) -> None:
             run(block, folder)
     for name in ("mine", "folder", "records", "words"):
         assert (folder / "runs" / name / "metrics.jsonl").is_file()
+
+
+@pytest.mark.full
+def test_the_page_on_fine_tuning_runs_from_top_to_bottom(folder) -> None:
+    """After the README, whose run it begins with."""
+    if not (folder / "runs" / "quickstart").exists():
+        run(_QUICKSTART, folder)
+    printed = ""
+    for language, block in blocks(FINE_TUNING):
+        if language == "yaml":
+            name = re.match(r"# (\S+)\n", block)
+            assert name, "a config says its name"
+            (folder / name[1]).write_text(block)
+        else:
+            printed += run(
+                block.replace("stack train functions.yaml", f"stack train functions.yaml {_SOME}"), folder
+            )
+    assert "):⏎    ⟦" in printed, "what is predicted begins after the prompt"
+    assert "<|end|>" not in (folder / "runs" / "conversations" / "sample.txt").read_text()
 
 
 @pytest.mark.full

@@ -15,7 +15,9 @@ SUITES = {
     "cross_entropy": "cross_entropy",
     "step": "step",
     "embedding": "embedding",
+    "grouped_matmul": "grouped_matmul",
     "parity": "parity",
+    "tiles": "tiles",
 }
 """The module of `stack.bench.suites` each is in."""
 
@@ -25,7 +27,12 @@ def main(request: dict[str, Any]) -> None:
     if request["suite"] == "machine":
         from stack.bench.suites.machine import describe
 
-        serve({}, block_seconds=0.0, machine=dataclasses.asdict(describe()))
+        about: dict[str, Any] = {}
+        if "attention_of" in request:
+            from stack.bench.suites.tiles import problem_of
+
+            about = problem_of(request["attention_of"], request["devices"])
+        serve({}, block_seconds=0.0, machine=dataclasses.asdict(describe()), **about)
         return
     suite = import_module(f"stack.bench.suites.{SUITES[request['suite']]}")
     makers = suite.makers(request["spec"], request["peers"])

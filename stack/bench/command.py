@@ -14,7 +14,7 @@ import jax
 from stack.bench import table
 from stack.bench.case import Case, Machine, Row
 from stack.bench.run import PEERS, STACK, Team, best, environment, probe, run_cases
-from stack.bench.suites import attention, cross_entropy, embedding, matmul, parity, step
+from stack.bench.suites import attention, cross_entropy, embedding, grouped_matmul, matmul, parity, step
 from stack.bench.worker import EndedError, LateError
 from stack.config.errors import ConfigError, StackError
 from stack.config.explain import nearest
@@ -28,6 +28,7 @@ SUITES: dict[str, Callable[..., list[Case]]] = {
     "parity": parity.cases,
     "matmul": matmul.cases,
     "embedding": embedding.cases,
+    "grouped_matmul": grouped_matmul.cases,
 }
 """By name, the cases for a machine."""
 
@@ -63,7 +64,7 @@ def run(
     names, wanted = _checked(suites, SUITES, "suite"), _peers(against)
     if not seconds > 0:
         raise ConfigError(f"--seconds {seconds:g}: give more than 0")
-    target = None if path is None else _target(path)
+    target = None if path is None else new_file(path)
     around = environment(os.environ)
     # Plans are made here, where a GPU must stay free for the children.
     jax.config.update("jax_platforms", "cpu")
@@ -130,7 +131,13 @@ def _peers(against: str | None) -> list[str]:
     return _checked([] if against is None else against.split(","), PEERS, "peer")
 
 
-def _target(path: str) -> Path:
+def new_file(path: str) -> Path:
+    """The path of a file that is to be written, and can be.
+
+    Raises:
+        ConfigError: it exists.
+        StackError: it could not be written.
+    """
     target = expand(path)
     if target.exists():
         raise ConfigError(f"{target}: the file exists; remove it or give another name")

@@ -5,7 +5,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stack.bench.case import Case, Machine, Row, Status, derive
@@ -65,6 +65,7 @@ class Contest:
         *,
         seconds: float,
         block_seconds: float,
+        tell: Callable[[Row], None] | None = None,
     ) -> None:
         """Starts nothing yet.
 
@@ -75,8 +76,10 @@ class Contest:
             environment: of the children.
             seconds: until all must have ended.
             block_seconds: of a block of one contestant.
+            tell: hears of each contestant once it is prepared, or cannot be.
         """
         self.case = case
+        self.tell = tell
         self.environment = environment
         self.seconds = seconds
         begun = time.monotonic()
@@ -122,6 +125,8 @@ class Contest:
             row = self.rows[name] = self._row(name, label)
             self._ask(team, row, "prepare", self.ready_by)
             self.served[team.name].append(row)
+            if self.tell is not None:
+                self.tell(row)
 
     def _worker(self, team: Team) -> Worker | None:
         """The process of a team; where it has ended, another, in which all that ran are prepared anew."""

@@ -83,6 +83,25 @@ def explain_kernels(arguments: argparse.Namespace) -> None:
         print("\n".join(kernels.lines(operations)))
 
 
+def tune_kernels(arguments: argparse.Namespace) -> None:
+    """Finds the fastest tiles of a config's attention on this machine, and keeps them."""
+    from stack.config.reading import load
+
+    config = load(arguments.config, arguments.rest)
+    environment.import_jax()
+    from stack.bench.tune import run
+
+    for line in run(
+        config,
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        devices=arguments.devices,
+        path=arguments.json,
+        progress=lambda text: print(text, file=sys.stderr, flush=True),
+    ):
+        print(line, flush=True)
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Prints what a run's held-out text gives."""
     defaults.import_jax()
@@ -113,7 +132,7 @@ def sample(arguments: argparse.Namespace) -> None:
         prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
         trainer = Trainer.from_run(arguments.config, overrides)
         prompts = prompts or [trainer.config.sample.prompt]
-        between = "" if trainer.program.objective.continues else "\n"
+        between = trainer.program.objective.between
         if len(prompts) == 1:
             text = trainer.stream(prompts[0], seed=arguments.seed)
             begin = next(text, "")  # What cannot be written is told before the prompt is.

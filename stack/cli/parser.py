@@ -100,15 +100,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     _add_launch(verbs)
     _add_plan(verbs)
 
-    kernels = _verb(verbs, "kernels", None, "tell what runs the operations of a step")
-    kernel_verbs = kernels.add_subparsers(metavar="COMMAND", required=True)
-    text = "what runs each operation of a config, why, and what keeps the others from it"
-    explained = _verb(kernel_verbs, "explain", commands.explain_kernels, text)
-    explained.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of a run")
-    _add_overrides(explained)
-    text = "a chip as `stack plan` knows it (default: target.hardware, else the device here)"
-    explained.add_argument("--hardware", metavar="CHIP", help=text)
-    explained.add_argument("--json", action="store_true", help="print JSON")
+    _add_kernels(verbs)
 
     evaluate = _verb(verbs, "eval", commands.evaluate, "evaluate a run on its held-out text")
     evaluate.add_argument("config", metavar="RUN", help="the folder of a run")
@@ -255,9 +247,33 @@ def _parser() -> tuple[_Parser, list[str]]:
     return parser, list(verbs.choices)
 
 
+def _add_kernels(verbs: "argparse._SubParsersAction[_Parser]") -> None:
+    kernels = _verb(verbs, "kernels", None, "tell what runs the operations of a step, and tune it")
+    kernel_verbs = kernels.add_subparsers(metavar="COMMAND", required=True)
+    text = "what runs each operation of a config, why, and what keeps the others from it"
+    explained = _verb(kernel_verbs, "explain", commands.explain_kernels, text)
+    explained.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of a run")
+    _add_overrides(explained)
+    text = "a chip as `stack plan` knows it (default: target.hardware, else the device here)"
+    explained.add_argument("--hardware", metavar="CHIP", help=text)
+    explained.add_argument("--json", action="store_true", help="print JSON")
+
+    text = "time tiles of a config's attention on this machine, and keep the fastest for runs like it"
+    tuned = _verb(kernel_verbs, "tune", commands.tune_kernels, text)
+    tuned.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of a run")
+    _add_overrides(tuned)
+    text = "times that each is timed, in turns with the others (default: 7)"
+    tuned.add_argument("--rounds", type=int, default=7, metavar="N", help=text)
+    text = "of each part of an implementation at most (default: 300)"
+    tuned.add_argument("--seconds", type=float, default=300.0, metavar="N", help=text)
+    text = "of the run, each of which has as much to do as the config says (default: those here)"
+    tuned.add_argument("--devices", type=int, metavar="N", help=text)
+    tuned.add_argument("--json", metavar="FILE", help="write all that is measured")
+
+
 def _add_bench(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     bench = _verb(verbs, "bench", commands.bench, "measure kernels and whole steps on this machine")
-    text = "attention, step, cross_entropy, parity, matmul, embedding (default: all, what matters most first)"
+    text = "attention, step, cross_entropy, parity, matmul, grouped_matmul, embedding (default: all)"
     bench.add_argument("suites", metavar="SUITE", nargs="*", help=text)
     bench.add_argument("--list", action="store_true", help="tell the cases for this machine and run none")
     bench.add_argument("--tiny", action="store_true", help="tiny problems, to try it out")

@@ -43,6 +43,10 @@ def weight_at(weight: "float | tuple[tuple[int, float], ...]", row: int) -> floa
     return start if high <= low else start + (end - start) * (row - low) / (high - low)
 
 
+RECORDS = ("jsonl", "arrayrecord", "hf")
+"""Kinds of sources whose documents may be whole records."""
+
+
 class SourceConfig(Section):
     """One stream of documents."""
 
@@ -72,7 +76,8 @@ class SourceConfig(Section):
     and `synthetic`."""
     field: str | None = "text"
     """`jsonl`, `parquet`, `arrayrecord`, `hf`: the field or column that holds the text, or the path to it
-    inside others, as `meta.text` or `messages.0.content`; null for `arrayrecord`: a record is the text."""
+    inside others, as `meta.text` or `messages.0.content`; null, not for `parquet`: the whole record, which of
+    `arrayrecord` may be a text, and of the others is for objectives that read records."""
     weight: Weight = 1.0
     """Share of training rows drawn from this source, relative to the others'. A list of points [row, weight]
     changes it in the course of training, rows counted over the whole run (step x batch_size): at each row
@@ -110,8 +115,8 @@ class SourceConfig(Section):
     def _check(self) -> Self:
         if self.kind not in ("python", "synthetic") and self.path is None:
             raise ValueError(f"a source of kind {self.kind} needs a path")
-        if self.field is None and self.kind != "arrayrecord":
-            raise ValueError(f"a source of kind {self.kind} needs a field; null is for arrayrecord")
+        if self.field is None and self.kind not in RECORDS:
+            raise ValueError(f"a source of kind {self.kind} needs a field; null is for {', '.join(RECORDS)}")
         if (self.min_characters or 0) > (self.max_characters or self.min_characters or 0):
             raise ValueError(
                 f"min_characters={self.min_characters} is more than max_characters={self.max_characters};"

@@ -46,7 +46,7 @@ class KernelsConfig(Section):
 
     conditions = (Condition(fields=("fp8",), other="matmul", values=("fp8",)),)
 
-    attention: Literal["auto", "cudnn", "mosaic_gpu", "xla_chunked", "xla"] = "auto"
+    attention: Literal["auto", "cudnn", "mosaic_gpu", "tokamax", "xla_chunked", "xla"] = "auto"
     """`auto` takes the fastest that was measured on such a chip at such shapes, else one that stores no
     scores; a name takes that one, or is refused with all that keeps it from running."""
     matmul: Literal["xla", "fp8"] = "xla"

@@ -19,6 +19,8 @@ class WordsConfig(Section):
     """Of the models that it trains."""
     every_token: ClassVar[bool] = False
     """Whether every token of the text is predicted once, so that its loss is one of the text."""
+    reads_records: ClassVar[bool] = False
+    """Whether a document is a whole record and not a text; `source.field` is then null."""
     has_baselines: ClassVar[bool] = False
     """Whether there is what `eval.baselines` asks for."""
 
@@ -183,8 +185,51 @@ class UniLmConfig(MaskedConfig):
         return self
 
 
+class RecordsConfig(WordsConfig):
+    """Texts that answer others, in records of JSON (`data.sources`: `field: null`)."""
+
+    reads_records = True
+    shapes = DECODERS
+
+    too_long: Literal["refuse", "leave_out", "cut"] = "refuse"
+    """A record of more than data.sequence_length tokens: `refuse` names it and ends the run, `leave_out`
+    trains on the others and tells their number, `cut` reads its beginning."""
+
+
+class CompletionConfig(RecordsConfig):
+    """Fine-tuning to write what follows a prompt."""
+
+    implementation = "stack.objectives.completion:Completion"
+
+    kind: Literal["completion"] = "completion"
+    """A prompt is read and what completes it is predicted (supervised fine-tuning)."""
+    prompt: str = "prompt"
+    """Field of a record, or path to it, with the text that is read."""
+    completion: str = "completion"
+    """Field of a record, or path to it, with the text that is predicted, and the end after it."""
+
+
+class ChatConfig(RecordsConfig):
+    """Fine-tuning to answer in a conversation."""
+
+    implementation = "stack.objectives.chat:Chat"
+
+    kind: Literal["chat"] = "chat"
+    """Conversations are laid out by the tokenizer's chat template; what the assistant says is predicted."""
+    messages: str = "messages"
+    """Field of a record, or path to it, with the list of messages, each `role` and `content`."""
+
+
 type ObjectiveConfig = (
-    CausalConfig | PrefixConfig | FillConfig | SpansConfig | SentencesConfig | MaskedWordsConfig | UniLmConfig
+    CausalConfig
+    | PrefixConfig
+    | FillConfig
+    | SpansConfig
+    | SentencesConfig
+    | MaskedWordsConfig
+    | UniLmConfig
+    | CompletionConfig
+    | ChatConfig
 )
 """Any of the objectives: THE list, which alone names their classes."""
 

@@ -5,7 +5,7 @@ from typing import Any, Self
 from pydantic import NonNegativeInt, model_validator
 
 from stack.config.condition import Condition, describe_changes
-from stack.config.data import DataConfig
+from stack.config.data import RECORDS, DataConfig
 from stack.config.explain import kind_of
 from stack.config.kernels import KernelsConfig
 from stack.config.mesh import MeshConfig
@@ -112,6 +112,21 @@ class Config(Section):
             )
         return self
 
+    def _check_records(self) -> None:
+        objective = self.objective
+        for number, source in enumerate(self.data.sources):
+            here = f"data.sources.{number}"
+            if objective.reads_records and (source.kind not in RECORDS or source.field is not None):
+                raise ValueError(
+                    f"objective.kind={objective.kind} reads whole records: {here} must be of kind"
+                    f" {' or '.join(RECORDS)}, with field=null"
+                )
+            if not objective.reads_records and source.field is None and source.kind != "arrayrecord":
+                raise ValueError(
+                    f"{here}.field=null is for objectives that read records, and"
+                    f" objective.kind={objective.kind} reads texts; name the field that holds the text"
+                )
+
     def _check_objective(self) -> None:
         model, objective = self.model, self.objective
         if model.shape not in objective.shapes:
@@ -120,6 +135,7 @@ class Config(Section):
                 f"objective.kind={objective.kind} trains no model.kind={model.kind}; set objective.kind to"
                 f" {' or '.join(able)}"
             )
+        self._check_records()
         sample = self.sample.model_copy(update={"at_end": True})  # That no text is shown is granted.
         if model.shape == "encoder" and (change := describe_changes(sample)):
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
-from stack.data.records import json_text
+from stack.data.records import Record, json_text
 
 _AT_ONCE = 1024  # records
 
@@ -16,7 +16,8 @@ def read_array_records(
 ) -> Iterator[str | None]:
     """The texts of the records of a file, or of some of them by number, counted from 0.
 
-    A record is UTF-8: with a `field` an object of JSON, as in a jsonl file; without one the text itself.
+    A record is UTF-8: with a `field` an object of JSON, as in a jsonl file; without one the text itself, a
+    `Record`.
     """
     reader = _open(path)
     stop = reader.num_records() if stop is None else stop
@@ -44,7 +45,7 @@ def _text(record: bytes, field: str | None, path: Path, number: int) -> str | No
         raise StackError(
             f"{where()}: the byte at offset {error.start} is not utf-8; write records of text, or of JSON"
         ) from error
-    return text if field is None else json_text(text, field, where)
+    return Record.at(text, where()) if field is None else json_text(text, field, where)
 
 
 def _open(path: Path) -> Any:

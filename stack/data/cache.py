@@ -26,6 +26,7 @@ from stack.config.errors import StackError
 from stack.data import minhash
 from stack.data.atomic import cache_folder, unwritable
 from stack.data.entry import BlockArray, EntryWriter, log, open_entry
+from stack.data.examples import Encoder
 from stack.data.files import source_files
 from stack.data.hugging_face import dataset_identity, pinned
 from stack.data.parallel import Threads, Workers
@@ -73,6 +74,8 @@ class Corpus:
     """Tokens that stand for words the tokenizer does not know."""
     changed: float
     """Share of the beginnings of documents, one of every part, that do not come back from their tokens."""
+    marks: Array | None = None
+    """[tokens] int32: what an `Encoder` says of each, where documents are records."""
     signatures: Array | None = None
     """[documents * minhash.HASHES] uint32: `minhash.signature` of each document's text, where asked for."""
 
@@ -86,6 +89,7 @@ def open_corpus(
     workers: Workers | None = None,
     show_progress: bool = True,
     sign: bool = False,
+    encoder: Encoder | None = None,
     warn: Callable[[str], None] = log,
 ) -> Corpus:
     """The corpus of a source, tokenized by `workers` (a thread per core) unless the cache holds it already.
@@ -93,23 +97,23 @@ def open_corpus(
     The key is made of the content of the source's files, not of their names or dates, of what the
     source says about reading them, and of the tokenizer. Whoever asks for the same key meanwhile, in
     any process, waits and then reads. What is damaged is made again, and `warn` told. With `sign` it has the
-    signatures that near-duplicates are found by.
+    signatures that near-duplicates are found by. An `encoder` makes the tokens of whole records.
 
     Raises:
         StackError: what the sources raise, a source without text, a cache that can not be written.
     """
     root = cache_folder(cache_dir)
     source = pinned(source)  # Once: what is read is what the key is of.
-    key = _key(source, tokenizer, root, seed, sign)
+    key = _key(source, tokenizer, root, seed, sign, encoder)
     folder = root / f"tokens-{key}"
 
     def write(target: EntryWriter) -> None:
         progress, task = _progress(source, show_progress)
         with progress:
             parts = cut(source, tokenizer, seed)
-            chunks = (workers or Threads()).map(partial(_tokenize, source, tokenizer, sign), parts)
+            chunks = (workers or Threads()).map(partial(_tokenize, source, tokenizer, encoder, sign), parts)
             counted = _counted(chunks, lambda count: progress.advance(task, count))
-            if not _write(counted, tokenizer, target, sign=sign):
+            if not _write(counted, tokenizer, target, sign=sign, encoder=encoder):
                 raise _without_text(source)
 
     about, arrays = open_entry(folder, write, warn=warn)
@@ -134,7 +138,9 @@ def _without_text(source: SourceConfig) -> StackError:
     return StackError(f"data.sources: {name} holds no text; give it documents that are not empty")
 
 
-def _key(source: SourceConfig, tokenizer: Tokenizer, root: Path, seed: int, sign: bool) -> str:
+def _key(
+    source: SourceConfig, tokenizer: Tokenizer, root: Path, seed: int, sign: bool, encoder: Encoder | None
+) -> str:
     files = source_files(source)
     beside = [partner for path in files if source.kind == "tokens" for partner in partners(path)]
     lengths = source.model_dump(include={"min_characters", "max_characters"}, exclude_none=True)
@@ -147,6 +153,7 @@ def _key(source: SourceConfig, tokenizer: Tokenizer, root: Path, seed: int, sign
         **lengths,
         **({"dataset": dataset_identity(source)} if source.kind == "hf" else {}),
         **({"signatures": minhash.VERSION} if sign else {}),
+        **({"encoder": encoder.key} if encoder else {}),
         "files": _file_digests([*files, *beside], root),
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -206,17 +213,27 @@ class _Tokenized:
     """Tokens for words the tokenizer does not know."""
     is_changed: bool
     """Whether the beginning of the first document's text does not come back from its tokens."""
+    marks: np.ndarray | None = None
     signatures: np.ndarray | None = None
 
 
-def _tokenize(source: SourceConfig, tokenizer: Tokenizer, sign: bool, part: Part) -> _Tokenized:
+def _tokenize(
+    source: SourceConfig, tokenizer: Tokenizer, encoder: Encoder | None, sign: bool, part: Part
+) -> _Tokenized:
     documents, left_out = part.read()
     is_text = bool(documents) and isinstance(documents[0], str)
     texts = documents if is_text else [tokenizer.decode(document) for document in documents]
     wanted = [number for number, text in enumerate(texts) if has_length(source, text)]
     outside = len(texts) - len(wanted)
     texts, documents = ([some[number] for number in wanted] for some in (texts, documents))
-    ids = tokenizer.encode_batch(texts) if is_text and texts else documents
+    marks = None
+    if encoder is not None:
+        read = [(text, record) for text, record in zip(texts, encoder(texts), strict=True) if record]
+        left_out += len(texts) - len(read)
+        texts, ids = [text for text, _ in read], [record.tokens for _, record in read]
+        marks = np.concatenate([np.zeros(0, np.int32), *(record.marks for _, record in read)])
+    else:
+        ids = tokenizer.encode_batch(texts) if is_text and texts else documents
     encoded = [text.encode() for text in texts]
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     bos, eos = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos], dtype)
@@ -229,7 +246,8 @@ def _tokenize(source: SourceConfig, tokenizer: Tokenizer, sign: bool, part: Part
         left_out=left_out,
         outside=outside,
         unknown=sum(int((document == tokenizer.unknown).sum()) for document in ids),
-        is_changed=is_text and bool(texts) and _is_changed(texts[0], ids[0], tokenizer),
+        is_changed=encoder is None and is_text and bool(texts) and _is_changed(texts[0], ids[0], tokenizer),
+        marks=marks,
         signatures=minhash.signatures(texts) if sign else None,
     )
 
@@ -249,7 +267,12 @@ def _counted(chunks: Iterable[_Tokenized], advance: Callable[[int], None]) -> It
 
 
 def _write(
-    chunks: Iterable[_Tokenized], tokenizer: Tokenizer, target: EntryWriter, *, sign: bool = False
+    chunks: Iterable[_Tokenized],
+    tokenizer: Tokenizer,
+    target: EntryWriter,
+    *,
+    sign: bool = False,
+    encoder: Encoder | None = None,
 ) -> bool:
     """Whether there was anything to write."""
     # Written as they come: of a hundred million documents not even the lengths would fit in memory.
@@ -261,6 +284,7 @@ def _write(
         columns = {name: stack.enter_context(target.file(name, dtype)) for name, dtype in _COLUMNS.items()}
         columns["offsets"].write(np.zeros(1))
         signatures = stack.enter_context(target.file("signatures", "<u4")) if sign else None
+        marks = stack.enter_context(target.file("marks", "<i4")) if encoder else None
         for chunk in chunks:
             left_out += chunk.left_out
             outside += chunk.outside
@@ -278,12 +302,16 @@ def _write(
                 ("hashes", chunk.hashes),
             ):
                 columns[name].write(values)
+            if marks is not None:
+                assert chunk.marks is not None
+                marks.write(chunk.marks)
             if signatures is not None:
                 assert chunk.signatures is not None
                 signatures.write(chunk.signatures)
     if not documents:
         return False
     content.update(tokenizer.fingerprint.encode())
+    content.update(encoder.key.encode() if encoder else b"")
     target.finish(
         documents=documents,
         fingerprint=content.hexdigest(),

@@ -108,6 +108,14 @@ class Dataset:
             row -= part.num_rows
         return []
 
+    def marks(self, row: int) -> list[Int32[np.ndarray, " stored"]]:
+        """What the encoder said of the tokens of each piece; see `PackedRows.marks`."""
+        for part in self.parts:
+            if 0 <= row < part.num_rows:
+                return part.marks(row)
+            row -= part.num_rows
+        return []
+
     def texts(self) -> Iterator[bytes]:
         """The UTF-8 text of every document, in order."""
         for part in self.parts:
@@ -170,6 +178,7 @@ def open_data(
             workers=workers,
             show_progress=show_progress,
             sign=data.deduplicate == "near",
+            encoder=made.encoder,
             warn=damage.append,
         )
         for source in sources
@@ -249,7 +258,7 @@ def _notes(
         if others := list_files(source).passed_over:
             yield f"data.sources: {name}: {len(others):,} files are not read: {describe_names(others)}"
         if corpus.left_out and source.kind != "python":
-            what = "documents without text"
+            what = "documents without text" if corpus.marks is None else "records over data.sequence_length"
             if source.kind == "code":
                 what = "files that are empty, binary or have too long a line"
             yield f"data.sources: {name}: {corpus.left_out:,} {what} are left out"

@@ -1,10 +1,10 @@
 """What an objective makes of packed text, row by row."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int32, Int64, Integer
 
 from stack.config.errors import ConfigError
 from stack.data.fields import Field
@@ -16,9 +16,41 @@ TRAINING, HELDOUT = range(2)
 """What a row is drawn for; the same number gives each other choices."""
 
 
+class Encoded(NamedTuple):
+    """A record as tokens."""
+
+    tokens: Integer[np.ndarray, " tokens"]
+    """Without bos and eos, between which they will stand."""
+    marks: Int32[np.ndarray, " stored"]
+    """[tokens + 2], of bos, tokens and eos: what the encoder has to say of each; 0: nothing."""
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """How an objective reads whole records."""
+
+    @property
+    def key(self) -> str:
+        """Names all that decides what it makes of a record, beside the tokenizer."""
+        ...
+
+    def __call__(self, records: Sequence[str]) -> list[Encoded | None]:
+        """Tokens of records of JSON, in order; None: one that is left out.
+
+        Raises:
+          StackError: a record that it cannot read; with its place.
+        """
+        ...
+
+
 @runtime_checkable
 class Examples(Protocol):
     """How the pieces of documents in a row become the fields of a batch."""
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """What makes tokens of whole records; None: documents are texts."""
+        ...
 
     @property
     def packing(self) -> str:
@@ -50,6 +82,7 @@ class Examples(Protocol):
 class Plain:
     """Rows as they are packed: every token is predicted from those before it."""
 
+    encoder = None
     packing = ""
 
     def room(self, lengths: Int64[np.ndarray, " pieces"]) -> Int64[np.ndarray, " pieces"]:

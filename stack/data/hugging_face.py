@@ -1,6 +1,7 @@
 """Datasets of Hugging Face: of the Hub, or in a folder; never a program of theirs."""
 
 import itertools
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from stack.config import SourceConfig
 from stack.config.errors import StackError
 from stack.config.paths import expand
-from stack.data.records import text_at
+from stack.data.records import Record, text_at
 
 _AT_ONCE = 1024  # rows
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -59,21 +60,30 @@ def dataset_identity(source: SourceConfig) -> str:
 def read_dataset(source: SourceConfig) -> Iterator[str | None]:
     """The texts of the rows of a split, in order; None where there is none."""
     datasets = _datasets(source)
-    field = source.field or ""
+    field = source.field
     try:
         rows = _load(datasets, source)
         names = rows.column_names or ()
-        column = field if field in names else field.split(".")[0]
-        rows = rows.select_columns([column]) if column in names else rows
+        if field is not None:
+            column = field if field in names else field.split(".")[0]
+            rows = rows.select_columns([column]) if column in names else rows
         count = itertools.count()
         for batch in rows.iter(_AT_ONCE):
             for values in zip(*batch.values(), strict=True):
                 record = dict(zip(batch, values, strict=True))
-                yield text_at(record, field, partial(_where, source, next(count)))
+                where = partial(_where, source, next(count))
+                yield _whole(record, where()) if field is None else text_at(record, field, where)
     except StackError:
         raise
     except Exception as error:
         raise _refused(source, error) from error
+
+
+def _whole(record: dict[str, Any], place: str) -> Record:
+    try:
+        return Record.at(json.dumps(record, ensure_ascii=False), place)
+    except TypeError as error:
+        raise StackError(f"{place}: {error}; leave that column out") from error
 
 
 def _where(source: SourceConfig, number: int) -> str:

@@ -112,10 +112,18 @@ class PackedRows:
 
     def pieces(self, row: int) -> list[Int32[np.ndarray, " stored"]]:
         """The pieces of one row by number, each with the token that follows it in its document."""
+        return self._pieces(row, self.corpus.tokens)
+
+    def marks(self, row: int) -> list[Int32[np.ndarray, " stored"]]:
+        """The marks of the tokens that `pieces` gives, of a corpus of records."""
+        assert self.corpus.marks is not None, "its documents are texts"
+        return self._pieces(row, self.corpus.marks)
+
+    def _pieces(self, row: int, values: Array) -> list[Int32[np.ndarray, " stored"]]:
         first, last = self.row_offsets[row], self.row_offsets[row + 1]
         starts, lengths = self.piece_start[first:last], self.piece_length[first:last]
         return [
-            np.asarray(self.corpus.tokens[start : start + length + 1], np.int32)
+            np.asarray(values[start : start + length + 1], np.int32)
             for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
         ]
 

@@ -1,12 +1,27 @@
-"""Records with a text in one of their fields: the lines of a file, or what else holds JSON."""
+"""Records, whole or with a text in one of their fields: the lines of a file, or what else holds JSON."""
 
 import json
 from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
 from stack.data.text_files import BYTE_ORDER_MARK, UNREADABLE, open_text, unreadable
+
+
+class Record(str):
+    """A whole record, an object of JSON, and where it lies."""
+
+    __slots__ = ("place",)
+    place: str
+
+    @classmethod
+    def at(cls, text: str, place: str) -> "Record":
+        """The record of this text, that lies there."""
+        record = cls(text)
+        record.place = place
+        return record
 
 
 def read_jsonl(source: SourceConfig, path: Path) -> Iterator[str | None]:
@@ -28,17 +43,22 @@ def read_lines(source: SourceConfig, path: Path, start: int, stop: int) -> Itera
             file.seek(max(0, start - 1))
             if start:  # The line that reaches into these bytes is another's, unless it ends before them.
                 file.readline()
+            first, number = file.tell(), -1
             while (place := file.tell()) < stop:
-                record = file.readline().decode(source.encoding)
+                record, number = file.readline().decode(source.encoding), number + 1
                 record = record.removeprefix(BYTE_ORDER_MARK) if place == 0 else record
                 if record.strip():
-                    yield json_text(
-                        record, source.field, lambda place=place: f"{path}:{_line_number(path, place)}"
-                    )
+                    yield json_text(record, source.field, partial(_place, path, first, number))
     except UNREADABLE as error:
         raise unreadable(path, source.encoding, error) from error
 
 
+def _place(path: Path, start: int, lines: int) -> str:
+    """Of the line so many lines after the one that begins at a byte."""
+    return f"{path}:{_line_number(path, start) + lines}"
+
+
+@lru_cache
 def _line_number(path: Path, place: int) -> int:
     """Of the line that begins at a byte."""
     number = 1
@@ -51,7 +71,7 @@ def _line_number(path: Path, place: int) -> int:
 
 
 def json_text(line: str, field: str | None, where: Callable[[], str]) -> str | None:
-    """The text in a JSON object; see `text_at`."""
+    """The text in a JSON object, see `text_at`; without a field the object itself, a `Record`."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -62,8 +82,9 @@ def json_text(line: str, field: str | None, where: Callable[[], str]) -> str | N
         what = "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
         raise StackError(f"{where()}: JSON that is {what} to be read; mend or remove the line") from None
     if not isinstance(record, dict):
-        raise StackError(f"{where()}: a JSON {type(record).__name__}, not an object with a field {field!r}")
-    return text_at(record, field or "", where)
+        wanted = "" if field is None else f" with a field {field!r}"
+        raise StackError(f"{where()}: a JSON {type(record).__name__}, not an object{wanted}")
+    return Record.at(line.strip(), where()) if field is None else text_at(record, field, where)
 
 
 def text_at(record: dict[str, object], field: str, where: Callable[[], str]) -> str | None:

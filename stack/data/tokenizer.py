@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.json"
 """Of Hugging Face's `tokenizers`."""
+TEMPLATE = "chat_template.jinja"
+"""Where transformers keeps a chat template that stands by itself."""
 MOST_WORDS = 10_000_000
 """Of a tokenizer that is trained here."""
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -83,6 +85,11 @@ class Tokenizer(Protocol):
         """Changes whenever any text could be tokenized differently."""
         ...
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that lays out a conversation; None: it has none."""
+        ...
+
     def encode_batch(self, texts: Sequence[str], *, marks: bool = False) -> list[np.ndarray]:
         """Ids of each text, without bos and eos.
 
@@ -120,6 +127,7 @@ class ByteTokenizer:
     eos: int = 256
     unknown: int = -1
     fingerprint: str = "bytes"
+    chat_template: None = None
 
     @property
     def spellings(self) -> Sequence[str | None]:
@@ -172,6 +180,7 @@ class HuggingFaceTokenizer:
     eos: int
     unknown: int
     fingerprint: str
+    chat_template: str | None = None
 
     @cached_property
     def spellings(self) -> Sequence[str | None]:
@@ -206,11 +215,13 @@ class HuggingFaceTokenizer:
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def save(self, folder: Path) -> None:
-        """Writes a tokenizer.json, and the tokenizer_config.json that names its marks, into a folder."""
+        """Writes a tokenizer.json, the tokenizer_config.json that names its marks, and the chat template."""
         words = {"bos_token": self.bos, "eos_token": self.eos}
         marks = {mark: self.model.id_to_token(number) for mark, number in words.items()}
         durable.make_folder(folder)
         durable.write_text(folder / "tokenizer_config.json", json.dumps(marks, indent=2) + "\n")
+        if self.chat_template is not None:
+            durable.write_text(folder / TEMPLATE, self.chat_template)
         durable.write_text(folder / FILE, self.model.to_str(pretty=True))
 
     def token(self, text: str) -> int | None:
@@ -256,6 +267,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         eos=eos,
         unknown=_unknown(model),
         fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest(),
+        chat_template=_chat_template(path),
     )
 
 
@@ -319,6 +331,10 @@ def train_bpe(data: DataConfig, vocab_size: int, path: str | Path, *, seed: int 
     texts = [source for source in data.sources if source.kind != "tokens"]
     if not texts:
         raise ConfigError("data.sources holds token files only; a tokenizer is trained on text")
+    if any(source.field is None and source.kind != "arrayrecord" for source in texts):
+        raise ConfigError(
+            "data.sources: field=null is a whole record; a tokenizer is trained on text: name its field"
+        )
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -374,12 +390,35 @@ def document_marks(model: "tokenizers.Tokenizer", path: Path) -> tuple[int, int]
     return ids["eos_token"] if bos is None else bos, ids["eos_token"]
 
 
+def _chat_template(path: Path) -> str | None:
+    """Of a tokenizer that lies at a path: a file of its own, or in its tokenizer_config.json."""
+    try:
+        return path.with_name(TEMPLATE).read_text("utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError) as error:
+        raise StackError(f"{path.with_name(TEMPLATE)}: cannot be read: {error}; mend or remove it") from error
+    template = _settings(path.with_name("tokenizer_config.json")).get("chat_template")
+    if isinstance(template, list):  # Several, by name.
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
 def named_marks(path: Path) -> dict[str, str]:
     """bos_token, eos_token and mask_token of a tokenizer_config.json, where it gives them.
 
     Raises:
         StackError: it is no JSON of a tokenizer.
     """
+    settings = _settings(path)
+    marks = {mark: settings.get(mark) for mark in ("bos_token", "eos_token", "mask_token")}
+    contents = {mark: token["content"] if isinstance(token, dict) else token for mark, token in marks.items()}
+    return {mark: content for mark, content in contents.items() if content}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A tokenizer_config.json; nothing where there is none."""
     if not path.is_file():
         return {}
     try:
@@ -388,6 +427,4 @@ def named_marks(path: Path) -> dict[str, str]:
             raise ValueError(f"a {type(settings).__name__} instead of an object")
     except (ValueError, RecursionError) as error:
         raise StackError(f"data.tokenizer: {path} is not JSON of a tokenizer: {error}") from error
-    marks = {mark: settings.get(mark) for mark in ("bos_token", "eos_token", "mask_token")}
-    contents = {mark: token["content"] if isinstance(token, dict) else token for mark, token in marks.items()}
-    return {mark: content for mark, content in contents.items() if content}
+    return settings

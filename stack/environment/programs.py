@@ -45,10 +45,16 @@ def default_folder() -> Path | None:
     A home may be shared by machines of several kinds, and code of one may stop another: XLA:CPU compiles
     for the very CPU.
     """
+    root = cache_root()
+    return None if root is None else root / "jax" / cpu_kind()
+
+
+def cache_root() -> Path | None:
+    """`stack` in the user's cache, where what can be made anew is kept; None: there is no home."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(root):  # The XDG Base Directory Specification passes over one that is not.
         root = os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "stack" / "jax" / _cpu() if os.path.isabs(root) else None
+    return Path(root) / "stack" if os.path.isabs(root) else None
 
 
 def check() -> None:
@@ -134,7 +140,7 @@ def _entries(folder: Path) -> list[tuple[Path, os.stat_result]]:
     return entries
 
 
-def _cpu() -> str:
+def cpu_kind() -> str:
     """A few letters for the kind of CPU and what it can do."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:

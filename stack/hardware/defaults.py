@@ -13,7 +13,7 @@ from stack import environment
 from stack.hardware.driver import Gpus, find
 
 Value = bool | int | float | str
-Kind = Literal["variable", "option"]
+Kind = Literal["variable", "option", "tiles"]
 
 _TOOLBOX = "NVIDIA JAX-Toolbox, docs/GPU_performance.md"
 _DECISIONS = "docs/decisions.md, Defaults"
@@ -25,7 +25,8 @@ class Default:
 
     name: str
     kind: Kind
-    """A variable of the environment, or an option of the compiler."""
+    """A variable of the environment, an option of the compiler, or tiles of a kernel, which have no default
+    here."""
     value: Value | Literal["a layer"]
     """`a layer`: bytes of one layer's matrices in the dtype they are gathered in."""
     reason: str
@@ -219,6 +220,6 @@ def settle(
 
 
 def compared(settings: Sequence[Setting]) -> dict[str, str]:
-    """The compiler's options that a program may depend on: all but what it writes down for people."""
-    options = (one for one in settings if one.kind == "option" and not one.name.startswith("xla_dump"))
+    """What a program may depend on: tiles, and the compiler's options but what it writes down for people."""
+    options = (one for one in settings if one.kind != "variable" and not one.name.startswith("xla_dump"))
     return {one.name: str(one.value) for one in options}

@@ -22,9 +22,12 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], objective: Obje
     for number, prompt in enumerate(prompts):
         if not is_text(prompt):
             raise StackError(f"prompt {number} holds bytes that are not UTF-8; give it as UTF-8")
-    texts = [ids.tolist() for ids in tokenizer.encode_batch(prompts, marks=objective.marks)]
-    if objective.continues:
-        return [[tokenizer.bos, *ids] for ids in texts]
+    asked = objective.ask(tokenizer, prompts)
+    texts = [ids.tolist() for ids in tokenizer.encode_batch(asked, marks=objective.marks)]
+    if objective.continues:  # A chat template may write bos itself.
+        return [
+            ids if ids[:1] == [tokenizer.bos] and objective.marks else [tokenizer.bos, *ids] for ids in texts
+        ]
     return [[*ids, tokenizer.eos] for ids in texts]
 
 

@@ -5,7 +5,7 @@ from importlib.resources import files
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 type _Text = Annotated[str, Field(min_length=1)]
 
@@ -21,14 +21,6 @@ class Measured(BaseModel):
     device_class: _Text
     """What it counts for: `cpu`, or the compute capability of NVIDIA GPUs, as `9.0`."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...]
-    head_dims: tuple[int, int]
-    """Least and most."""
-    rows: tuple[Literal["whole", "packed"], ...]
-    kinds: tuple[Literal["causal", "full", "prefix"], ...]
-    extras: tuple[Literal["window", "softcap", "dropout", "bias", "cross"], ...]
-    """What of these was in use; a request with another of them does not fit."""
-    length_from: int
-    """Keys of a row, at least."""
     numerics: _Text
     """What was compared, and how far apart it was."""
     timed: _Text
@@ -45,9 +37,41 @@ class Measured(BaseModel):
         return self.xla_seconds / self.seconds
 
 
+class MeasuredAttention(Measured):
+    """The shapes that a measurement of attention counts for."""
+
+    head_dims: tuple[int, int]
+    """Least and most."""
+    rows: tuple[Literal["whole", "packed"], ...]
+    kinds: tuple[Literal["causal", "full", "prefix"], ...]
+    extras: tuple[Literal["window", "softcap", "dropout", "bias", "cross"], ...]
+    """What of these was in use; a request with another of them does not fit."""
+    length_from: int
+    """Keys of a row, at least."""
+
+
+class MeasuredGroups(Measured):
+    """The shapes that a measurement of `grouped_matmul` counts for, forward and backward together."""
+
+    groups_from: int
+    """Groups, at least."""
+    tokens_from: int
+    """Tokens of one device, at least."""
+    widths: tuple[int, int]
+    """Least and most numbers of a token and of a result."""
+
+
+class Table(BaseModel):
+    """All that was measured, by operation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attention: tuple[MeasuredAttention, ...] = ()
+    grouped_matmul: tuple[MeasuredGroups, ...] = ()
+
+
 @cache
-def measured(operation: str) -> tuple[Measured, ...]:
-    """All that was measured of an operation."""
-    table = yaml.safe_load(files("stack.kernels").joinpath("measured.yaml").read_text("utf-8"))
-    entries = TypeAdapter(dict[str, tuple[Measured, ...]]).validate_python(table)
-    return entries.get(operation, ())
+def measured() -> Table:
+    """All that was measured."""
+    text = files("stack.kernels").joinpath("measured.yaml").read_text("utf-8")
+    return Table.model_validate(yaml.safe_load(text))

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Key
 
 from stack.config import BlockConfig, RopeConfig
-from stack.kernels.attention import Mask, attend
+from stack.kernels.attention import Mask, Tiled, attend
 from stack.kernels.attention.dropout import draw
 from stack.layers.dropout import ATTENTION, CROSS, layer_keys
 from stack.layers.linear import Linear
@@ -70,7 +70,7 @@ class Projections(nnx.Module):
         mask: Mask,
         layout: Layout,
         *,
-        kernel: str,
+        kernel: str | Tiled,
         bias: Float[Array, "groups heads length keys"] | None = None,
         keys: Key[Array, " batch"] | None = None,
     ) -> Float[Array, "batch length embed"]:
@@ -109,7 +109,7 @@ class Attention(Projections):
         mask: Mask,
         layout: Layout,
         *,
-        kernel: str,
+        kernel: str | Tiled,
         bias: Float[Array, "groups heads length keys"] | None = None,
         keys: Key[Array, " batch"] | None = None,
         cache: Cache | None = None,
@@ -153,7 +153,7 @@ class CrossAttention(Projections):
         mask: Mask,
         layout: Layout,
         *,
-        kernel: str,
+        kernel: str | Tiled,
         keys: Key[Array, " batch"] | None = None,
     ) -> Float[Array, "batch length embed"]:
         """[batch, length, embed] -> [batch, residual_length, embed].

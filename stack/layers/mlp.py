@@ -38,12 +38,18 @@ class Mlp(nnx.Module):
     ) -> Float[Array, "batch length embed"]:
         """[batch, length, embed] -> [batch, residual_length, embed]."""
         inside = ("batch", "length", "mlp")
-        y = self.up(x, layout, inside)
-        if self.gate is None:
-            y = ACTIVATIONS[self.kind](y)
-        else:
-            y = ACTIVATIONS[self.kind](self.gate(x, layout, inside)) * y
-        return self.down(y, layout, ("batch", "residual_length", "embed"))
+        up = self.up(x, layout, inside)
+        gate = None if self.gate is None else self.gate(x, layout, inside)
+
+        # The backward pass is given the products alone, and makes the activation again: XLA keeps up to five
+        # arrays as wide as the MLP for every layer otherwise, and copies each into its stack and out of it.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def down(up: jax.Array, gate: jax.Array | None) -> jax.Array:
+            activate = ACTIVATIONS[self.kind]
+            y = activate(up) if gate is None else activate(gate) * up
+            return self.down(y, layout, ("batch", "residual_length", "embed"))
+
+        return down(up, gate)
 
 
 def matrix_std(config: BlockConfig, inputs: int) -> float:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
+from stack.kernels.attention import Tiled
 from stack.kernels.matmul import PRODUCT
 from stack.layers.dropout import layer_keys
 from stack.layers.linear import without_float8
@@ -28,8 +29,8 @@ class Execution:
 
     layout: Layout = ONE_DEVICE
     """How things lie on the mesh."""
-    kernels: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"attention": "xla"})
-    """The implementation of each operation that has several."""
+    kernels: Mapping[str, str | Tiled] = dataclasses.field(default_factory=lambda: {"attention": "xla"})
+    """The implementation of each operation that has several, with its tiles if they were tuned."""
     keys: jax.Array | None = None
     """[batch] dropout keys in training, else None."""
     packed: bool = True

@@ -59,6 +59,8 @@ class Sizes(NamedTuple):
 class PairExamples:
     """Pairs in rows; see `stack.data.examples.Examples`."""
 
+    encoder = None
+
     def __init__(
         self,
         split: Split,

@@ -1,6 +1,6 @@
 """What the step, the loader, the planner and the trainer ask of an objective."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -30,6 +30,8 @@ class Objective(Protocol):
     """What is shown when a run ends: names of `stack.train.watch.endings`."""
     continues: bool
     """Whether what a model writes goes on with its prompt, or is a text of its own."""
+    between: str
+    """What is shown between a prompt and what is written."""
     marks: bool
     """Whether special words written out in a prompt stand for themselves, and are shown in the answer."""
 
@@ -40,6 +42,14 @@ class Objective(Protocol):
 
         Raises:
           ConfigError: the tokenizer lacks a word that the objective needs.
+        """
+        ...
+
+    def ask(self, tokenizer: Tokenizer, prompts: Sequence[str]) -> Sequence[str]:
+        """The texts that a model is given for prompts that a person writes.
+
+        Raises:
+          StackError: a prompt that cannot be one.
         """
         ...
 

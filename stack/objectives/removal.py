@@ -20,6 +20,7 @@ class Removal(Pairs):
     """Mean cross-entropy of what was removed; subclasses say what is."""
 
     continues = False
+    between = "\n"
     marks = True
 
     @abstractmethod

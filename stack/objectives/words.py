@@ -4,7 +4,7 @@ Who prepares data needs no JAX, so what computes is imported where it does.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stack.config import Config, WordsConfig
@@ -41,6 +41,8 @@ class Words:
     continues: ClassVar[bool] = True
     """Whether what is written goes on with a prompt, which then begins a document; if not, the prompt is a
     whole text, and what is written another."""
+    between: ClassVar[str] = ""
+    """What is shown between a prompt and what is written."""
     marks: ClassVar[bool] = False
     """Whether special words that are written out in a prompt stand for themselves, and are shown."""
 
@@ -54,6 +56,10 @@ class Words:
     def examples(self, tokenizer: Tokenizer) -> Examples:
         """Rows as they are packed."""
         return PLAIN
+
+    def ask(self, tokenizer: Tokenizer, prompts: Sequence[str]) -> Sequence[str]:
+        """The texts that a model is given for prompts: themselves."""
+        return prompts
 
     def divisor(self, batch: "Mapping[str, jax.Array]") -> "jax.Array":
         """Labels of a batch, float32, at least 1."""

@@ -1,19 +1,24 @@
 """`stack kernels explain`: what runs each operation of a config on a chip, why, and why not the others."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
-from stack.config import Config
+from stack import environment
+from stack.config import Config, ConfigError
 from stack.hardware import chip as chips
 from stack.kernels import matmul
 from stack.kernels.attention import KERNELS, choose, fitting
 from stack.kernels.linear_cross_entropy import chunk_tokens
 from stack.objectives import build
 from stack.planner.compiled.findings import gib
-from stack.step.kernels import attention_request, choose_matmul
+from stack.planner.search import auto
+from stack.step import program as programs
+from stack.step.kernels import attention_request, choose_matmul, platform_of
+from stack.step.tiles import look, problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,8 @@ class Other:
     """Figures of such a device at such shapes."""
     stores_scores: bool | None = None
     """Of attention."""
+    tiles: str = ""
+    """What is told of its tiles, if it has any and the device is here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,8 @@ class Operation:
     name: str
     kernel: str
     reason: str
+    tiles: str = ""
+    """As `Other.tiles`."""
     others: Sequence[Other] = ()
     """All implementations, the one that runs too, where there are several."""
 
@@ -57,6 +66,7 @@ def explain(config: Config, hardware: str | None = None) -> Iterator[Operation]:
     platform, capability = device(config, hardware)
     request = attention_request(config, platform=platform, compute_capability=capability)
     choice = choose(request, config.kernels.attention)
+    tiles = _tiles(config, hardware)
     others = [
         Other(
             kernel=name,
@@ -66,10 +76,17 @@ def explain(config: Config, hardware: str | None = None) -> Iterator[Operation]:
                 for entry in fitting(request, name)
             ],
             stores_scores=kernel.stores_scores,
+            tiles=tiles.get(name, ""),
         )
         for name, kernel in KERNELS.items()
     ]
-    yield Operation(name="attention", kernel=choice.kernel, reason=choice.reason, others=others)
+    yield Operation(
+        name="attention",
+        kernel=choice.kernel,
+        reason=choice.reason,
+        tiles=tiles.get(choice.kernel, ""),
+        others=others,
+    )
     model = config.model
     tokens = chunk_tokens(
         config.objective.logits_bytes,
@@ -109,23 +126,43 @@ def device(config: Config, hardware: str | None) -> tuple[str, float | None]:
     if hardware is not None:
         chip = chips.load(hardware)
         return chip.platform, chip.compute_capability
-    here = jax.devices()[0]
-    capability = getattr(here, "compute_capability", None)  # "9.0"; AMD's are like "gfx942"
-    if capability and capability.startswith("gfx"):
-        return "rocm", None
-    return here.platform, float(capability) if capability else None
+    return platform_of(jax.devices()[0])
+
+
+def _tiles(config: Config, hardware: str | None) -> dict[str, str]:
+    """What is told of the tiles of each attention that has any; empty of a chip or mesh that is not here."""
+    here = list(environment.devices())
+    name = hardware or (config.target.hardware if config.target else None)
+    if name is not None:
+        chip, kind = chips.load(name), here[0].device_kind
+        if kind not in chip.device_kinds and not (here[0].platform == "cpu" and chip.generation == "cpu"):
+            return {}
+    try:
+        program = programs.build(auto.resolve(config.settled(), here), here)
+    except ConfigError:
+        return {}
+    platform, capability = platform_of(here[0])
+    asked = problem(program.config, program.layout, platform=platform, compute_capability=capability)
+    warn = logging.getLogger("stack").warning
+    return {
+        name: look(asked, here[0], name, warn)[1]
+        for name, kernel in KERNELS.items()
+        if kernel.tiling is not None
+    }
 
 
 def lines(operations: Sequence[Operation]) -> Iterator[str]:
     """For the screen."""
     for operation in operations:
-        yield f"{operation.name}: {operation.kernel} ({operation.reason})"
+        tiles = f"; {operation.tiles}" if operation.tiles else ""
+        yield f"{operation.name}: {operation.kernel} ({operation.reason}){tiles}"
         for other in operation.others:
             told = "cannot: " + "; ".join(other.obstacles) if other.obstacles else "can"
             if not other.obstacles:
                 told += f"; {'; '.join(other.measured) or 'not measured at such shapes on such a device'}"
                 if other.stores_scores is not None:
                     told += "; stores all scores" if other.stores_scores else "; stores no scores"
+                told += f"; {other.tiles}" if other.tiles else ""
             yield f"  {other.kernel:<12} {told}"
 
 

@@ -1,9 +1,23 @@
 """What a config asks of the operations that have several implementations."""
 
+from typing import Any
+
 from stack.config import Config
 from stack.kernels import matmul
 from stack.kernels.attention import Choice, Request, choose
 from stack.objectives import build
+
+
+def platform_of(device: Any) -> tuple[str, float | None]:
+    """`cpu`, `gpu` (NVIDIA's), `rocm` or `tpu`, and the compute capability of an NVIDIA GPU.
+
+    Args:
+      device: a `jax.Device`, or a description of one that is not here.
+    """
+    capability = getattr(device, "compute_capability", None)  # "9.0"; AMD's are like "gfx942"
+    if capability and capability.startswith("gfx"):
+        return "rocm", None
+    return device.platform, float(capability) if capability else None
 
 
 def attention_request(config: Config, *, platform: str, compute_capability: float | None = None) -> Request:

@@ -24,7 +24,8 @@ GPUS_OF_A_NODE = 8
 
 def compiler_options(settled: Iterable[Setting]) -> dict[str, Value]:
     """What every jitted function that runs the model is compiled with: not what XLA has from elsewhere."""
-    return {one.name: one.value for one in settled if one.by in (BY_STACK, ASKED)}
+    own = (one for one in settled if one.kind == "option" and one.by in (BY_STACK, ASKED))
+    return {one.name: one.value for one in own}
 
 
 def compiler_settings(program: Program) -> tuple[Setting, ...]:

@@ -25,7 +25,7 @@ from stack.parallel.rules import Layout, Role
 from stack.parallel.zero import is_variable
 from stack.step import optimizer as optimizers
 from stack.step.groups import matching
-from stack.step.kernels import choose_attention, choose_matmul
+from stack.step.kernels import choose_attention, choose_matmul, platform_of
 
 Path = tuple[str, ...]
 """The way to a parameter in their tree."""
@@ -163,7 +163,7 @@ class Program:
         assert train.remat != "auto", "no program has it"
         return Execution(
             layout=self.layout,
-            kernels={"attention": self.attention.kernel},
+            kernels={"attention": self.attention.implementation},
             keys=keys,
             packed=self.config.data.packed,
             remat=train.remat,
@@ -184,11 +184,7 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Progra
       ConfigError: the config does not fit the devices, or a kernel that was asked for cannot run.
     """
     mesh = meshes.build(config.mesh, devices)
-    device = mesh.devices.flat[0]
-    capability = getattr(device, "compute_capability", None)  # "9.0"; AMD's are like "gfx942"
-    if capability and capability.startswith("gfx"):
-        return on_mesh(config, mesh, "rocm")
-    return on_mesh(config, mesh, device.platform, float(capability) if capability else None)
+    return on_mesh(config, mesh, *platform_of(mesh.devices.flat[0]))
 
 
 def on_mesh(

@@ -38,6 +38,7 @@ from stack.step import state as states
 from stack.step.guard import all_finite
 from stack.step.options import compiler_options, compiler_settings
 from stack.step.step import eval_step, train_step
+from stack.step.tiles import tile_settings, with_tuned
 from stack.train import record as records
 from stack.train import starting
 from stack.train.checkpoint.checkpoints import Checkpoints
@@ -90,10 +91,10 @@ class Trainer:
         resolved = auto.is_auto(config)
         self.config = config = auto.resolve(config, devices)
         self.folder = expand(config.output_dir) / config.name
-        self.program = programs.build(config, devices)
+        self.program = with_tuned(programs.build(config, devices), logging.getLogger("stack").warning)
         self.mesh = states.concrete(self.program)
         self.state: states.State | None = None
-        settings = (*variable_settings(), *compiler_settings(self.program))
+        settings = (*variable_settings(), *compiler_settings(self.program), *tile_settings(self.program))
         self._compiler_options = compiler_options(settings)
         self._recompute = Recompute(self.program, self._compiler_options)
         self._heartbeat = Heartbeat(config.train)

@@ -14,7 +14,7 @@ import pytest
 from stack.bench import command, data, models
 from stack.bench.case import Machine
 from stack.bench.serve import UnableError
-from stack.bench.suites import attention, cross_entropy, matmul, step
+from stack.bench.suites import attention, cross_entropy, grouped_matmul, matmul, step
 from stack.bench.suites.machine import describe
 from stack.config import load
 from stack.hardware import chip as chips
@@ -110,6 +110,37 @@ def test_the_loss_is_held_against_its_formula():
     of_table[:words] = slopes.T @ hidden
     for right, exact in zip(problem.right, (loss, slopes @ table[:words], of_table), strict=True):
         np.testing.assert_allclose(right, exact, rtol=1e-4, atol=1e-7)
+
+
+def test_products_of_experts_are_held_against_their_formula():
+    problem = grouped_matmul._Problem(made(grouped_matmul))
+    tokens, weights, slope = (
+        np.asarray(x, np.float64) for x in (problem.tokens, problem.weights, problem.slope)
+    )
+    result, of_tokens, of_weights = np.zeros_like(slope), np.zeros_like(tokens), np.zeros_like(weights)
+    ends = np.cumsum(problem.sizes)
+    assert ends[-1] == len(tokens)
+    for group, (begin, end) in enumerate(zip(ends - problem.sizes, ends, strict=True)):
+        result[begin:end] = tokens[begin:end] @ weights[group]
+        of_tokens[begin:end] = slope[begin:end] @ weights[group].T
+        of_weights[group] = tokens[begin:end].T @ slope[begin:end]
+    for right, exact in zip(
+        problem.right, problem.project(*map(jnp.asarray, (result, of_tokens, of_weights))), strict=True
+    ):
+        np.testing.assert_allclose(right, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_of_a_wrong_expert_is_seen(monkeypatch):
+    multiply = grouped_matmul._multiply
+
+    def shifted(name, tokens, weights, sizes):
+        return multiply(name, tokens, weights, sizes.at[0].add(-1))
+
+    makers = grouped_matmul.makers(made(grouped_matmul), [])
+    assert makers["xla_chunked, with gradients"]().facts["ok"]
+    monkeypatch.setattr(grouped_matmul, "_multiply", shifted)
+    makers = grouped_matmul.makers(made(grouped_matmul), [])
+    assert not makers["xla_chunked, forward"]().facts["ok"]
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -100,6 +100,7 @@ def test_a_damaged_record_is_not_read_as_another(tmp_path: Path) -> None:
         list(read_documents(source(path, None)))
 
 
-def test_only_these_records_may_be_texts_themselves() -> None:
-    with pytest.raises(ConfigError, match="a source of kind jsonl needs a field; null is for arrayrecord"):
-        SourceConfig(kind="jsonl", path="a", field=None)
+def test_columns_of_text_have_a_name() -> None:
+    words = "a source of kind parquet needs a field; null is for jsonl, arrayrecord, hf"
+    with pytest.raises(ConfigError, match=words):
+        SourceConfig(kind="parquet", path="a", field=None)

@@ -1,5 +1,7 @@
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,6 +45,15 @@ def test_mlp_is_the_published_formula(kind, activation):
     inside = activation(inside) if mlp.gate is None else activation(linear(x, mlp.gate)) * inside
     actual = mlp(jnp.asarray(x, jnp.float32), ONE_DEVICE)
     np.testing.assert_allclose(actual, linear(inside, mlp.down), atol=2e-5)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("gelu", 1), ("gelu_tanh", 1), ("swiglu", 2), ("geglu", 2)])
+def test_the_backward_pass_is_given_the_products_alone(kind, count):
+    mlp = Mlp(DecoderConfig(embed_dim=12, num_heads=2, mlp_dim=20, mlp=kind), rngs=nnx.Rngs(0))
+    backward = jax.make_jaxpr(lambda *given: jax.vjp(lambda mlp, x: mlp(x, ONE_DEVICE), *given)[1])
+    kept: list[Any] = backward(mlp, jnp.ones((3, 5, 12))).jaxpr.outvars
+    wide = {variable for variable in kept if variable.aval.shape == (3, 5, 20)}
+    assert len(wide) == count, "up and gate"
 
 
 def test_only_gated_kinds_have_a_gate():

@@ -22,6 +22,6 @@ def test_a_layout_with_attention_in_blocks_is_one_device_without(monkeypatch, fa
         return config_of(*asked).replace("kernels.attention=xla_chunked")
 
     monkeypatch.setattr(sys.modules[compute.__module__], "config_of", in_blocks)
-    monkeypatch.setattr(xla_chunked, "BLOCKS", {"cpu": (8, 2**8)})
+    monkeypatch.setattr(xla_chunked, "BLOCKS", {"cpu": xla_chunked.BlockSizes(8, 2**8)})
     found = errors(compute(CELLS[name], family), whole)
     assert max(found.values()) <= LIMIT, found

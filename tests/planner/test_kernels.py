@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 GEMMA = ROOT / "configs" / "gemma2_2b.yaml"
 
 
+@pytest.mark.usefixtures("tokamax_is_here")
 def test_the_page_shows_what_the_command_says(capsys):
     assert run(["kernels", "explain", str(GEMMA), "--hardware", "h200"]) == 0
     printed = capsys.readouterr().out

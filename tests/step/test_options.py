@@ -104,6 +104,20 @@ def test_what_the_user_sets_wins_and_is_told(monkeypatch):
     assert passed == {"optimization_level": "O2", THRESHOLDS[1]: 8, THRESHOLDS[2]: LAYER_BYTES}
 
 
+def test_variables_and_tiles_are_no_options_of_the_compiler(monkeypatch):
+    """As a run on GPUs has them in one list; XLA would refuse their names."""
+    monkeypatch.setenv("NCCL_LAUNCH_MODE", "GROUP")
+    monkeypatch.setenv("STACK_DEFAULTS", "NCCL_LAUNCH_MODE")
+    (variable,) = (one for one in defaults.variable_settings() if one.name == "NCCL_LAUNCH_MODE")
+    tiles = defaults.Setting(name="attention.tiles", kind="tiles", value="64 tokens", by="stack")
+    option = defaults.Setting(name="optimization_level", kind="option", value="O1", by="stack")
+    assert options.compiler_options([variable, tiles, option]) == {"optimization_level": "O1"}
+    assert defaults.compared([variable, tiles, option]) == {
+        "attention.tiles": "64 tokens",
+        "optimization_level": "O1",
+    }
+
+
 @pytest.fixture
 def level():
     """JAX told to compile at another level."""

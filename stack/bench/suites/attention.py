@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from stack.bench import data
 from stack.bench.case import Case, Machine
 from stack.bench.models import MODELS
-from stack.bench.peers import tokamax
 from stack.bench.serve import Ready, UnableError
 from stack.bench.timing import queued, temporary_bytes
 from stack.hardware.chip import lookup
@@ -83,12 +82,13 @@ def _case(model: str, length: int, *, rows: int, packed: bool, dtype: str, prior
         spec=spec,
         priority=priority,
         seconds=120,
-        peers=("torch", "tokamax"),
+        peers=("torch",),
     )
 
 
 def makers(spec: dict[str, Any], peers: list[str]) -> dict[str, Callable[[], Ready]]:
-    """Stack's implementations, and Tokamax's where it takes part."""
+    """Stack's implementations."""
+    del peers
     request = Request(
         platform=spec["platform"],
         compute_capability=spec["compute_capability"],
@@ -103,8 +103,6 @@ def makers(spec: dict[str, Any], peers: list[str]) -> dict[str, Callable[[], Rea
             contestants[name] = partial(_refuse, "; ".join(obstacles))
         else:
             functions[name] = partial(_attend, name, spec["packed"])
-    if "tokamax" in peers:
-        functions |= tokamax.attention(spec)
     problem = _Problem(spec)
     for name, function in functions.items():
         for which in PASSES:

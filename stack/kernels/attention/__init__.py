@@ -5,7 +5,8 @@ from stack.kernels.attention.api import attend
 from stack.kernels.attention.choice import KERNELS, Choice, Kernel, choose, fitting
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask, row_mask
-from stack.kernels.attention.request import Request
+from stack.kernels.attention.request import Problem, Request
+from stack.kernels.attention.tiling import Tiled, Tiles, Tiling
 
 __all__ = [
     "KERNELS",
@@ -14,7 +15,11 @@ __all__ = [
     "Kernel",
     "Kind",
     "Mask",
+    "Problem",
     "Request",
+    "Tiled",
+    "Tiles",
+    "Tiling",
     "attend",
     "choose",
     "fitting",

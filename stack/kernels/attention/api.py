@@ -1,10 +1,13 @@
 """One entry for every implementation of attention."""
 
+from typing import Any
+
 from jaxtyping import Array, Float
 
 from stack.kernels.attention.choice import KERNELS
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Mask
+from stack.kernels.attention.tiling import Tiled
 from stack.parallel.rules import Layout
 
 
@@ -15,7 +18,7 @@ def attend(
     mask: Mask,
     layout: Layout,
     *,
-    kernel: str,
+    kernel: str | Tiled,
     bias: Float[Array, "#groups #heads #queries #keys"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -29,7 +32,7 @@ def attend(
       value: as `key`.
       mask: who sees whom.
       layout: how the arrays lie on the mesh.
-      kernel: a name in `KERNELS`; nothing falls back.
+      kernel: a name in `KERNELS`, or one with tiles that are not its own; nothing falls back.
       bias: added to the scores before the soft cap's result is masked, broadcast to
         [groups, heads, queries, keys]; any float dtype. The rows of the batch are so many groups, one
         after another, each of which shares one.
@@ -44,9 +47,11 @@ def attend(
     Raises:
       ValueError: there is no such kernel, or it cannot do what is asked; `choose` tells beforehand.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"unknown attention kernel {kernel!r}: {', '.join(KERNELS)}")
-    implementation = KERNELS[kernel].attend
-    return implementation(
-        query, key, value, mask, layout, bias=bias, scale=scale, softcap=softcap, dropout=dropout
-    )
+    name, tiles = (kernel, None) if isinstance(kernel, str) else kernel
+    if name not in KERNELS:
+        raise ValueError(f"unknown attention kernel {name!r}: {', '.join(KERNELS)}")
+    if tiles is not None and KERNELS[name].tiling is None:
+        raise ValueError(f"attention kernel {name!r} has no tiles to choose")
+    implementation, told = KERNELS[name].attend, {"softcap": softcap, "dropout": dropout}
+    more: dict[str, Any] = told if tiles is None else told | {"tiles": tiles}
+    return implementation(query, key, value, mask, layout, bias=bias, scale=scale, **more)

@@ -7,11 +7,12 @@ from typing import Protocol, runtime_checkable
 import jax
 
 from stack.config.errors import ConfigError
-from stack.kernels.attention import cudnn, mosaic_gpu, xla, xla_chunked
+from stack.kernels.attention import cudnn, mosaic_gpu, tokamax, xla, xla_chunked
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask
 from stack.kernels.attention.request import Request
-from stack.kernels.measured import Measured, measured
+from stack.kernels.attention.tiling import TILINGS, Tiled, Tiles, Tiling
+from stack.kernels.measured import MeasuredAttention, measured
 from stack.parallel.rules import Layout
 
 LONG = 256
@@ -27,10 +28,20 @@ class Choice:
     reason: str
     measured: bool = False
     """Whether it was, at such shapes on such a device."""
+    tiles: Tiles | None = None
+    """Those that were tuned; None: its own."""
+    tiles_from: str = ""
+    """What is told of them, once somebody has looked: `default tiles`, or where they were tuned."""
 
     def __str__(self) -> str:
-        """`attention: xla (asked for)`."""
-        return f"attention: {self.kernel} ({self.reason})"
+        """`attention: xla_chunked (asked for); default tiles`."""
+        tiles = f"; {self.tiles_from}" if self.tiles_from else ""
+        return f"attention: {self.kernel} ({self.reason}){tiles}"
+
+    @property
+    def implementation(self) -> str | Tiled:
+        """What `attend` is told."""
+        return self.kernel if self.tiles is None else Tiled(self.kernel, self.tiles)
 
     @property
     def stores_scores(self) -> bool:
@@ -71,12 +82,24 @@ class Kernel:
     """Whether scores of all queries and keys are written to memory."""
     own_code: bool = True
     """Whether it is more than array operations that XLA compiles: until it was measured, a run tries it."""
+    tiling: Tiling | None = None
+    """Of its blocks, where there are others to choose from; its `attend` then takes `tiles`."""
+    installed: Callable[[], bool] = lambda: True
+    """Whether the package that it is of is here; if not, that is among its obstacles."""
 
 
 KERNELS: dict[str, Kernel] = {
     "cudnn": Kernel(attend=cudnn.attend, obstacles=cudnn.obstacles),
-    "mosaic_gpu": Kernel(attend=mosaic_gpu.attend, obstacles=mosaic_gpu.obstacles),
-    "xla_chunked": Kernel(attend=xla_chunked.attend, obstacles=xla_chunked.obstacles, own_code=False),
+    "mosaic_gpu": Kernel(
+        attend=mosaic_gpu.attend, obstacles=mosaic_gpu.obstacles, tiling=TILINGS["mosaic_gpu"]
+    ),
+    "tokamax": Kernel(attend=tokamax.attend, obstacles=tokamax.obstacles, installed=tokamax.installed),
+    "xla_chunked": Kernel(
+        attend=xla_chunked.attend,
+        obstacles=xla_chunked.obstacles,
+        own_code=False,
+        tiling=TILINGS["xla_chunked"],
+    ),
     "xla": Kernel(attend=xla.attend, obstacles=xla.obstacles, stores_scores=True, own_code=False),
 }
 """THE list; those that were not measured are preferred in this order. The last two can do everything."""
@@ -108,7 +131,8 @@ def choose(request: Request, wanted: str = "auto") -> Choice:
                 f" set kernels.attention=auto, {able}"
             )
         return Choice(kernel=wanted, reason="asked for", measured=bool(fitting(request, wanted)))
-    cannot = [f"{' and '.join(names)} cannot: {text}" for text, names in _by_text(obstacles).items()]
+    here = {name: texts for name, texts in obstacles.items() if KERNELS[name].installed()}
+    cannot = [f"{_listed(names)} cannot: {text}" for text, names in _by_text(here).items()]
     able = [name for name, texts in obstacles.items() if not texts]
     timed = [entry for name in able for entry in fitting(request, name) if entry.speed > 1]
     if timed:
@@ -135,7 +159,12 @@ def _by_text(obstacles: dict[str, list[str]]) -> dict[str, list[str]]:
     return found
 
 
-def fitting(request: Request, name: str) -> list[Measured]:
+def _listed(names: list[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def fitting(request: Request, name: str) -> list[MeasuredAttention]:
     """What was measured of a kernel on such a device at such shapes."""
     device = request.platform if request.compute_capability is None else f"{request.compute_capability:.1f}"
     if request.platform == "gpu" and request.compute_capability is None:
@@ -150,7 +179,7 @@ def fitting(request: Request, name: str) -> list[Measured]:
     used = {extra for extra, has in extras.items() if has}
     return [
         entry
-        for entry in measured("attention")
+        for entry in measured().attention
         if entry.implementation == name
         and entry.device_class == device
         and request.dtype in entry.dtypes

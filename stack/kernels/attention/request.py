@@ -1,6 +1,7 @@
 """What is asked of an attention kernel, before anything is traced."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from stack.kernels.attention.mask import Kind
 
@@ -33,3 +34,44 @@ class Request:
     """Whether something is added to the scores."""
     cross: bool = False
     """Whether some layers attend to a row of another length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The same with its sizes: what one device attends to at a time in a training step."""
+
+    request: Request
+    rows: int
+    heads: int
+    kv_heads: int
+    window: int | None = None
+    """Tokens that each sees in layers that have one."""
+
+    def __str__(self) -> str:
+        """`12 rows of 128, 4 heads of 32, causal, packed, float32`."""
+        asked = self.request
+        shared = f" (keys of {self.kv_heads})" if self.kv_heads != self.heads else ""
+        extras = {
+            "packed": asked.packed_length is not None,
+            f"window {self.window}": self.window is not None,
+            f"soft cap {asked.softcap}": asked.softcap is not None,
+            f"dropout {asked.dropout}": asked.dropout > 0,
+            "bias": asked.bias,
+        }
+        parts = [
+            f"{self.rows} rows of {asked.length:,}",
+            f"{self.heads} heads of {asked.head_dim}{shared}",
+            asked.kind,
+            *(extra for extra, has in extras.items() if has),
+            asked.dtype,
+        ]
+        return ", ".join(parts)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def of_plain(cls, plain: dict[str, Any]) -> "Problem":
+        """The way back."""
+        return cls(**plain | {"request": Request(**plain["request"])})

@@ -1,15 +1,17 @@
 """A kernel that was never measured on a device is tried there before a run relies on it."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from stack.kernels.attention import reference
-from stack.kernels.attention.choice import KERNELS
+from stack.kernels.attention.api import attend
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Mask, row_mask
 from stack.kernels.attention.request import Request
+from stack.kernels.attention.tiling import Tiled
 from stack.parallel.rules import ONE_DEVICE
 
 LIMIT = 0.02
@@ -17,11 +19,13 @@ LIMIT = 0.02
 _LONGEST = 1024
 
 
-def trial_error(name: str, request: Request, *, window: int | None = None, shared_by: int = 1) -> float:
+def trial_error(
+    name: str | Tiled, request: Request, *, window: int | None = None, shared_by: int = 1
+) -> float:
     """How far from the definition a kernel is on the default device, forward and backward.
 
     Args:
-      name: in `KERNELS`.
+      name: in `KERNELS`, with tiles if not its own.
       request: what is to be attended; its length is cut at 1,024.
       window: tokens that each sees, if it does not see all.
       shared_by: heads that share keys and values, of which at most 8 are tried.
@@ -45,19 +49,20 @@ def trial_error(name: str, request: Request, *, window: int | None = None, share
         dropout = Dropout(rate=request.dropout, rows=rows)
     options: dict[str, Any] = {"softcap": request.softcap, "dropout": dropout, "bias": None, "scale": None}
 
-    def both_ways(attend: Any, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        output, back = jax.vjp(attend, *arrays)
+    def both_ways(attention: Any, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        output, back = jax.vjp(attention, *arrays)
         return output * real[..., None, None], *back(slope.astype(output.dtype))
 
     def kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return KERNELS[name].attend(query, key, value, mask, ONE_DEVICE, **options)
+        return attend(query, key, value, mask, ONE_DEVICE, kernel=name, **options)
 
     def definition(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return reference.attend(query, key, value, mask, **options)
 
-    found = both_ways(kernel, query, key, value)
+    found = jax.jit(partial(both_ways, kernel))(query, key, value)
+    wide = [each.astype(jnp.float32) for each in (query, key, value)]
     with jax.default_matmul_precision("highest"):
-        exact = both_ways(definition, *(each.astype(jnp.float32) for each in (query, key, value)))
+        exact = jax.jit(partial(both_ways, definition))(*wide)
     errors = [
         jnp.linalg.norm(one.astype(jnp.float32) - want) / jnp.linalg.norm(want)
         for one, want in zip(found, exact, strict=True)

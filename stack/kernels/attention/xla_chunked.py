@@ -22,9 +22,23 @@ from stack.kernels.attention.mask import Mask
 from stack.kernels.attention.request import Request
 from stack.parallel.rules import Layout
 
-BLOCKS = {"cpu": (256, 2**18), "gpu": (512, 2**24)}
-"""By platform: queries and keys of a block, at most; and scores that exist at once: while they are fewer,
-several rows are taken together. A processor's fit its cache (docs/decisions.md); a GPU's keep it busy."""
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """How large blocks are."""
+
+    longest: int
+    """Queries and keys of a block, at most."""
+    scores: int
+    """That exist at once: while they are fewer, several rows are taken together."""
+
+    def __str__(self) -> str:
+        """`256 tokens, 262,144 scores`."""
+        return f"{self.longest} tokens, {self.scores:,} scores"
+
+
+BLOCKS = {"cpu": BlockSizes(256, 2**18), "gpu": BlockSizes(512, 2**24)}
+"""By platform. A processor's fit its cache (docs/decisions.md); a GPU's keep it busy."""
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -39,12 +53,14 @@ def attend(
     scale: float | None,
     softcap: float | None,
     dropout: Dropout | None,
+    tiles: BlockSizes | None = None,
 ) -> jax.Array:
     """See `stack.kernels.attention.attend`. Scores and sums are in float32.
 
     Inside `shard_map`, as how many blocks see each other is each device's own.
     """
-    local = partial(_attend_local, scale=scale, softcap=softcap, blocks=BLOCKS[_platform(layout)])
+    blocks = BLOCKS[_platform(layout)] if tiles is None else tiles
+    local = partial(_attend_local, scale=scale, softcap=softcap, blocks=blocks)
     return on_each_device(local, query, key, value, mask, layout, bias=bias, dropout=dropout)
 
 
@@ -91,21 +107,20 @@ def visits(mask: Mask, cut: Cut) -> Visits:
 
 
 def cut_of(
-    query: jax.Array,
-    key: jax.Array,
-    bias: jax.Array | None,
-    blocks: tuple[int, int],
+    query: jax.Array | jax.ShapeDtypeStruct,
+    key: jax.Array | jax.ShapeDtypeStruct,
+    bias: jax.Array | jax.ShapeDtypeStruct | None,
+    blocks: BlockSizes,
     *,
     scale: float | None,
     softcap: float | None,
 ) -> Cut:
     """How [batch, queries, heads, head_dim] and [batch, keys, kv_heads, head_dim] are cut; see `BLOCKS`."""
     (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = query.shape, key.shape
-    longest, scores = blocks
-    queries, keys = _even(queries, longest), _even(keys, longest)
+    queries, keys = _even(queries, blocks.longest), _even(keys, blocks.longest)
     # Rows that share a bias can be taken together.
     rows = batch if bias is None else batch // bias.shape[0]
-    most = max(1, scores // (heads * queries * keys))
+    most = max(1, blocks.scores // (heads * queries * keys))
     return Cut(
         rows=max(number for number in range(1, min(rows, most) + 1) if rows % number == 0),
         queries=queries,
@@ -139,7 +154,7 @@ def _attend_local(
     *,
     scale: float | None,
     softcap: float | None,
-    blocks: tuple[int, int],
+    blocks: BlockSizes,
 ) -> jax.Array:
     cut = cut_of(query, key, bias, blocks, scale=scale, softcap=softcap)
     return _flash(query, key, value, mask, bias, dropout, cut)

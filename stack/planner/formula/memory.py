@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import cast, get_args
 
+from stack.kernels.attention.xla_chunked import BLOCKS
 from stack.models.stack import Remat
 from stack.planner.formula.residuals import LayerResiduals, trace_residuals
 from stack.planner.formula.result import Memory
@@ -39,7 +40,7 @@ AHEAD = 0.1
 at stage 3, where no barrier keeps the two apart and the next has something to begin with: what was saved, or
 a gather along the sequence."""
 
-SPLITS = 1.5 * 2**20
+SPLITS = 1.25 * 2**20
 """Sums in float32 of the parts of a gradient's product, whose long side, the tokens, is divided for a device
 to have something to do everywhere."""
 
@@ -259,17 +260,20 @@ def _activation_bytes(w: Workload, *, rank: int) -> tuple[float, float]:
 def _layer_temporaries(w: Workload) -> float:
     """What one layer's backward pass works on.
 
-    As much as the layer keeps when nothing is computed again, whether it was saved or is computed again.
-    Under sequence parallelism the gradients of what was gathered besides, until they are scattered. Without
-    a fused kernel that of the scores, or what their backward pass alone works on.
+    As much as the layer keeps when nothing is computed again, whether it was saved or is computed again, and
+    what it makes beside that. Under sequence parallelism the gradients of what was gathered besides, until
+    they are scattered. A kernel that stores no scores is told of segments anew with each layer; without one
+    there are the scores' gradient, or what their backward pass alone works on.
     """
     if _is_unrolled(w):
         return 0.0
     model, bytes_each = w.model, 4 if w.model.dtype == "float32" else 2
+    rows = w.micro_batch / w.context
     gathers = 2 * w.micro_tokens * model.embed_dim * bytes_each if w.sequence_parallel else 0.0
-    everything = w.micro_batch / w.context * _trace(w, "none").per_layer(w.tensor) + gathers
+    everything = rows * _trace(w, "none").per_layer(w.tensor) + gathers + _made_beside(w)
     if w.fused_attention:
-        return everything + _recomputed_beside(w)
+        mask = rows * (_trace(w, "none").once - _trace(w, _policy(w)).once)
+        return everything + mask + (_block_scores(w) if w.blocked_attention else 0.0)
     scores = w.length * model.num_heads / w.tensor
     # Softmax and its gradient in float32, both in the compute dtype too, and what dropout kept.
     per_score = 2 * 4 + 2 * bytes_each + (1 if model.attention_dropout else 0)
@@ -289,22 +293,25 @@ def _rounded(w: Workload) -> float:
     return 2 * w.micro_tokens * (w.model.embed_dim + w.model.mlp_width / w.tensor)
 
 
-def _recomputed_beside(w: Workload) -> float:
-    """What a layer that is computed again works on at its most beside what it would have kept.
+def _block_scores(w: Workload) -> float:
+    """Of attention in plain operations: the weights of the blocks at work, their gradient and the scores'."""
+    sizes = BLOCKS["gpu"]
+    pairs = w.micro_batch / w.context * w.model.num_heads / w.tensor * min(w.length, sizes.longest) ** 2
+    return 3 * 4 * min(pairs, sizes.scores)
 
-    What a kernel is told of segments is made again with the layer. An MLP in one piece of code makes an
-    activation and its slope where they are read, and keeps neither; the gradients of its result and of its
-    input are held, of a gated MLP one for each of its two products, and under tensor parallelism their sum.
+
+def _made_beside(w: Workload) -> float:
+    """What a layer's backward pass makes at its most beside what it would have kept.
+
+    Of the MLP the gradient of what enters its last product, and of one without a gate the slope of its
+    activation. Where the layer is computed again in one piece of code, also the gradients of the MLP's result
+    and of its input, of a gated one one for each of its two products, and under tensor parallelism their sum.
     """
-    rows = w.micro_batch / w.context
-    mask = rows * (_trace(w, "none").once - _trace(w, _policy(w)).once)
-    if w.remat not in ("full", "save_qkv_proj"):
-        return mask
     model, bytes_each = w.model, 4 if w.model.dtype == "float32" else 2
-    activations = 2 if model.gated else 1
-    gradients = (4 if w.tensor > 1 else 3) if model.gated else 1
-    widths = gradients * model.embed_dim - activations * model.mlp_width / w.tensor
-    return mask + w.micro_tokens * bytes_each * widths
+    widths = (2 if model.gated else 3) * model.mlp_width / w.tensor
+    if w.remat in ("full", "save_qkv_proj"):
+        widths += ((4 if w.tensor > 1 else 3) if model.gated else 1) * model.embed_dim
+    return w.micro_tokens * bytes_each * widths
 
 
 def _layout_copies(w: Workload) -> tuple[float, float]:
@@ -335,12 +342,12 @@ def _is_unrolled(w: Workload) -> bool:
 
 
 def _layer_residuals(w: Workload) -> LayerResiduals:
-    if _is_unrolled(w):
-        # In one piece of code the compiler makes the gate's activation and slope anew.
-        layer = _trace(w, "none")
-        gates = 2 * w.model.mlp_width * w.length * (4 if w.model.dtype == "float32" else 2)
-        return dataclasses.replace(layer, split=layer.split - gates) if w.model.gated else layer
-    return _trace(w, _policy(w))
+    if not _is_unrolled(w):
+        return _trace(w, _policy(w))
+    # In one piece of code the compiler keeps the activation, and the slope of one without a gate.
+    layer, kept = _trace(w, "none"), 2 if w.model.gated else 3
+    width = w.model.mlp_width * w.length * (4 if w.model.dtype == "float32" else 2)
+    return dataclasses.replace(layer, split=layer.split + kept * width)
 
 
 def _policy(w: Workload) -> Remat:

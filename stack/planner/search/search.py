@@ -406,12 +406,12 @@ def as_dict(result: Search) -> dict[str, Any]:
         "own": result.own and _candidate_dict(result.own),
         "own_obstacle": result.own_obstacle,
         "runnable": [_candidate_dict(candidate) for candidate in result.best],
-        "modelled_only": [_candidate_dict(candidate) for candidate in result.modelled],
+        "modelled_only": [_candidate_dict(one, _why_not(one.work)) for one in result.modelled],
         "rejected": {reason: dataclasses.asdict(one) for reason, one in result.rejections.items()},
     }
 
 
-def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
+def _candidate_dict(candidate: Candidate, why_modelled: str | None = None) -> dict[str, Any]:
     work, need = candidate.work, candidate.memory
     layout = {
         field.name: getattr(work, field.name) for field in dataclasses.fields(work) if field.name != "model"
@@ -424,7 +424,7 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
         "memory_bytes": need.total,
         "memory": dataclasses.asdict(need),
         "binds": binds(candidate.time),
-        "why_modelled": work.why_modelled(),
+        "why_modelled": why_modelled or work.why_modelled(),
     }
 
 

@@ -64,7 +64,7 @@ def show_sample(trainer: "Trainer", _: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     prompt = trainer.config.sample.prompt
     sample = trainer.generate(prompt)[0]
-    between = "" if trainer.program.objective.continues else "\n"
+    between = trainer.program.objective.between
     shown = Text(printable(prompt) + between, "bold").append(printable(sample), "not bold")
     return {"prompt": prompt, "sample": sample, "rows": [("sample", shown)]}
 

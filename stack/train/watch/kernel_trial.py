@@ -36,7 +36,10 @@ class KernelTrial(Listener):
                 model = program.config.model
                 request = attention_request(program.config, platform=device.platform)
                 error = trial_error(
-                    choice.kernel, request, window=model.window, shared_by=model.num_heads // model.kv_heads
+                    choice.implementation,
+                    request,
+                    window=model.window,
+                    shared_by=model.num_heads // model.kv_heads,
                 )
                 remedy = "kernels.attention=xla_chunked"
                 told["attention"] = _judge(error, LIMIT, f"kernels.attention={choice.kernel}", remedy)

@@ -10,6 +10,8 @@ from stack.kernels.attention import KERNELS, Request, choose
 from stack.kernels.measured import measured
 from stack.step.kernels import attention_request, choose_attention
 
+pytestmark = pytest.mark.usefixtures("tokamax_is_here")
+"""Which says that it is not: without it there are the same kernels everywhere."""
 GPT = Request(platform="gpu", compute_capability=9.0, dtype="bfloat16", head_dim=64, length=1024)
 PLAIN = Config().replace("data.sequence_length=1024", "data.packed=false")
 
@@ -159,7 +161,7 @@ def test_a_request_is_what_the_config_asks():
 
 
 def test_the_table_is_of_kernels_that_there_are_and_that_could_run():
-    for entry in measured("attention"):
+    for entry in measured().attention:
         for head_dim in entry.head_dims:
             request = Request(
                 platform="cpu" if entry.device_class == "cpu" else "gpu",

@@ -4,12 +4,12 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from attention_cases import EVERY_DAY, Case, others, runs
+from attention_cases import EVERY_DAY, Case, others, plain_tokamax, runs
 
 from stack.kernels.attention import xla_chunked
 from stack.kernels.attention.mosaic_gpu.tiles import interpreted
 
-IMPLEMENTATIONS = ("xla", "xla_chunked", "mosaic_gpu")
+IMPLEMENTATIONS = ("xla", "xla_chunked", "mosaic_gpu", "tokamax")
 """Those that run on a CPU, or in an interpreter there; `obstacles` says which cases each is given."""
 
 LIMITS = {"float32": 2e-6, "bfloat16": 8e-3}
@@ -20,15 +20,21 @@ LIMITS = {"float32": 2e-6, "bfloat16": 8e-3}
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Of which a row has several."""
-    monkeypatch.setattr(xla_chunked, "BLOCKS", {"cpu": (8, 2**9), "gpu": (8, 2**9)})
+    monkeypatch.setattr(xla_chunked, "BLOCKS", dict.fromkeys(("cpu", "gpu"), xla_chunked.BlockSizes(8, 2**9)))
+
+
+HERE = {"mosaic_gpu": interpreted, "tokamax": plain_tokamax}
+"""What some need to run on a CPU."""
 
 
 def check(case, kernel):
     if not runs(case, kernel):
         pytest.skip(f"{kernel} cannot")
-    expected = case.expected()
-    with interpreted() if kernel == "mosaic_gpu" else nullcontext():
-        actual = case.actual(kernel)
+    # Of what nobody reads Tokamax's plain operations, unlike its kernels, make means of all values.
+    of = case.read() if kernel == "tokamax" else None
+    expected = case.expected(of=of)
+    with HERE.get(kernel, nullcontext)():
+        actual = case.actual(kernel, of=of)
     assert expected.keys() == actual.keys()
     for name, array in expected.items():
         error = np.linalg.norm(actual[name] - array) / np.linalg.norm(array)

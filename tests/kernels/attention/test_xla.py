@@ -155,6 +155,6 @@ def test_gradients_stay_within_the_document():
 
 def test_an_unknown_kernel_is_an_error():
     with pytest.raises(
-        ValueError, match="unknown attention kernel 'flash': cudnn, mosaic_gpu, xla_chunked, xla"
+        ValueError, match="unknown attention kernel 'flash': cudnn, mosaic_gpu, tokamax, xla_chunked, xla"
     ):
         attend(QUERY, KEY, VALUE, WHOLE, ONE_DEVICE, kernel="flash")

@@ -80,7 +80,9 @@ CASES_OF_WORK = {
 
 def test_what_is_not_looked_at_is_not_read(monkeypatch):
     """Numbers that are none, outside of what anybody sees, would spread through any product with them."""
-    monkeypatch.setattr(xla_chunked, "BLOCKS", {"cpu": (BLOCK, 1), "gpu": (BLOCK, 1)})
+    monkeypatch.setattr(
+        xla_chunked, "BLOCKS", dict.fromkeys(("cpu", "gpu"), xla_chunked.BlockSizes(BLOCK, 1))
+    )
     case = Case(length=32, window=8)
     arrays = case.arrays()
     far = dataclasses.replace(case.mask(), key_positions=case.mask().key_positions.at[:, :8].set(1000))
@@ -97,10 +99,11 @@ def test_what_is_not_looked_at_is_not_read(monkeypatch):
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_blocks_are_even_and_rows_are_taken_together_while_scores_are_few(platform):
-    longest, scores = xla_chunked.BLOCKS[platform]
+    blocks = xla_chunked.BLOCKS[platform]
+    longest, scores = blocks.longest, blocks.scores
     for batch, length, keys, heads in ((8, 64, 64, 4), (6, longest + 1, 3 * longest, 16), (1, 7, 5000, 2)):
         query, key = (jnp.zeros((batch, size, heads, 1)) for size in (length, keys))
-        cut = xla_chunked.cut_of(query, key, None, (longest, scores), scale=None, softcap=None)
+        cut = xla_chunked.cut_of(query, key, None, blocks, scale=None, softcap=None)
         assert max(cut.queries, cut.keys) <= longest
         assert batch % cut.rows == 0
         assert cut.rows == 1 or cut.rows * heads * cut.queries * cut.keys <= scores
@@ -141,7 +144,9 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
     "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"data": 8, "fsdp": 1}], ids=str
 )
 def test_a_layout_changes_nothing_and_moves_nothing(monkeypatch, sizes):
-    monkeypatch.setattr(xla_chunked, "BLOCKS", {"cpu": (BLOCK, 1), "gpu": (BLOCK, 1)})
+    monkeypatch.setattr(
+        xla_chunked, "BLOCKS", dict.fromkeys(("cpu", "gpu"), xla_chunked.BlockSizes(BLOCK, 1))
+    )
     case = Case(batch=8, length=21, heads=8, kv_heads=4, rows="packed", window=9, head_dim=16)
     config = MeshConfig.model_validate(sizes)
     mesh = meshes.build(config)

@@ -5,9 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from stack.kernels.attention.assembler import wrong_masks
 from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.island import on_each_device
 from stack.kernels.attention.mask import Mask
+from stack.kernels.attention.mosaic_gpu.sizes import Tiles
 from stack.kernels.attention.request import Request
 from stack.parallel.rules import Layout
 
@@ -23,6 +25,7 @@ def attend(
     scale: float | None,
     softcap: float | None,
     dropout: Dropout | None,
+    tiles: Tiles | None = None,
 ) -> jax.Array:
     """See `stack.kernels.attention.attend`; bfloat16 without a bias, of whole rows.
 
@@ -40,38 +43,30 @@ def attend(
         )
     from stack.kernels.attention.mosaic_gpu.flash import attend_local  # Pallas takes half a second to import.
 
-    local = partial(attend_local, scale=scale, softcap=softcap)
+    local = partial(attend_local, scale=scale, softcap=softcap, tiles=tiles)
     return on_each_device(local, query, key, value, mask, layout, dropout=dropout)
 
 
 def obstacles(request: Request) -> list[str]:
     """Everything that keeps the kernels from computing what is asked; empty: they can."""
-    capability = request.compute_capability
-    version = _cuda_version() if request.platform == "gpu" else 0
     checks = (
-        (request.platform != "gpu", f"the platform is {request.platform}, not an NVIDIA GPU"),
+        (request.head_dim > 256, f"head width {request.head_dim} is over 256"),
+        (request.bias, "it takes no bias"),
+    )
+    device = device_obstacles(request.platform, request.compute_capability, request.dtype)
+    return device + [text for failed, text in checks if failed]
+
+
+def device_obstacles(platform: str, capability: float | None, dtype: str) -> list[str]:
+    """What keeps kernels for Hopper in bfloat16 from running on a device; empty: they can."""
+    wrong = wrong_masks() if platform == "gpu" else None
+    checks = (
+        (platform != "gpu", f"the platform is {platform}, not an NVIDIA GPU"),
         (
             capability is not None and capability != 9.0,
             f"compute capability {capability} is not 9.0 (H100, H200), whose instructions it uses",
         ),
-        (request.dtype != "bfloat16", f"dtype is {request.dtype}, not bfloat16"),
-        (request.head_dim > 256, f"head width {request.head_dim} is over 256"),
-        (request.bias, "it takes no bias"),
-        (
-            12_080 <= version < 12_091,
-            f"CUDA {version // 1000}.{version % 1000 // 10} assembles masks wrongly, mended in 12.9.1",
-        ),
+        (dtype != "bfloat16", f"dtype is {dtype}, not bfloat16"),
+        (wrong is not None, f"{wrong}"),
     )
     return [text for failed, text in checks if failed]
-
-
-def _cuda_version() -> int:
-    """Of the CUDA that is installed here, e.g. 12080 for 12.8; 0: there is none."""
-    from jax._src.lib import cuda_versions
-
-    if cuda_versions is None:
-        return 0
-    try:
-        return cuda_versions.cuda_runtime_get_version()
-    except RuntimeError:
-        return 0

@@ -10,10 +10,15 @@ from stack.kernels.attention.intervals import Blocks, Intervals, intervals, key_
 from stack.kernels.attention.mask import Mask
 from stack.kernels.attention.mosaic_gpu.backward import key_gradients, query_gradient
 from stack.kernels.attention.mosaic_gpu.forward import forward
-from stack.kernels.attention.mosaic_gpu.tiles import COMPUTE, WIDEST_OF_BOTH, Scores, tiles_of
-
-_ROWS = 128
-"""Queries and keys are padded to a multiple of it: that of every tile."""
+from stack.kernels.attention.mosaic_gpu.sizes import (
+    COMPUTE,
+    WIDEST_OF_BOTH,
+    Tiles,
+    padded,
+    row_multiple,
+    tiles_of,
+)
+from stack.kernels.attention.mosaic_gpu.tiles import Scores
 
 
 def attend_local(
@@ -26,6 +31,7 @@ def attend_local(
     *,
     scale: float | None,
     softcap: float | None,
+    tiles: Tiles | None,
 ) -> jax.Array:
     """See `stack.kernels.attention.attend`; of one device's rows and heads."""
     length, width = query.shape[1], query.shape[3]
@@ -34,11 +40,13 @@ def attend_local(
         softcap=softcap,
         dropout=0.0 if dropout is None else dropout.rate,
     )
+    tiles = tiles_of(padded(width), plain=scores.plain) if tiles is None else tiles
+    multiple = row_multiple(tiles)
     # What pads are queries that see nothing, keys that none sees, and zeros in products.
-    query, key, value = (_pad(_pad(each, 1, _ROWS), 3, 16) for each in (query, key, value))
-    seen = _pad(jnp.stack(intervals(mask)), 2, _ROWS)
-    rows = None if dropout is None else _pad(jnp.moveaxis(dropout.rows, -1, 0), 3, _ROWS)
-    return _flash(query, key, value, seen, rows, scores)[:, :length, :, :width]
+    query, key, value = (_pad(_pad(each, 1, multiple), 3, 16) for each in (query, key, value))
+    seen = _pad(jnp.stack(intervals(mask)), 2, multiple)
+    rows = None if dropout is None else _pad(jnp.moveaxis(dropout.rows, -1, 0), 3, multiple)
+    return _flash(query, key, value, seen, rows, scores, tiles)[:, :length, :, :width]
 
 
 def _pad(array: jax.Array, axis: int, multiple: int) -> jax.Array:
@@ -47,7 +55,7 @@ def _pad(array: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)]) if missing else array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _flash(
     query: jax.Array,
     key: jax.Array,
@@ -55,8 +63,9 @@ def _flash(
     seen: jax.Array,
     rows: jax.Array | None,
     scores: Scores,
+    tiles: Tiles,
 ) -> jax.Array:
-    return _flash_forward(query, key, value, seen, rows, scores)[0]
+    return _flash_forward(query, key, value, seen, rows, scores, tiles)[0]
 
 
 def _flash_forward(
@@ -66,16 +75,16 @@ def _flash_forward(
     seen: jax.Array,
     rows: jax.Array | None,
     scores: Scores,
+    tiles: Tiles,
 ) -> tuple[jax.Array, tuple]:
-    tile = tiles_of(query.shape[3], plain=scores.plain).forward
+    tile = tiles.forward
     met = key_blocks(Intervals(*seen), queries=COMPUTE * tile.queries, keys=tile.keys, length=key.shape[1])
     output, lse = forward(query, key, value, seen, _stack(met), rows, scores, tile)
     return output, (query, key, value, seen, rows, output, lse)
 
 
-def _flash_backward(scores: Scores, saved: tuple, cotangent: jax.Array) -> tuple:
+def _flash_backward(scores: Scores, tiles: Tiles, saved: tuple, cotangent: jax.Array) -> tuple:
     query, key, value, seen, rows, output, lse = saved
-    tiles = tiles_of(query.shape[3], plain=scores.plain)
     inner = jnp.einsum("bqhd,bqhd->bhq", output, cotangent, preferred_element_type=jnp.float32)
     inputs = query, key, value, cotangent, jnp.stack([lse, inner]), seen
     tile = tiles.query_gradient

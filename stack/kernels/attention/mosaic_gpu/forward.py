@@ -14,12 +14,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from stack.kernels.attention.mosaic_gpu.sizes import COMPUTE, Tile
 from stack.kernels.attention.mosaic_gpu.tiles import (
-    COMPUTE,
     LOG2_E,
     ROWS,
     Scores,
-    Tile,
     accumulate,
     feed_keys,
     launch,

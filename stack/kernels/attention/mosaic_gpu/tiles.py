@@ -1,4 +1,4 @@
-"""The sizes of blocks, and what the kernels share."""
+"""What the kernels share."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,51 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from stack.kernels.attention.dropout import mix, threshold
+from stack.kernels.attention.mosaic_gpu.sizes import COMPUTE, Tile
 
-COMPUTE = 2
-"""Warpgroups that compute; one more copies."""
 LOG2_E = math.log2(math.e)
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 """How one number for each row of a matrix lies in registers."""
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What a warpgroup works on at a time."""
-
-    queries: int
-    keys: int
-    stages: int
-    """Blocks that shared memory holds of what is copied while others are used."""
-
-
-class Tiles(NamedTuple):
-    """Those of the three kernels."""
-
-    forward: Tile
-    query_gradient: Tile
-    key_gradients: Tile
-
-
-def tiles_of(width: int, *, plain: bool) -> Tiles:
-    """Tiles that fit into shared memory and hardly leave the registers.
-
-    Args:
-      width: of a head, a multiple of 16 up to 256.
-      plain: whether the scores have neither soft cap nor dropout, whose numbers need registers too.
-    """
-    if width <= 64:
-        return Tiles(Tile(64, 128, 4), Tile(64, 128 if plain else 64, 4), Tile(64, 64, 4))
-    if width <= 128:
-        return Tiles(Tile(64, 128, 2), Tile(64, 128 if plain else 64, 2), Tile(64 if plain else 32, 64, 3))
-    if width <= 192:
-        return Tiles(Tile(64, 64, 3), Tile(64, 64, 2), Tile(64 if plain else 32, 64, 2))
-    return Tiles(Tile(64, 64, 2), Tile(64, 32, 2), Tile(32, 64, 2))
-
-
-WIDEST_OF_BOTH = 128
-"""Of heads of which one kernel holds the sums of both keys' and values' gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,38 @@
+"""Supervised fine-tuning on prompts and what completes them (InstructGPT, arXiv 2203.02155, section 3.5)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from stack.config import CompletionConfig
+from stack.data.records import text_at
+from stack.data.tokenizer import Tokenizer
+from stack.objectives.records import Part, Reader, Records
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fields:
+    """A text that is read and one that is predicted."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def key(self) -> str:
+        return json.dumps(["completion", self.prompt, self.completion])
+
+    def __call__(self, record: dict[str, Any], place: str) -> Sequence[Part]:
+        """A prompt may be empty."""
+        text = partial(text_at, record, where=lambda: place)
+        return [(text(self.prompt) or "", False), (text(self.completion) or "", True)]
+
+
+class Completion(Records):
+    """Mean cross-entropy of what completes prompts, and of the end after it."""
+
+    def reader(self, tokenizer: Tokenizer) -> Reader:
+        """Both fields."""
+        assert isinstance(self.records, CompletionConfig)
+        return _Fields(prompt=self.records.prompt, completion=self.records.completion)
