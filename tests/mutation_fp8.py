@@ -4,6 +4,13 @@ from mutation import Mutation
 
 FP8 = (
     Mutation(
+        "products in 8 bits are computed again where remat says dots",
+        "stack/models/stack.py",
+        'return parameters["name"] == PRODUCT',
+        "return False",
+        "tests/step/test_float8.py",
+    ),
+    Mutation(
         "each block of a product has the scale of the first",
         "stack/kernels/matmul/mosaic_gpu.py",
         "source.at[number, place] for source",

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
 from stack.kernels.attention import Tiled
+from stack.kernels.matmul import PRODUCT
 from stack.layers.dropout import layer_keys
 from stack.layers.linear import without_float8
 from stack.parallel.rules import ONE_DEVICE, Layout
@@ -43,7 +44,12 @@ class Execution:
 
 
 def _dots(primitive: Primitive, *inputs: Any, **parameters: Any) -> bool:
-    """Saves the results of matmuls; where a device holds a partial sum of one, the sum."""
+    """Saves the results of matmuls; where a device holds a partial sum of one, the sum.
+
+    Those in float8 have a derivative of their own, within which no policy looks, and a name.
+    """
+    if primitive.name == "name":
+        return parameters["name"] == PRODUCT
     if primitive.name == "reshard":
         return bool(inputs[0].sharding.spec.unreduced)
     sharding = parameters.get("out_sharding")

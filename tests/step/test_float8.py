@@ -151,6 +151,17 @@ def test_a_step_multiplies_in_8_bits_and_an_evaluation_does_not() -> None:
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state["opt_state"])} == {"float32", "int32"}
 
 
+def test_remat_dots_keeps_products_in_8_bits_too() -> None:
+    def products(remat: str) -> int:
+        program = build(FP8, f"train.remat={remat}")
+        with meshes.use(program.mesh):
+            state, batch = states.abstract(program), program.abstract_batch()
+            text = jax.jit(partial(train_step, program)).lower(state, batch).as_text()
+        return len(re.findall(r"dot_general.*f8E", text))
+
+    assert products("full") > products("dots") == products("none") > 0
+
+
 @pytest.mark.full
 def test_layers_at_the_ends_stay_in_the_models_dtype() -> None:
     """Of three layers the middle one, which alone is off."""

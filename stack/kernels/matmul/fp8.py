@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
@@ -13,6 +14,9 @@ from stack.kernels.matmul.float8 import BACKWARD, FORWARD, Scaled, largest, quan
 from stack.kernels.matmul.operands import Fp8, Operands, cotangent_spec, lay_out, without_types
 from stack.parallel.rules import Layout
 from stack.parallel.zero import is_gathered
+
+PRODUCT = "float8_product"
+"""What policies of rematerialisation call a product's result."""
 
 
 def project(
@@ -62,7 +66,7 @@ def project(
         lambda *inputs: (product(*inputs), inputs),
         lambda inputs, cotangent: products.backward(*inputs, cotangent=cotangent),
     )
-    return product(x, kernel[...], amax)
+    return checkpoint_name(product(x, kernel[...], amax), PRODUCT)
 
 
 class _Tensors(Operands):

@@ -206,7 +206,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
     yield activations | {
         "gradients": sums + stack,
         "logits": s.table,
-        "temporaries": layer + SPLITS + input_copies,
+        "temporaries": layer + SPLITS + input_copies + _rounded(w),
         "collectives": in_flight,
     }
     if w.zero == 2 or (w.zero == 1 and not several):
@@ -281,6 +281,16 @@ def _layer_temporaries(w: Workload) -> float:
     heads = STREAMS * model.num_heads * model.head_width / w.tensor
     attention = w.micro_tokens * (scores * per_score + bytes_each * (stream + heads))
     return max(attention, everything + bytes_each * w.micro_tokens * scores)
+
+
+def _rounded(w: Workload) -> float:
+    """The input and the gradient of an MLP's product in 8 bits, each with its axes in both orders.
+
+    The tensor cores want the axis that is summed over innermost, and the gradients' sums have other axes.
+    """
+    if w.precision != "float8":
+        return 0.0
+    return 2 * w.micro_tokens * (w.model.embed_dim + w.model.mlp_width / w.tensor)
 
 
 def _block_scores(w: Workload) -> float:

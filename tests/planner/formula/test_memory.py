@@ -27,6 +27,7 @@ from stack.step import state as states
 CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 LLAMA = load(CONFIGS / "llama3_8b.yaml").model
+FLOAT8 = "kernels.matmul=fp8"
 BLOCKS = "kernels.attention=xla_chunked"
 GPT = DecoderConfig(vocab_size=50304, num_layers=24, embed_dim=1024, num_heads=16)
 
@@ -272,6 +273,8 @@ def no_cache() -> Iterator[None]:
             "qwen3_0_6b",
             ("mesh.zero=3", "train.remat=save_qkv_proj", "mesh.tensor=4", "mesh.fsdp=2", BLOCKS),
         ),
+        ("gpt2_355m", ("mesh.zero=3", "train.remat=none", "train.batch_size=128", FLOAT8)),
+        ("llama3_8b", ("mesh.zero=3", "train.remat=dots", "mesh.data=2", "mesh.fsdp=4", FLOAT8)),
     ],
 )
 def test_the_compiled_step_holds_what_the_formula_says(name: str, changes: tuple[str, ...]) -> None:
