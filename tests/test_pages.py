@@ -42,6 +42,7 @@ INIT_FROM = ROOT / "docs" / "init_from.md"
 LAUNCH, WEIGHTS = ROOT / "docs" / "launch.md", ROOT / "docs" / "hugging_face.md"
 OBJECTIVES, FINE_TUNING = ROOT / "docs" / "objectives.md", ROOT / "docs" / "fine_tuning.md"
 
+EVALUATION = ROOT / "docs" / "evaluation.md"
 TRACKING = ROOT / "docs" / "tracking.md"
 _WORDS = ("stack ", "uv ", "launch/", "sbatch ", "source ", ".ci/", "python3.12 ")
 
@@ -180,6 +181,20 @@ def test_the_page_on_data_runs_from_top_to_bottom(folder) -> None:
             run(block, folder)
     for name in ("mine", "folder", "records", "words"):
         assert (folder / "runs" / name / "metrics.jsonl").is_file()
+
+
+@pytest.mark.full
+def test_the_page_on_evaluation_runs(folder) -> None:
+    """After the README, whose run it takes."""
+    if not (folder / "runs" / "quickstart").exists():
+        run(_QUICKSTART, folder)
+    (folder / "passages.txt").write_text("return the value of the name\nraise an error if it is not\n")
+    shutil.copy(README, folder)
+    (command,) = commands(EVALUATION)
+    assert "last_word_accuracy" in run(command, folder)
+    (snippet,) = (block for language, block in blocks(EVALUATION) if language == "python")
+    (folder / "likely.py").write_text(snippet)
+    assert len(run("python likely.py", folder).splitlines()) == 2
 
 
 @pytest.mark.full

@@ -103,14 +103,19 @@ def tune_kernels(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Prints what a run's held-out text gives."""
+    """Prints what a run's held-out text gives, or files of one's own."""
     defaults.import_jax()
+    from stack.evaluation.texts import last_words, word_perplexity
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
 
+    asked = {word_perplexity: arguments.words, last_words: arguments.last_words}
     with together():
         trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
-        metrics = trainer.evaluate()
+        metrics = {} if any(asked.values()) else trainer.evaluate()
+        for evaluation, path in asked.items():
+            if path is not None:
+                metrics |= evaluation(trainer.program, trainer.trained, trainer.words, path)
         if first():
             print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
 

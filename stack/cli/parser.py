@@ -104,6 +104,16 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     evaluate = _verb(verbs, "eval", commands.evaluate, "evaluate a run on its held-out text")
     evaluate.add_argument("config", metavar="RUN", help="the folder of a run")
+    evaluate.add_argument(
+        "--words",
+        metavar="FILE",
+        help="perplexity by words of a text of your own, or of the `text` of each line of a .jsonl",
+    )
+    evaluate.add_argument(
+        "--last-words",
+        metavar="FILE",
+        help="how often it writes the last word of passages, one a line (LAMBADA)",
+    )
     _add_overrides(evaluate)
     _add_accept(evaluate)
 

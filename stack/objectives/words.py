@@ -17,6 +17,7 @@ from stack.data.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import jax
 
+    from stack.kernels.linear_cross_entropy import Head
     from stack.models.protocol import Model
     from stack.models.stack import Execution
     from stack.objectives.protocol import Sums
@@ -69,10 +70,17 @@ class Words:
         self, model: "Model", batch: "Mapping[str, jax.Array]", run: "Execution", divisor: "jax.Array"
     ) -> "tuple[jax.Array, Sums]":
         """The loss over the divisor; nll (nats, without z-loss), correct and tokens, summed over labels."""
-        from stack.kernels.linear_cross_entropy import Head, chunk_tokens, linear_cross_entropy
+        from stack.kernels.linear_cross_entropy import linear_cross_entropy
 
-        output = model(batch, run)
-        head = Head(
+        output, labels, head = model(batch, run), batch["labels"], self.head(run)
+        sums = linear_cross_entropy(output.hidden, output.table, labels, 1.0 / divisor, head, output.bias)
+        return sums.loss, {"nll": sums.nll, "correct": sums.correct, "tokens": _count(batch)}
+
+    def head(self, run: "Execution") -> "Head":
+        """How hidden states become scores of words, and those a loss."""
+        from stack.kernels.linear_cross_entropy import Head, chunk_tokens
+
+        return Head(
             vocab_size=self.model.vocab_size,
             softcap=self.model.logit_softcap,
             z_loss=self.options.z_loss,
@@ -84,9 +92,6 @@ class Words:
             ),
             layout=run.layout,
         )
-        labels = batch["labels"]
-        sums = linear_cross_entropy(output.hidden, output.table, labels, 1.0 / divisor, head, output.bias)
-        return sums.loss, {"nll": sums.nll, "correct": sums.correct, "tokens": _count(batch)}
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
         """`loss` (nats per token, without z-loss), `accuracy` and `tokens` (labels)."""

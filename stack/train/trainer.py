@@ -228,19 +228,18 @@ class Trainer:
         Raises:
           StackError: nothing is held out.
         """
-        params = states.join(self._trained())
         self.ledger.check_data(self.data.fingerprint)
         with meshes.use(self.mesh):
-            return evaluate(self.program, self._eval_step, params, self.data.heldout)
+            return evaluate(self.program, self._eval_step, self.trained, self.data.heldout)
 
     def generate(self, prompts: str | Sequence[str], *, seed: int | None = None) -> list[str]:
         """Continues each prompt, or the one, as `config.sample` says; see `generate_texts`."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return generate_texts(self.program, states.join(self._trained()), self._words(), texts, seed=seed)
+        return generate_texts(self.program, self.trained, self.words, texts, seed=seed)
 
     def stream(self, prompt: str, *, seed: int | None = None) -> Iterator[str]:
         """The same text of one prompt in pieces, as they come."""
-        return stream_text(self.program, states.join(self._trained()), self._words(), prompt, seed=seed)
+        return stream_text(self.program, self.trained, self.words, prompt, seed=seed)
 
     @cached_property
     def train_step(self) -> Any:
@@ -372,7 +371,14 @@ class Trainer:
             raise StackError("this trainer has no parameters yet; call fit(), or open a run with from_run()")
         return self.state
 
-    def _words(self) -> Tokenizer:
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The parameters as they stand, that lie as `program.parameters`."""
+        return states.join(self._trained())
+
+    @property
+    def words(self) -> Tokenizer:
+        """The tokenizer; refused if it is not that of the run."""
         self.ledger.check_tokenizer(self.tokenizer)
         return self.tokenizer
 

@@ -6,6 +6,7 @@ chunk, none repeated in the backward pass.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,43 @@ def _chunk_sums(
     head: Head,
 ) -> tuple[Sums, jax.Array]:
     """The sums of one chunk, and the gradient of its loss with respect to its raw logits."""
+    counts, read = labels >= 0, _read(hidden, labels, table=table, bias=bias, head=head)
+    penalty = jnp.where(counts, head.z_loss * jnp.square(read.normaliser), 0.0)
+    sums = Sums(
+        loss=scale * (read.nll + penalty).sum(),
+        nll=read.nll.sum(),
+        correct=read.correct.sum(dtype=jnp.float32),
+    )
+    # d loss / d score = softmax x (1 + 2 z log Z) - [is label], then through the soft cap.
+    pull = jnp.where(counts, (1.0 + 2.0 * head.z_loss * read.normaliser) / read.total, 0.0)
+    d_scores = read.exponentials * pull[..., None] - jnp.where(read.is_label & counts[..., None], 1.0, 0.0)
+    if head.softcap is not None:
+        # The scores of padded words are the least float, whose square is infinite.
+        slope = 1.0 - jnp.square(read.scores / head.softcap)
+        is_word = word_numbers(table.shape[0], head.layout) < head.vocab_size
+        d_scores = d_scores * jnp.where(is_word, slope, 0.0)
+    return sums, d_scores.astype(hidden.dtype)
+
+
+class _Read(NamedTuple):
+    """Of one chunk, [batch, columns] and, of every word, [batch, columns, vocab]."""
+
+    scores: jax.Array
+    exponentials: jax.Array
+    """Of the scores less the highest."""
+    total: jax.Array
+    """Sum of these."""
+    normaliser: jax.Array
+    """Logarithm of the sum of the scores' exponentials."""
+    is_label: jax.Array
+    nll: jax.Array
+    """0 where a label does not count."""
+    correct: jax.Array
+
+
+def _read(
+    hidden: jax.Array, labels: jax.Array, *, table: jax.Array, bias: jax.Array | None, head: Head
+) -> _Read:
     layout = head.layout
     scores = logits(hidden, table, bias=bias, vocab_size=head.vocab_size, softcap=head.softcap, layout=layout)
     counts = labels >= 0
@@ -121,24 +159,38 @@ def _chunk_sums(
     exponentials = jnp.exp(scores - highest[..., None])
     total = exponentials.sum(-1)
     normaliser = highest + jnp.log(total)
-    words = word_numbers(table.shape[0], layout)
-    is_label = words == labels[..., None]
+    is_label = word_numbers(table.shape[0], layout) == labels[..., None]
     label_score = jnp.where(is_label, scores, 0.0).sum(-1)
-    nll = jnp.where(counts, normaliser - label_score, 0.0)
-    penalty = jnp.where(counts, head.z_loss * jnp.square(normaliser), 0.0)
-    sums = Sums(
-        loss=scale * (nll + penalty).sum(),
-        nll=nll.sum(),
-        correct=(counts & (label_score >= highest)).sum(dtype=jnp.float32),
+    return _Read(
+        scores=scores,
+        exponentials=exponentials,
+        total=total,
+        normaliser=normaliser,
+        is_label=is_label,
+        nll=jnp.where(counts, normaliser - label_score, 0.0),
+        correct=counts & (label_score >= highest),
     )
-    # d loss / d score = softmax x (1 + 2 z log Z) - [is label], then through the soft cap.
-    pull = jnp.where(counts, (1.0 + 2.0 * head.z_loss * normaliser) / total, 0.0)
-    d_scores = exponentials * pull[..., None] - jnp.where(is_label & counts[..., None], 1.0, 0.0)
-    if head.softcap is not None:
-        # The scores of padded words are the least float, whose square is infinite.
-        slope = 1.0 - jnp.square(scores / head.softcap)
-        d_scores = d_scores * jnp.where(words < head.vocab_size, slope, 0.0)
-    return sums, d_scores.astype(hidden.dtype)
+
+
+def label_nll(
+    hidden: jax.Array, table: jax.Array, labels: jax.Array, head: Head, bias: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Of each label by itself: -log of its probability, nats, and whether no word scores higher.
+
+    Arguments are those of `linear_cross_entropy`, without a derivative.
+
+    Returns:
+      [batch, length] float32, 0 where a label does not count, and [batch, length] bool, false there.
+    """
+
+    def body(_: None, chunk: tuple) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        read = _read(*chunk, table=table, bias=bias, head=head)
+        return None, (read.nll, read.correct)
+
+    _, told = jax.lax.scan(body, None, _chunks(hidden, labels, head))
+    batch, length = labels.shape
+    nll, correct = (jnp.moveaxis(each, 0, 1).reshape(batch, -1)[:, :length] for each in told)
+    return nll, correct
 
 
 def _chunks(hidden: jax.Array, labels: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
