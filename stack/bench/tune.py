@@ -97,6 +97,7 @@ def run(
         limits = {"seconds": seconds, "block_seconds": block_seconds}
         return Contest(case, [STACK], machine, around, tell=tell, **limits).run()
 
+    tuned.check_writable(key_of(device, problem, next(iter(able))))
     results: list[Result] = []
     kept: dict[str, str] = {}
     for name, tiling in able.items():

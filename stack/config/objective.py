@@ -21,6 +21,8 @@ class WordsConfig(Section):
     """Whether every token of the text is predicted once, so that its loss is one of the text."""
     reads_records: ClassVar[bool] = False
     """Whether a document is a whole record and not a text; `source.field` is then null."""
+    reads_template: ClassVar[bool] = False
+    """Whether the tokenizer's chat template decides what is read."""
     has_baselines: ClassVar[bool] = False
     """Whether there is what `eval.baselines` asks for."""
 
@@ -213,6 +215,7 @@ class ChatConfig(RecordsConfig):
     """Fine-tuning to answer in a conversation."""
 
     implementation = "stack.objectives.chat:Chat"
+    reads_template = True
 
     kind: Literal["chat"] = "chat"
     """Conversations are laid out by the tokenizer's chat template; what the assistant says is predicted."""

@@ -121,6 +121,11 @@ class Config(Section):
                     f"objective.kind={objective.kind} reads whole records: {here} must be of kind"
                     f" {' or '.join(RECORDS)}, with field=null"
                 )
+            if objective.reads_records and (source.min_characters or source.max_characters):
+                raise ValueError(
+                    f"{here}: min_characters and max_characters count the letters of texts, and"
+                    f" objective.kind={objective.kind} reads records; remove them"
+                )
             if not objective.reads_records and source.field is None and source.kind != "arrayrecord":
                 raise ValueError(
                     f"{here}.field=null is for objectives that read records, and"

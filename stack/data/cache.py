@@ -114,7 +114,7 @@ def open_corpus(
             chunks = (workers or Threads()).map(partial(_tokenize, source, tokenizer, encoder, sign), parts)
             counted = _counted(chunks, lambda count: progress.advance(task, count))
             if not _write(counted, tokenizer, target, sign=sign, encoder=encoder):
-                raise _without_text(source)
+                raise _without_text(source, encoder)
 
     about, arrays = open_entry(folder, write, warn=warn)
     return Corpus(
@@ -128,8 +128,13 @@ def open_corpus(
     )
 
 
-def _without_text(source: SourceConfig) -> StackError:
+def _without_text(source: SourceConfig, encoder: Encoder | None) -> StackError:
     name = source.path or source.kind
+    if encoder is not None:
+        return StackError(
+            f"data.sources: {name} holds no record with something to predict in data.sequence_length"
+            " tokens; raise that, or give it other records"
+        )
     if source.min_characters or source.max_characters:
         return StackError(
             f"data.sources: {name} holds no text of the length asked for; look at min_characters and"
@@ -311,7 +316,6 @@ def _write(
     if not documents:
         return False
     content.update(tokenizer.fingerprint.encode())
-    content.update(encoder.key.encode() if encoder else b"")
     target.finish(
         documents=documents,
         fingerprint=content.hexdigest(),

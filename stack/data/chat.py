@@ -5,7 +5,7 @@ A template is written in Jinja, as transformers takes it: it is given `messages`
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,8 @@ import jinja2
 import jinja2.sandbox
 
 from stack.config.errors import ConfigError, StackError
+from stack.config.section import is_text
+from stack.data.records import value_at
 from stack.data.tokenizer import Tokenizer
 
 type Message = Mapping[str, Any]
@@ -121,39 +123,50 @@ class ChatTemplate:
             return _compiled(self.source).render(
                 messages=messages, bos_token=self.bos, eos_token=self.eos, add_generation_prompt=ask
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except Exception as error:  # A template may do anything.
             raise StackError(
-                f"{place}: the chat template fails: {error}; mend the line or the template"
+                f"{place}: the chat template fails: {str(error) or type(error).__name__}; mend the"
+                f" {'prompt' if ask and len(messages) == 1 else 'line'} or the template"
             ) from error
 
     def _messages(self, record: dict[str, Any], place: str) -> list[Message]:
-        messages = record
-        for key in self.field.split("."):
-            messages = messages.get(key) if isinstance(messages, dict) else None
+        messages = value_at(record, self.field, lambda: place, setting="objective.messages")
         if not isinstance(messages, list) or not messages:
+            what = "an empty list" if messages == [] else f"a {type(messages).__name__}"
             raise StackError(
-                f"{place}: no list of messages in field {self.field!r}; fields present: {', '.join(record)};"
-                " set objective.messages to one of them"
+                f"{place}: {self.field!r} holds {what}, not a list of messages; mend or remove the line, or"
+                " set objective.messages to another field"
             )
         for number, message in enumerate(messages):
             self._check(message, f"{place}: message {number}")
         return messages
 
     def _check(self, message: Any, place: str) -> None:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
+        keys = ("role", "content")
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in keys):
             raise StackError(
                 f"{place}: a message is an object with texts in `role` and `content`; mend the line"
             )
-        for key, text in message.items():
-            if isinstance(text, str) and (
-                forged := next((word for word in self.special if word in text), None)
-            ):
+        for text in _texts(message):
+            if not is_text(text):
+                raise StackError(f"{place}: it holds half of a surrogate pair; mend the line")
+            if forged := next((word for word in self.special if word in text), None):
                 raise StackError(
-                    f"{place}: its {key} holds {forged!r}, a special word that the template alone writes;"
-                    " remove it"
+                    f"{place}: it holds {forged!r}, a special word that the template alone writes; remove it"
                 )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of JSON, the names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, inside in value.items():
+            yield name
+            yield from _texts(inside)
+    elif isinstance(value, list):
+        for inside in value:
+            yield from _texts(inside)
 
 
 @lru_cache
@@ -161,7 +174,9 @@ def _compiled(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options
+    )
     # No `strftime_now`: the text of a conversation is the same every day.
     return environment.from_string(source, globals={"raise_exception": _raise})
 

@@ -228,6 +228,11 @@ def open_data(
     by_place = data.heldout_fraction > 0 and not heldout.num_rows
     if by_place:
         train, heldout = pack(by_place=True)
+        if not heldout.num_rows:
+            raise ConfigError(
+                f"data.heldout_fraction={data.heldout_fraction} holds no record out, as there is but one; add"
+                " records, or set it to 0"
+            )
     _check_size(config, train)
     choices = [data.sequence_length, data.packed, data.heldout_fraction, data.shuffle, weights]
     choices += [made.packing] * bool(made.packing)
@@ -243,6 +248,7 @@ def open_data(
             "packing": digest(choices),
             "rows": str(packing.VERSION),
             "order": mixture.version(weights),
+            **({"records": digest(made.encoder.key)} if made.encoder else {}),
         },
         notes=(*damage, *_notes(config, sources, train.parts, by_place=by_place)),
     )
@@ -285,10 +291,10 @@ def _notes(
                 " come back from its tokens); no nats per byte are told, as they would flatter"
             )
     if by_place:
-        yield (
-            "data.heldout_fraction: as no document falls to the held-out side, the last"
-            f" {config.data.heldout_fraction:.3g} of the text is held out"
-        )
+        last = f"the last {config.data.heldout_fraction:.3g} of the text is"
+        if any(part.corpus.marks is not None for part in parts):
+            last = "the last records are"
+        yield f"data.heldout_fraction: as no document falls to the held-out side, {last} held out"
 
 
 def _check_size(config: Config, train: Dataset) -> None:

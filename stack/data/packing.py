@@ -242,6 +242,11 @@ def _cut_at_place(corpus: Corpus, fraction: float, decode: Callable[[np.ndarray]
     """Both sides of the place before which all but a fraction of the tokens lie."""
     total = int(corpus.offsets[-1])
     place = min(max(int(total * (1 - fraction)), 2), total - 2)
+    if corpus.marks is not None:  # A record lies on one side, the only one on that which is trained on.
+        last = len(corpus.offsets) - 2
+        number = min(max(int(np.searchsorted(corpus.offsets[:], place)), 1), last) if last else 1
+        place = int(corpus.offsets[number])
+        return {"train": Cut((0, place), 0), "heldout": Cut((place, total), 0)}
     document = int(np.searchsorted(corpus.offsets[:], place, side="right")) - 1
     start, end = (int(offset) for offset in corpus.offsets[document : document + 2])
     if place <= start + 1:  # Between two documents.

@@ -87,7 +87,9 @@ def json_text(line: str, field: str | None, where: Callable[[], str]) -> str | N
     return Record.at(line.strip(), where()) if field is None else text_at(record, field, where)
 
 
-def text_at(record: dict[str, object], field: str, where: Callable[[], str]) -> str | None:
+def text_at(
+    record: dict[str, object], field: str, where: Callable[[], str], *, setting: str = "field"
+) -> str | None:
     """The text that a record holds under a field's name, or at a path of names and list indices, `a.0.b`.
 
     None where it is null, or what should hold it is.
@@ -96,16 +98,17 @@ def text_at(record: dict[str, object], field: str, where: Callable[[], str]) -> 
         record: as JSON gives it.
         field: a name the record has goes before a path.
         where: names the record's place.
+        setting: what names the field.
 
     Raises:
         StackError: no such field, or what it holds is no text.
     """
-    text = record[field] if field in record else _value_at(record, field, where)
+    text = value_at(record, field, where, setting=setting)
     if text is None:
         return None
     if not isinstance(text, str):
         raise StackError(
-            f"{where()}: field {field!r} holds a {type(text).__name__}, not text; set field to a text"
+            f"{where()}: field {field!r} holds a {type(text).__name__}, not text; set {setting} to a text"
         )
     try:
         text.encode()
@@ -117,7 +120,11 @@ def text_at(record: dict[str, object], field: str, where: Callable[[], str]) -> 
     return text
 
 
-def _value_at(record: object, path: str, where: Callable[[], str]) -> object:
+def value_at(record: dict[str, object], path: str, where: Callable[[], str], *, setting: str) -> object:
+    """The same of any value."""
+    if path in record:
+        return record[path]
+    value: object
     value, above = record, ""
     for key in path.split("."):
         if value is None:
@@ -128,7 +135,7 @@ def _value_at(record: object, path: str, where: Callable[[], str]) -> object:
             value = value[int(key)]
         else:
             raise StackError(
-                f"{where()}: no field {path!r}; {_what_is_there(value, above)}; set field to one of them"
+                f"{where()}: no field {path!r}; {_what_is_there(value, above)}; set {setting} to one of them"
             )
         above = f"{above}.{key}" if above else key
     return value

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,10 +134,28 @@ def keep(key: Key, tiles: Mapping[str, Any], *, seconds: float, default_seconds:
             shutil.rmtree(path)
         durable.write_text(path, entry.model_dump_json(indent=1) + "\n")
     except OSError as error:
-        raise StackError(
-            f"{path} cannot be written: {error.strerror}; set XDG_CACHE_HOME to a folder that can"
-        ) from error
+        raise _unwritable(path, error) from error
     return path
+
+
+def check_writable(key: Key) -> None:
+    """Refuses, before anything is measured, to keep an entry where none can be.
+
+    Raises:
+      StackError: it cannot be written.
+    """
+    if key.path is None:
+        raise StackError("tuned tiles cannot be kept: there is no home; set XDG_CACHE_HOME to a folder")
+    try:
+        durable.make_folder(key.path.parent)
+        with tempfile.NamedTemporaryFile(dir=key.path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(key.path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> StackError:
+    return StackError(f"{path} cannot be written: {error.strerror}; set XDG_CACHE_HOME to a folder that can")
 
 
 def _key(of: Key | Entry) -> tuple[Any, ...]:

@@ -26,7 +26,8 @@ class _Fields:
     def __call__(self, record: dict[str, Any], place: str) -> Sequence[Part]:
         """A prompt may be empty."""
         text = partial(text_at, record, where=lambda: place)
-        return [(text(self.prompt) or "", False), (text(self.completion) or "", True)]
+        prompt = text(self.prompt, setting="objective.prompt") or ""
+        return [(prompt, False), (text(self.completion, setting="objective.completion") or "", True)]
 
 
 class Completion(Records):

@@ -84,6 +84,9 @@ class PartsEncoder:
         if len(tokens) and tokens[0] == self.tokenizer.bos:  # The template's; every document begins with one.
             first, written = parts[0]
             tokens, parts = tokens[1:], [(first[1:], written), *parts[1:]]
+        if len(tokens) and tokens[-1] == self.tokenizer.eos:  # And ends with one.
+            last, written = parts[-1]
+            tokens, parts = tokens[:-1], [*parts[:-1], (last[:-1], written)]
         marks = np.repeat([0, *(written for _, written in parts)], [1, *(len(ids) for ids, _ in parts)])
         marks = np.append(marks, parts[-1][1]).astype(np.int32)
         most = self.sequence_length - 1  # Of the two that stand around them one is not read.

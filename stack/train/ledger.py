@@ -140,9 +140,16 @@ class Ledger:
         """
         named = self._config.data.tokenizer
         is_here = named == "bytes" or expand(named).is_file()
-        if is_here and load_tokenizer(named).fingerprint != tokenizer.fingerprint:
+        if not is_here:
+            return
+        now, other = load_tokenizer(named), None
+        if now.fingerprint != tokenizer.fingerprint:
+            other = "tokenizer"
+        elif self._config.objective.reads_template and now.chat_template != tokenizer.chat_template:
+            other = "chat template"
+        if other:
             raise StackError(
-                f"{self._folder}: the run began with another tokenizer than data.tokenizer={named} is now;"
+                f"{self._folder}: the run began with another {other} than data.tokenizer={named} has now;"
                 " restore it, or start a new run under another name"
             )
 

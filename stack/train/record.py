@@ -38,9 +38,10 @@ _CONTENT = {
     "corpus": "data.sources",
     "rows": "data.rows",
     "order": "data.order",
+    "records": "data.records",
 }
-"""What a fingerprint's parts are called: the last two are how this version of Stack makes rows of documents,
-and orders them."""
+"""What a fingerprint's parts are called: rows and order are how this version of Stack makes rows of documents
+and orders them; records is how an objective reads them, a chat template among it."""
 _BEFORE = {"init_from": None, "kernels": {"matmul": "xla"}}
 """What a config that does not say it began with."""
 _DROPOUT = "attention dropout"

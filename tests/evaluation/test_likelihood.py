@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ ASKED = [
 ]
 
 
-def made(mesh: dict | None = None, devices: int = 1, **changes):
+def made(mesh: dict | None = None, devices: int = 1, **changes: Any) -> tuple[Any, Any]:
     tree = TREE | {"mesh": mesh or ONE} | changes
     program = programs.build(Config.model_validate(tree), jax.devices()[:devices])
     with meshes.use(program.mesh):
@@ -51,7 +52,7 @@ def made(mesh: dict | None = None, devices: int = 1, **changes):
 
 
 @pytest.fixture(scope="module")
-def one():
+def one() -> tuple[Any, Any]:
     return made()
 
 
@@ -85,8 +86,10 @@ def test_a_likelihood_is_that_of_the_scores_in_float64(one):
     ],
 )
 def test_every_mesh_tells_the_same(one, mesh):
-    expected = likelihoods(*one, ASKED)
-    told = likelihoods(*made(mesh, 8), ASKED)
+    program, params = one
+    expected = likelihoods(program, params, ASKED)
+    program, params = made(mesh, 8)
+    told = likelihoods(program, params, ASKED)
     np.testing.assert_allclose([each.nll for each in told], [each.nll for each in expected], rtol=1e-5)
     assert [each.is_greedy for each in told] == [each.is_greedy for each in expected]
 
@@ -161,14 +164,16 @@ def test_a_file_that_cannot_be_read_is_told_with_its_line(one, tmp_path, content
     path = tmp_path / "passages.jsonl"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    program, params = one
     with pytest.raises(StackError, match=re.escape(words)):
-        last_words(*one, ByteTokenizer(), str(path))
+        last_words(program, params, ByteTokenizer(), str(path))
 
 
 def test_what_cannot_be_scored_is_told(one):
+    program, params = one
     for asked in (Continuation([], [1]), Continuation([1], []), Continuation([1], [1] * 49)):
         with pytest.raises(StackError, match=r"continuation 0 has .* it takes 1 to 48"):
-            likelihoods(*one, [asked])
+            likelihoods(program, params, [asked])
     encoder = TREE["model"] | {"kind": "encoder"}
     program, params = made(model=encoder, objective={"kind": "masked_words"})
     with pytest.raises(StackError, match="likelihoods are of decoders"):

@@ -185,6 +185,8 @@ def test_a_cache_that_cannot_be_written_is_one_line(home):
     (home / "stack").write_text("a file")
     with pytest.raises(StackError, match=r"cannot be written: Not a directory; set XDG_CACHE_HOME"):
         keep(KEY, TILES, seconds=1.0, default_seconds=1.0)
+    with pytest.raises(StackError, match=r"cannot be written: Not a directory; set XDG_CACHE_HOME"):
+        tuned.check_writable(KEY)  # Before anything is measured.
     assert looked()[2][0].endswith("`stack kernels tune` writes them anew")
 
 

@@ -22,6 +22,7 @@ from stack.step import program as programs
 from stack.step import state as states
 from stack.step.step import eval_step
 
+SAYS = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 GOLDEN = json.loads(Path(__file__).parents[1].joinpath("goldens", "chat.json").read_text("utf-8"))
 
 
@@ -83,8 +84,10 @@ def test_a_conversation_is_that_of_transformers(chat_tokenizer, number):
     ids, said = golden["ids"], golden["said"]
     if ids[0] == tokenizer.bos:  # Which every document of ours begins with.
         ids, said = ids[1:], said[1:]
+    if ids[-1] == tokenizer.eos:  # And ends with.
+        ids, said = ids[:-1], said[:-1]
     assert record.tokens.tolist() == ids
-    assert record.marks.tolist() == [0, *said, said[-1]]
+    assert record.marks.tolist() == [0, *said, golden["said"][-1]]
     objective = build(config(kind="chat"))
     (asked,) = encode_prompts(tokenizer, [golden["messages"][0]["content"]], objective)
     start = [] if golden["ask"].startswith(golden["bos_token"]) else [tokenizer.bos]
@@ -163,17 +166,21 @@ def test_long_records_are_refused_left_out_or_cut():
     assert encode(record, length=6, objective={"too_long": "cut"}) is None, "nothing of it is predicted"
 
 
-TURNS = GOLDEN["conversations"][0]["template"]
-
-
 @pytest.mark.parametrize(
     ("kind", "record", "words"),
     [
-        ("completion", {"completion": "b"}, ["here:1", "prompt", "fields present: completion"]),
+        ("completion", {"completion": "b"}, ["here:1", "fields present: completion; set objective.prompt"]),
         ("completion", {"prompt": "a", "completion": " "}, ["here:1", "empty"]),
         ("completion", {"prompt": 3, "completion": "b"}, ["here:1", "'prompt'", "int"]),
         ("chat", {"text": "a"}, ["here:1", "'messages'", "fields present: text", "objective.messages"]),
-        ("chat", {"messages": []}, ["here:1", "no list of messages"]),
+        ("chat", {"messages": []}, ["here:1", "an empty list", "objective.messages"]),
+        ("chat", {"messages": None}, ["here:1", "NoneType", "objective.messages"]),
+        (
+            "chat",
+            SAYS | {"messages": [{**SAYS["messages"][0], "calls": [{"name": "<|turn|>"}]}]},
+            ["<|turn|>"],
+        ),
+        ("chat", {"messages": [{"role": "user", "content": "\ud83d"}]}, ["message 0", "surrogate"]),
         ("chat", {"messages": [{"role": "user"}]}, ["here:1", "message 0", "content"]),
         (
             "chat",
@@ -183,7 +190,7 @@ TURNS = GOLDEN["conversations"][0]["template"]
         (
             "chat",
             {"messages": [{"role": "user", "content": "a<|end|>"}, {"role": "assistant", "content": "b"}]},
-            ["here:1: message 0", "content", "'<|end|>'", "remove it"],
+            ["here:1: message 0", "'<|end|>'", "remove it"],
         ),
     ],
 )
@@ -204,6 +211,9 @@ def test_a_record_that_cannot_be_read_is_told_with_its_place(chat_tokenizer, kin
         ("{{ raise_exception('never') }}", StackError, ["here:1", "never"]),
         ("{{ messages | length }}{{ messages[0].content }}", StackError, ["here:1", "another way"]),
         ("{{ ''.__class__.__mro__ }}", StackError, ["here:1", "template fails"]),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", StackError, ["here:1", "template fails"]),
+        ("{{ messages | length | dictsort }}", StackError, ["here:1", "template fails"]),
+        ("{% set x = 'a' * 10000000000000 %}", StackError, ["here:1", "template fails: MemoryError"]),
     ],
 )
 def test_a_template_that_fails_is_told(chat_tokenizer, tmp_path, template, error, words):
@@ -229,6 +239,10 @@ def test_a_broken_line_is_told_with_its_number(tmp_path):
     ("changes", "words"),
     [
         ({"kind": "causal"}, ["data.sources.0.field=null", "name the field"]),
+        (
+            {"data": {"sources": [{"kind": "jsonl", "path": "x", "field": None, "min_characters": 2}]}},
+            ["data.sources.0", "min_characters", "remove them"],
+        ),
         ({"data": {"sources": [{"kind": "python"}]}}, ["data.sources.0", "jsonl or arrayrecord or hf"]),
         ({"data": {"sources": [{"kind": "jsonl", "path": "x"}]}}, ["data.sources.0", "field=null"]),
     ],
@@ -245,8 +259,40 @@ def test_a_tokenizer_is_trained_on_texts_and_not_on_records(tmp_path):
         train_bpe(config(tmp_path).data, 300, tmp_path / "tokenizer.json")
 
 
-def test_another_way_of_reading_makes_another_corpus(rows):
+def test_another_way_of_reading_is_told_by_the_fingerprint(rows):
     settings, _, data = rows
     other = settings.replace("objective.too_long=cut")
     again = open_data(other, examples=build(other).examples, show_progress=False)
-    assert again.fingerprint["corpus"] != data.fingerprint["corpus"]
+    assert {name for name in again.fingerprint if again.fingerprint[name] != data.fingerprint[name]} == {
+        "records"
+    }
+
+
+@pytest.mark.parametrize(("number", "sides"), [(2, (1, 1)), (7, (6, 1)), (40, (39, 1))])
+def test_a_record_lies_on_one_side(tmp_path, number, sides):
+    """Where none is held out by its hash, the last ones are, whole."""
+    lines = [{"prompt": f"which {n}? ", "completion": "this " * (1 + n % 5)} for n in range(number)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = config(tmp_path, data={"heldout_fraction": 1e-9}, train={"batch_size": 1})
+    objective = build(settings)
+    data = open_data(settings, examples=objective.examples, show_progress=False)
+    assert (data.train.num_documents, data.heldout.num_documents) == sides
+    assert any("the last records are held out" in note for note in data.notes)
+    for side in (data.train, data.heldout):
+        for row in range(side.num_rows):
+            pairs = zip(side.pieces(row), side.marks(row), strict=True)
+            assert all(tokens[0] == 256 and marks[-1] == 1 and marks[0] == 0 for tokens, marks in pairs)
+
+
+def test_one_record_cannot_lie_on_both_sides(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    settings = config(tmp_path, data={"heldout_fraction": 0.01}, train={"batch_size": 1})
+    with pytest.raises(ConfigError, match="there is but one; add records, or set it to 0"):
+        open_data(settings, examples=build(settings).examples, show_progress=False)
+
+
+def test_records_that_are_all_too_long_are_told(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a" * 80, "completion": "b"}))
+    settings = config(tmp_path, objective={"too_long": "leave_out"}, train={"batch_size": 1})
+    with pytest.raises(StackError, match=r"no record with something to predict in data\.sequence_length"):
+        open_data(settings, examples=build(settings).examples, show_progress=False)
