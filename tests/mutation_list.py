@@ -6,6 +6,27 @@ from mutation_fp8 import FP8
 MUTATIONS = (
     *FP8,
     Mutation(
+        "what is given is predicted too",
+        "stack/objectives/records.py",
+        "labels[: len(marked)][marked == 0] = padding",
+        "labels[: len(marked)][marked == 7] = padding",
+        "tests/objectives/test_records.py",
+    ),
+    Mutation(
+        "a record is held out in part",
+        "stack/data/packing.py",
+        "if corpus.marks is not None:",
+        "if corpus.marks is not None and fraction > 1:",
+        "tests/objectives/test_records.py",
+    ),
+    Mutation(
+        "a likelihood is of the token before",
+        "stack/evaluation/likelihood.py",
+        "labels = whole[1:].copy()",
+        "labels = whole[:-1].copy()",
+        "tests/evaluation/test_likelihood.py",
+    ),
+    Mutation(
         "rows at a border are stored for the wrong group",
         "stack/kernels/grouped_matmul/mosaic_gpu/by_token.py",
         "jnp.where(is_mine, result.astype(jnp.bfloat16), others)",
@@ -176,15 +197,15 @@ MUTATIONS = (
     Mutation(
         "z-loss without a gradient",
         "stack/kernels/linear_cross_entropy/xla_chunked.py",
-        "(1.0 + 2.0 * head.z_loss * normaliser) / total",
-        "1.0 / total",
+        "(1.0 + 2.0 * head.z_loss * read.normaliser) / read.total",
+        "1.0 / read.total",
         "tests/kernels/linear_cross_entropy",
     ),
     Mutation(
         "soft cap without a slope",
         "stack/kernels/linear_cross_entropy/xla_chunked.py",
-        "slope = 1.0 - jnp.square(scores / head.softcap)",
-        "slope = 1.0 + 0.0 * scores",
+        "slope = 1.0 - jnp.square(read.scores / head.softcap)",
+        "slope = 1.0 + 0.0 * read.scores",
         "tests/kernels/linear_cross_entropy",
     ),
     Mutation(
