@@ -142,14 +142,12 @@ class Ledger:
         is_here = named == "bytes" or expand(named).is_file()
         if not is_here:
             return
-        now, other = load_tokenizer(named), None
-        if now.fingerprint != tokenizer.fingerprint:
-            other = "tokenizer"
-        elif self._config.objective.reads_template and now.chat_template != tokenizer.chat_template:
-            other = "chat template"
-        if other:
+        now = load_tokenizer(named)
+        same = not self._config.objective.reads_template or now.chat_template == tokenizer.chat_template
+        if now.fingerprint != tokenizer.fingerprint or not same:
+            what = "chat template" if now.fingerprint == tokenizer.fingerprint else "tokenizer"
             raise StackError(
-                f"{self._folder}: the run began with another {other} than data.tokenizer={named} has now;"
+                f"{self._folder}: the run began with another {what} than data.tokenizer={named} is now;"
                 " restore it, or start a new run under another name"
             )
 
