@@ -82,7 +82,7 @@ class Examples(Protocol):
 class Plain:
     """Rows as they are packed: every token is predicted from those before it."""
 
-    encoder = None
+    encoder: Encoder | None = None
     packing = ""
 
     def room(self, lengths: Int64[np.ndarray, " pieces"]) -> Int64[np.ndarray, " pieces"]:

@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+from stack.config import SourceConfig
 from stack.config.errors import StackError
 from stack.config.paths import expand
-from stack.data.records import text_at
+from stack.data.records import Record, read_jsonl, text_at
+from stack.data.text_files import read_text
 from stack.data.tokenizer import Tokenizer
 from stack.evaluation.likelihood import Continuation, likelihoods, perplexity, windows
 from stack.step.program import Program
@@ -104,25 +106,15 @@ def _split(tokenizer: Tokenizer, given: Any, whole: Any) -> Continuation:
 def _texts(path: str, *, lines: bool = False) -> Iterator[tuple[str, str]]:
     """Texts of a file, and where each stands."""
     file = expand(path)
-    try:
-        content = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
-        raise StackError(f"{file}: cannot be read: {reason}; give the path of a text") from error
-    if Path(file).suffix != ".jsonl" and not lines:
-        yield str(file), content
+    if not file.is_file():
+        raise StackError(f"{file}: there is no such file; give the path of a text")
+    if ".jsonl" in file.suffixes:
+        for record in read_jsonl(SourceConfig(kind="jsonl", path=str(file), field=None), file):
+            assert isinstance(record, Record)
+            text = text_at(json.loads(record), "text", partial(str, record.place), setting="the field")
+            yield record.place, text or ""
         return
-    for number, line in enumerate(content.split("\n"), 1):
-        place = f"{file}:{number}"
-        if not line.strip():
-            continue
-        if Path(file).suffix != ".jsonl":
-            yield place, line
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise StackError(f"{place}: not JSON: {error}; mend or remove the line") from error
-        if not isinstance(record, dict):
-            raise StackError(f"{place}: a JSON {type(record).__name__}, not an object with a field 'text'")
-        yield place, text_at(record, "text", lambda place=place: place) or ""
+    content = "".join(read_text(SourceConfig(kind="text", path=str(file)), file))
+    for number, text in enumerate(content.split("\n") if lines else [content], 1):
+        if text.strip():
+            yield f"{file}:{number}", text

@@ -1,5 +1,6 @@
 """The table of what was measured on devices, `measured.yaml`."""
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Literal
@@ -75,3 +76,12 @@ def measured() -> Table:
     """All that was measured."""
     text = files("stack.kernels").joinpath("measured.yaml").read_text("utf-8")
     return Table.model_validate(yaml.safe_load(text))
+
+
+def fastest(entries: Iterable[Measured]) -> tuple[str, str] | None:
+    """The implementation that gains most over `xla`, and the reason to take it; None: none gains."""
+    timed = [entry for entry in entries if entry.speed > 1]
+    if not timed:
+        return None
+    best = max(timed, key=lambda entry: entry.speed)
+    return best.implementation, f"measured on {best.device}: {best.speed:.3g} times as fast as xla"

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Integer
 
 from stack.config import Config, RecordsConfig
 from stack.config.errors import StackError
 from stack.data.dataset import Dataset
-from stack.data.examples import Encoded, Encoder
+from stack.data.examples import Encoded, Encoder, Plain
 from stack.data.fields import Field
 from stack.data.records import json_text
 from stack.data.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ class PartsEncoder:
         )
 
 
-class MarkedExamples:
+class MarkedExamples(Plain):
     """Rows of records; see `stack.data.examples.Examples`."""
 
     packing = "records 1"
@@ -110,10 +110,6 @@ class MarkedExamples:
     def __init__(self, encoder: Encoder) -> None:
         """What reads the records."""
         self.encoder = encoder
-
-    def room(self, lengths: Int64[np.ndarray, " pieces"]) -> Int64[np.ndarray, " pieces"]:
-        """A place for each token."""
-        return lengths
 
     def read(
         self,

@@ -156,8 +156,8 @@ def test_the_last_word_is_what_follows_the_last_space(one, tmp_path):
         ('{"text": "a b"}\n{', "passages.jsonl:2: not JSON"),
         ("[1]", "passages.jsonl:1: a JSON list"),
         ("", "holds no passage"),
-        (b"\xff", "passages.jsonl: cannot be read: not UTF-8"),
-        (None, "passages.jsonl: cannot be read: No such file"),
+        (b"\xff", "passages.jsonl: the byte at offset 0 is not utf-8"),
+        (None, "passages.jsonl: there is no such file"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_with_its_line(one, tmp_path, content, words):

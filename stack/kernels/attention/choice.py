@@ -12,7 +12,7 @@ from stack.kernels.attention.dropout import Dropout
 from stack.kernels.attention.mask import Kind, Mask
 from stack.kernels.attention.request import Request
 from stack.kernels.attention.tiling import TILINGS, Tiled, Tiles, Tiling
-from stack.kernels.measured import MeasuredAttention, measured
+from stack.kernels.measured import MeasuredAttention, fastest, measured
 from stack.parallel.rules import Layout
 
 LONG = 256
@@ -134,11 +134,9 @@ def choose(request: Request, wanted: str = "auto") -> Choice:
     here = {name: texts for name, texts in obstacles.items() if KERNELS[name].installed()}
     cannot = [f"{_listed(names)} cannot: {text}" for text, names in _by_text(here).items()]
     able = [name for name, texts in obstacles.items() if not texts]
-    timed = [entry for name in able for entry in fitting(request, name) if entry.speed > 1]
-    if timed:
-        best = max(timed, key=lambda entry: entry.speed)
-        reason = f"measured on {best.device}: {best.speed:.3g} times as fast as xla"
-        return Choice(kernel=best.implementation, reason=reason, measured=True)
+    if best := fastest(entry for name in able for entry in fitting(request, name)):
+        kernel, reason = best
+        return Choice(kernel=kernel, reason=reason, measured=True)
     stores_none = [name for name in able if not KERNELS[name].stores_scores]
     long = request.length is None or request.length >= LONG
     if request.platform != "cpu":

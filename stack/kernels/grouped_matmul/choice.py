@@ -9,7 +9,7 @@ import jax
 from stack.config.errors import ConfigError
 from stack.kernels.grouped_matmul import mosaic_gpu, xla, xla_chunked
 from stack.kernels.grouped_matmul.request import Request
-from stack.kernels.measured import MeasuredGroups, measured
+from stack.kernels.measured import MeasuredGroups, fastest, measured
 
 
 @runtime_checkable
@@ -116,11 +116,9 @@ def choose(request: Request, wanted: str = "auto") -> Choice:
         return Choice(kernel=wanted, reason="asked for", measured=bool(fitting(request, wanted)))
     cannot = [f"{name} cannot: {'; '.join(texts)}" for name, texts in obstacles.items() if texts]
     able = [name for name, texts in obstacles.items() if not texts]
-    timed = [entry for name in able for entry in fitting(request, name) if entry.speed > 1]
-    if timed:
-        best = max(timed, key=lambda entry: entry.speed)
-        reason = f"measured on {best.device}: {best.speed:.3g} times as fast as xla"
-        return Choice(kernel=best.implementation, reason=reason, measured=True)
+    if best := fastest(entry for name in able for entry in fitting(request, name)):
+        kernel, reason = best
+        return Choice(kernel=kernel, reason=reason, measured=True)
     plain = "nothing was measured at such shapes on such a device; xla would copy tokens for each group"
     return Choice(kernel="xla_chunked", reason="; ".join([plain, *cannot]))
 
