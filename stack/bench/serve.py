@@ -31,6 +31,15 @@ class UnableError(Exception):
     """What a contestant cannot do by its nature; no failure."""
 
 
+def refuse(reason: str) -> Ready:
+    """A contestant that cannot.
+
+    Raises:
+      UnableError: always, with the reason.
+    """
+    raise UnableError(reason)
+
+
 def serve(makers: Mapping[str, Callable[[], Ready]], *, block_seconds: float, **about: Any) -> None:
     """Answers the parent until it hangs up.
 

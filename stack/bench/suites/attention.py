@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from stack.bench import data
 from stack.bench.case import Case, Machine
 from stack.bench.models import MODELS
-from stack.bench.serve import Ready, UnableError
+from stack.bench.serve import Ready, refuse
 from stack.bench.timing import queued, temporary_bytes
 from stack.hardware.chip import lookup
 from stack.kernels.attention import KERNELS, Request, attend, row_mask
@@ -100,7 +100,7 @@ def makers(spec: dict[str, Any], peers: list[str]) -> dict[str, Callable[[], Rea
     contestants: dict[str, Callable[[], Ready]] = {}
     for name, kernel in KERNELS.items():
         if obstacles := kernel.obstacles(request):
-            contestants[name] = partial(_refuse, "; ".join(obstacles))
+            contestants[name] = partial(refuse, "; ".join(obstacles))
         else:
             functions[name] = partial(_attend, name, spec["packed"])
     problem = _Problem(spec)
@@ -108,10 +108,6 @@ def makers(spec: dict[str, Any], peers: list[str]) -> dict[str, Callable[[], Rea
         for which in PASSES:
             contestants[f"{name}, {which}"] = partial(_prepare, function, problem, which)
     return contestants
-
-
-def _refuse(reason: str) -> Ready:
-    raise UnableError(reason)
 
 
 def _attend(

@@ -11,7 +11,7 @@ import numpy as np
 from stack.bench import data
 from stack.bench.case import Case, Machine
 from stack.bench.peers import tokamax
-from stack.bench.serve import Ready, UnableError
+from stack.bench.serve import Ready, refuse
 from stack.bench.suites.attention import LIMITS, relative_error
 from stack.bench.timing import queued, temporary_bytes
 from stack.hardware.chip import lookup
@@ -77,7 +77,7 @@ def makers(spec: dict[str, Any], peers: list[str]) -> dict[str, Callable[[], Rea
     contestants: dict[str, Callable[[], Ready]] = {}
     for name, kernel in KERNELS.items():
         if obstacles := kernel.obstacles(request):
-            contestants[name] = partial(_refuse, "; ".join(obstacles))
+            contestants[name] = partial(refuse, "; ".join(obstacles))
         else:
             functions[name] = partial(_multiply, name)
     if "tokamax" in peers:
@@ -87,10 +87,6 @@ def makers(spec: dict[str, Any], peers: list[str]) -> dict[str, Callable[[], Rea
         for which in PASSES:
             contestants[f"{name}, {which}"] = partial(_prepare, function, problem, which)
     return contestants
-
-
-def _refuse(reason: str) -> Ready:
-    raise UnableError(reason)
 
 
 def _multiply(name: str, tokens: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
