@@ -52,6 +52,8 @@ ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$controller
 SlurmdPort=$daemon
+# JAX makes its port of a job's number: no two Slurms of one machine count alike.
+FirstJobId=$controller
 SlurmUser=$(id -un)
 AuthType=auth/munge
 AuthInfo=socket=$folder/munge.socket

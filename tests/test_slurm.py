@@ -123,7 +123,8 @@ def test_a_rendered_job_goes_on_as_often_as_it_may(slurm, tmp_path) -> None:
     made = run_of(tmp_path, "few").replace("train.stop_after_minutes=0.02")
     script.write_text(render("slurm", made, nodes=1, gpus=2, restarts=1))
     job = submit_script(slurm, tmp_path, "few", script)
-    wait(lambda: state(slurm, job) == "PENDING" and steps(tmp_path, "few") > 0, log)
+    wait(lambda: steps(tmp_path, "few") > 0, log)
+    wait_for_state(slurm, job, "PENDING", log)
     time.sleep(3)  # What begins in the second in which it was queued again, Slurm takes for the old start.
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for_state(slurm, job, "FAILED", log)
