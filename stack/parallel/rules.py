@@ -20,6 +20,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "residual_length": (),  # ("tensor",) under sequence parallelism
     "target_length": (),
     "masked": (),
+    "units": (),
+    "classes": (),
     "types": (),
     "buckets": (),
     "embed": (),
