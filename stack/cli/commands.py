@@ -113,12 +113,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     asked = {word_perplexity: arguments.words, last_words: arguments.last_words}
     if arguments.answers and arguments.data is None:
         raise ConfigError("--answers is of a file: give --data FILE.jsonl")
+    if arguments.task is not None and arguments.data is None:
+        raise ConfigError("--task is of a file: give --data FILE.jsonl")
     with together():
         trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
         metrics = {} if any(asked.values()) or arguments.data else trainer.evaluate()
         if arguments.data:
             run = trainer.program, trainer.trained, trainer.words
-            metrics = evaluate_file(*run, arguments.data, answers=arguments.answers)
+            metrics = evaluate_file(*run, arguments.data, answers=arguments.answers, task=arguments.task)
         for evaluation, path in asked.items():
             if path is not None:
                 metrics |= evaluation(trainer.program, trainer.trained, trainer.words, path)
@@ -137,7 +139,7 @@ def predict(arguments: argparse.Namespace) -> None:
         trainer = Trainer.from_run(arguments.config, arguments.rest)
         name = f"{trainer.folder} {trainer.ledger.position.step} {arguments.rest}"
         run = trainer.program, trainer.trained, trainer.words
-        number = predict_file(*run, (arguments.input, arguments.output), name=name)
+        number = predict_file(*run, (arguments.input, arguments.output), name=name, task=arguments.task)
         if first():
             print(f"{number:,} records in {arguments.output}", flush=True)
 

@@ -109,6 +109,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     )
     text = "--data: compare what is written or extracted as well (ROUGE, BLEU, chrF, exact match)"
     evaluate.add_argument("--answers", action="store_true", help=text)
+    text = "--data: of several tasks the one that its records are of"
+    evaluate.add_argument("--task", metavar="NAME", help=text)
     evaluate.add_argument(
         "--words",
         metavar="FILE",
@@ -128,6 +130,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     _add_overrides(predict)
     text = "a .jsonl with a record in each line"
     predict.add_argument("--input", required=True, metavar="FILE", help=text)
+    predict.add_argument("--task", metavar="NAME", help="of several tasks the one that is asked")
     text = "the .jsonl to write: each record with its `prediction`"
     predict.add_argument("--output", required=True, metavar="FILE", help=text)
 
