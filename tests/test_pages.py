@@ -40,6 +40,7 @@ ELSEWHERE = {
 README, DATA, PLANNER = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "planner.md"
 INIT_FROM = ROOT / "docs" / "init_from.md"
 LAUNCH, WEIGHTS = ROOT / "docs" / "launch.md", ROOT / "docs" / "hugging_face.md"
+HEADS = ROOT / "docs" / "heads.md"
 OBJECTIVES, FINE_TUNING = ROOT / "docs" / "objectives.md", ROOT / "docs" / "fine_tuning.md"
 
 EVALUATION = ROOT / "docs" / "evaluation.md"
@@ -197,21 +198,35 @@ def test_the_page_on_evaluation_runs(folder) -> None:
     assert len(run("python likely.py", folder).splitlines()) == 2
 
 
-@pytest.mark.full
-def test_the_page_on_fine_tuning_runs_from_top_to_bottom(folder) -> None:
-    """After the README, whose run it begins with."""
+def run_page(page: Path, folder: Path, train: str) -> str:
+    """What the blocks of a page print, after the README, whose run they begin with; some runs are shorter."""
     if not (folder / "runs" / "quickstart").exists():
         run(_QUICKSTART, folder)
     printed = ""
-    for language, block in blocks(FINE_TUNING):
+    for language, block in blocks(page):
         if language == "yaml":
             name = re.match(r"# (\S+)\n", block)
             assert name, "a config says its name"
             (folder / name[1]).write_text(block)
+        elif language == "python":
+            (folder / "snippet.py").write_text(block)
+            printed += run("python snippet.py", folder)
         else:
-            printed += run(
-                block.replace("stack train functions.yaml", f"stack train functions.yaml {_SOME}"), folder
-            )
+            printed += run(block.replace(train, f"{train} {_SOME}"), folder)
+    return printed
+
+
+@pytest.mark.full
+def test_the_page_on_heads_runs_from_top_to_bottom(folder) -> None:
+    printed = run_page(HEADS, folder, "stack train kinds.yaml")
+    assert "macro_f1" in printed
+    assert "20 records in predicted.jsonl" in printed
+    assert "20 records in several.jsonl" in printed
+
+
+@pytest.mark.full
+def test_the_page_on_fine_tuning_runs_from_top_to_bottom(folder) -> None:
+    printed = run_page(FINE_TUNING, folder, "stack train functions.yaml")
     assert "):⏎    ⟦" in printed, "what is predicted begins after the prompt"
     for name in ("functions", "conversations"):
         assert (folder / "runs" / name / "metrics.jsonl").is_file()

@@ -1,6 +1,7 @@
 """What a task's model makes of records, in order, on the whole mesh."""
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from stack.config.errors import StackError
+from stack.data.records import Record
 from stack.data.tokenizer import Tokenizer
 from stack.data.units import Row, UnitEncoder, UnitExamples, lay_out
 from stack.objectives.completion import Completion
@@ -36,7 +38,7 @@ def predict(
     program: Program,
     params: dict[str, Any],
     tokenizer: Tokenizer,
-    records: Iterable[Given],
+    records: Iterable[Given | Mapping[str, Any]],
     *,
     task: str | None = None,
 ) -> Iterator[Answer]:
@@ -56,15 +58,23 @@ def predict(
       StackError: the objective answers no records, or a record that cannot be read; with its place.
     """
     objective = asked_task(program, task)
+    given = map(_given, itertools.count(), records)
     size = program.config.eval.batch_size or program.config.train.batch_size
     if isinstance(objective, Completion):
-        return _written(program, params, tokenizer, records, size)
+        return _written(program, params, tokenizer, given, size)
     if not isinstance(objective, Task):
         raise StackError(
             f"objective.kind={program.config.objective.kind} has no answers to records; ask for texts with:"
             " stack sample RUN PROMPT"
         )
-    return _scored(program, params, tokenizer, records, size, objective)
+    return _scored(program, params, tokenizer, given, size, objective)
+
+
+def _given(number: int, record: Given | Mapping[str, Any]) -> Given:
+    """A record with its place, which of one that has none is its number."""
+    if isinstance(record, Given):
+        return record
+    return Given(dict(record), Record.at(json.dumps(record), f"record {number}"))
 
 
 def asked_task(program: Program, task: str | None) -> Any:
