@@ -342,8 +342,9 @@ def prepare_data(arguments: argparse.Namespace) -> None:
     from stack.config.reading import load
     from stack.data.prepare import prepare
     from stack.objectives import build
+    from stack.objectives.labels import with_labels
 
-    config = load(arguments.config, arguments.rest)
+    config = with_labels(load(arguments.config, arguments.rest))
     for line in prepare(config, arguments.ray, build(config).examples):
         print(line, flush=True)
 
