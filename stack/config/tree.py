@@ -141,6 +141,11 @@ class Config(Section):
                 f" {' or '.join(able)}"
             )
         self._check_records()
+        if objective.has_reference and self.init_from is None:
+            raise ValueError(
+                f"objective.kind={objective.kind} compares with the model that the run began with, and one"
+                " of a seed prefers nothing; set init_from to one that was trained"
+            )
         sample = self.sample.model_copy(update={"at_end": True})  # That no text is shown is granted.
         if model.shape == "encoder" and (change := describe_changes(sample)):
             raise ValueError(

@@ -38,6 +38,14 @@ def show_held_out(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": [("held-out", known)]}
 
 
+def show_preferences(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The held-out loss over pairs, and how many are told apart."""
+    if "loss" not in summary:
+        return {}
+    known = f"{summary['loss']:.4f} nats per pair, {summary['accuracy']:.1%} right"
+    return {"rows": [("held-out", f"{known}, margin {summary['margin']:.3g}")]}
+
+
 def show_trigram(trainer: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
     """The same of a trigram model, if the config asks for it and there is held-out text."""
     if not (trainer.config.eval.baselines and "nats_per_byte" in summary):
@@ -92,6 +100,7 @@ def printable(text: str) -> str:
 
 ENDINGS: Mapping[str, Ending] = {
     "held_out": Ending(show=show_held_out),
+    "preferences": Ending(show=show_preferences),
     "trigram": Ending(show=show_trigram),
     "tables": Ending(show=show_tables),
     "sample": Ending(show=show_sample, check=check_sample),
