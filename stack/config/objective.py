@@ -246,7 +246,7 @@ class PreferredConfig(RecordsConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.z_loss:
-            raise ValueError(f"z_loss={self.z_loss} is no part of preferences; remove it")
+            raise ValueError(f"z_loss={self.z_loss} is no part of preferences; set it to 0")
         return self
 
 

@@ -201,7 +201,7 @@ def test_a_record_that_is_no_pair_is_told_with_its_place(chat, kind, record, cha
     ("changes", "words"),
     [
         ({"init_from": None}, ["objective.kind=preference", "init_from"]),
-        ({"objective": {"z_loss": 1e-4}}, ["z_loss", "remove it"]),
+        ({"objective": {"z_loss": 1e-4}}, ["z_loss", "set it to 0"]),
         ({"objective": {"label_smoothing": 0.5}}, ["label_smoothing"]),
         ({"model": {"kind": "encoder"}}, ["objective.kind=preference trains no model.kind=encoder"]),
         ({"data": {"sources": [{"kind": "jsonl", "path": "x"}]}}, ["data.sources.0", "field=null"]),
