@@ -63,7 +63,7 @@ def test_the_version_names_jax(capsys):
 
 
 VERBS = (
-    "train, launch, plan, kernels, eval, sample, show, import, export, checkpoint, config, data,"
+    "train, launch, plan, kernels, eval, predict, sample, show, import, export, checkpoint, config, data,"
     " doctor, bench"
 )
 

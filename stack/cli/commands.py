@@ -105,19 +105,41 @@ def tune_kernels(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Prints what a run's held-out text gives, or files of one's own."""
     defaults.import_jax()
+    from stack.evaluation.files import evaluate_file
     from stack.evaluation.texts import last_words, word_perplexity
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
 
     asked = {word_perplexity: arguments.words, last_words: arguments.last_words}
+    if arguments.answers and arguments.data is None:
+        raise ConfigError("--answers is of a file: give --data FILE.jsonl")
     with together():
         trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
-        metrics = {} if any(asked.values()) else trainer.evaluate()
+        metrics = {} if any(asked.values()) or arguments.data else trainer.evaluate()
+        if arguments.data:
+            run = trainer.program, trainer.trained, trainer.words
+            metrics = evaluate_file(*run, arguments.data, answers=arguments.answers)
         for evaluation, path in asked.items():
             if path is not None:
                 metrics |= evaluation(trainer.program, trainer.trained, trainer.words, path)
         if first():
             print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Writes what a run makes of each record of a file."""
+    defaults.import_jax()
+    from stack.evaluation.files import predict_file
+    from stack.parallel.processes import first, together
+    from stack.train.trainer import Trainer
+
+    with together():
+        trainer = Trainer.from_run(arguments.config, arguments.rest)
+        name = f"{trainer.folder} {trainer.ledger.position.step} {arguments.rest}"
+        run = trainer.program, trainer.trained, trainer.words
+        number = predict_file(*run, (arguments.input, arguments.output), name=name)
+        if first():
+            print(f"{number:,} records in {arguments.output}", flush=True)
 
 
 def sample(arguments: argparse.Namespace) -> None:

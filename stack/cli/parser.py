@@ -105,6 +105,11 @@ def _parser() -> tuple[_Parser, list[str]]:
     evaluate = _verb(verbs, "eval", commands.evaluate, "evaluate a run on its held-out text")
     evaluate.add_argument("config", metavar="RUN", help="the folder of a run")
     evaluate.add_argument(
+        "--data", metavar="FILE", help="all that the objective tells of a file of your own, .jsonl or a text"
+    )
+    text = "--data: compare what is written or extracted as well (ROUGE, BLEU, chrF, exact match)"
+    evaluate.add_argument("--answers", action="store_true", help=text)
+    evaluate.add_argument(
         "--words",
         metavar="FILE",
         help="perplexity by words of a text of your own, or of the `text` of each line of a .jsonl",
@@ -116,6 +121,15 @@ def _parser() -> tuple[_Parser, list[str]]:
     )
     _add_overrides(evaluate)
     _add_accept(evaluate)
+
+    text = "write what a run makes of each record of a file; goes on where it was ended"
+    predict = _verb(verbs, "predict", commands.predict, text)
+    predict.add_argument("config", metavar="RUN", help="the folder of a run")
+    _add_overrides(predict)
+    text = "a .jsonl with a record in each line"
+    predict.add_argument("--input", required=True, metavar="FILE", help=text)
+    text = "the .jsonl to write: each record with its `prediction`"
+    predict.add_argument("--output", required=True, metavar="FILE", help=text)
 
     sample = _verb(verbs, "sample", commands.sample, "generate text with a run")
     sample.add_argument("config", metavar="RUN", help="the folder of a run")

@@ -1,32 +1,26 @@
 """What a model is trained for."""
 
-from typing import ClassVar, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from stack.config.section import Section, one_of
+from stack.config.objective_section import ObjectiveSection
+from stack.config.section import one_of
+from stack.config.tasks import (
+    AnswersConfig,
+    ClassificationConfig,
+    KeySentencesConfig,
+    RerankingConfig,
+    RetrievalConfig,
+    TaggingConfig,
+)
 
 DECODERS = ("decoder",)
 PAIRS = ("decoder", "encoder_decoder")
 
 
-class WordsConfig(Section):
+class WordsConfig(ObjectiveSection):
     """What all objectives over words share."""
-
-    implementation: ClassVar[str]
-    """The class that computes it, as `module:class`: config imports no objective."""
-    shapes: ClassVar[tuple[str, ...]]
-    """Of the models that it trains."""
-    every_token: ClassVar[bool] = False
-    """Whether every token of the text is predicted once, so that its loss is one of the text."""
-    reads_records: ClassVar[bool] = False
-    """Whether a document is a whole record and not a text; `source.field` is then null."""
-    reads_template: ClassVar[bool] = False
-    """Whether the tokenizer's chat template decides what is read."""
-    has_reference: ClassVar[bool] = False
-    """Whether it compares with the model that the run began with, which then is one that was trained."""
-    has_baselines: ClassVar[bool] = False
-    """Whether there is what `eval.baselines` asks for."""
 
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-normaliser (arXiv 2204.02311, 1e-4 there)."""
@@ -283,10 +277,16 @@ type ObjectiveConfig = (
     | ChatConfig
     | PreferenceConfig
     | ChatPreferenceConfig
+    | ClassificationConfig
+    | TaggingConfig
+    | AnswersConfig
+    | KeySentencesConfig
+    | RetrievalConfig
+    | RerankingConfig
 )
 """Any of the objectives: THE list, which alone names their classes."""
 
-OBJECTIVES: tuple[type[WordsConfig], ...] = get_args(ObjectiveConfig.__value__)
+OBJECTIVES: tuple[type[ObjectiveSection], ...] = get_args(ObjectiveConfig.__value__)
 """Their classes."""
 
 AnyObjective = one_of(ObjectiveConfig)

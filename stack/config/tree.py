@@ -147,10 +147,12 @@ class Config(Section):
                 " of a seed prefers nothing; set init_from to one that was trained"
             )
         sample = self.sample.model_copy(update={"at_end": True})  # That no text is shown is granted.
-        if model.shape == "encoder" and (change := describe_changes(sample)):
-            raise ValueError(
-                f"sample.{change} is not read with model.kind={model.kind}, which writes no text; remove it"
+        writes = model.shape != "encoder" and objective.scores_words
+        if not writes and (change := describe_changes(sample)):
+            that = (
+                f"model.kind={model.kind}" if model.shape == "encoder" else f"objective.kind={objective.kind}"
             )
+            raise ValueError(f"sample.{change} is not read with {that}, which writes no text; remove it")
         if self.eval.baselines and not objective.has_baselines:
             those = [kind_of(section) for section in OBJECTIVES if section.has_baselines]
             raise ValueError(

@@ -233,10 +233,11 @@ def _tokenize(
     texts, documents = ([some[number] for number in wanted] for some in (texts, documents))
     marks = None
     if encoder is not None:
-        read = [(text, record) for text, record in zip(texts, encoder(texts), strict=True) if record]
-        left_out += len(texts) - len(read)
-        texts, ids = [text for text, _ in read], [record.tokens for _, record in read]
-        marks = np.concatenate([np.zeros(0, np.int32), *(record.marks for _, record in read)])
+        made = encoder(texts)
+        left_out += sum(not parts for parts in made)
+        read = [(text, part) for text, parts in zip(texts, made, strict=True) for part in parts]
+        texts, ids = [text for text, _ in read], [part.tokens for _, part in read]
+        marks = np.concatenate([np.zeros(0, np.int32), *(part.marks for _, part in read)])
     else:
         ids = tokenizer.encode_batch(texts) if is_text and texts else documents
     encoded = [text.encode() for text in texts]

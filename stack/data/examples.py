@@ -34,8 +34,8 @@ class Encoder(Protocol):
         """Names all that decides what it makes of a record, beside the tokenizer."""
         ...
 
-    def __call__(self, records: Sequence[str]) -> list[Encoded | None]:
-        """Tokens of records of JSON, in order; None: one that is left out.
+    def __call__(self, records: Sequence[str]) -> Sequence[Sequence[Encoded]]:
+        """Tokens of records of JSON, in order: none of one that is left out, several of one in parts.
 
         Raises:
           StackError: a record that it cannot read; with its place.

@@ -245,6 +245,8 @@ def _cut_at_place(corpus: Corpus, fraction: float, decode: Callable[[np.ndarray]
     if corpus.marks is not None:  # A record lies on one side, the only one on that which is trained on.
         last = len(corpus.offsets) - 2
         number = min(max(int(np.searchsorted(corpus.offsets[:], place)), 1), last) if last else 1
+        while number < last and corpus.hashes[number] == corpus.hashes[number - 1]:  # Parts of one record.
+            number += 1
         place = int(corpus.offsets[number])
         return {"train": Cut((0, place), 0), "heldout": Cut((place, total), 0)}
     document = int(np.searchsorted(corpus.offsets[:], place, side="right")) - 1

@@ -97,6 +97,13 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, Integer[np.ndarray, "tokens 2"]]:
+        """Ids of a text, without bos and eos, and the characters of it that each is of: first, and last + 1.
+
+        Of a character in several tokens, each is of all of it.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Writes what `load_tokenizer` reads back as its equal, if it needs a file."""
         ...
@@ -142,6 +149,11 @@ class ByteTokenizer:
         parts = [enumerate(_MARK.split(text)) for text in texts]
         ids = [[[self.token(part)] if i % 2 else list(part.encode()) for i, part in some] for some in parts]
         return [np.array(list(itertools.chain(*some)), np.int32) for some in ids]
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, Integer[np.ndarray, "tokens 2"]]:
+        """Each byte is of its character."""
+        of = np.repeat(np.arange(len(text)), [len(letter.encode()) for letter in text])
+        return np.frombuffer(text.encode(), np.uint8), np.stack([of, of + 1], axis=1)
 
     def save(self, folder: Path) -> None:
         """Bytes need no file."""
@@ -213,6 +225,11 @@ class HuggingFaceTokenizer:
         # the plain `encode` keeps the lock.
         encodings = (model.encode_batch_fast([text], add_special_tokens=False)[0] for text in texts)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, Integer[np.ndarray, "tokens 2"]]:
+        """As the library has them, which some tokenizers let begin with the space before a word."""
+        encoding = self.model.encode_batch([text], add_special_tokens=False)[0]
+        return np.array(encoding.ids, np.uint32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
     def save(self, folder: Path) -> None:
         """Writes a tokenizer.json, the tokenizer_config.json that names its marks, and the chat template."""

@@ -5,19 +5,26 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from stack.config import Config
 from stack.config.errors import StackError
 from stack.data.dataset import Dataset
 from stack.data.loader import heldout_batches, prefetch
+from stack.objectives.protocol import Outputs, Sums
 from stack.step.program import Program
 
-EvalStep = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]
-"""(params, batch) -> the objective's sums: `stack.step.step.eval_step` of a program, jitted."""
+EvalStep = Callable[[dict[str, Any], dict[str, jax.Array]], tuple[Sums, Outputs]]
+"""(params, batch) -> the objective's sums and outputs: `stack.step.step.eval_step` of a program, jitted."""
 
 
 def evaluate(
-    program: Program, eval_step: EvalStep, params: dict[str, Any], heldout: Dataset
+    program: Program,
+    eval_step: EvalStep,
+    params: dict[str, Any],
+    heldout: Dataset,
+    *,
+    every_batch: bool = False,
 ) -> dict[str, float]:
     """What the program's objective tells of the held-out set, or of `eval.batches` of it.
 
@@ -26,6 +33,7 @@ def evaluate(
       eval_step: the jitted step.
       params: that lie as `program.parameters`.
       heldout: the rows; the last batch is filled up with rows of padding.
+      every_batch: whatever `eval.batches` says.
 
     Raises:
       StackError: nothing is held out.
@@ -35,11 +43,19 @@ def evaluate(
     config, objective = program.config, program.objective
     size, chosen = heldout_numbers(config, heldout)
     make, number = heldout_batches(heldout, fields=objective.fields, batch_size=size, layout=program.layout)
-    parts = jax.device_get([eval_step(params, batch) for batch in prefetch(make, chosen)])
+    chosen = list(range(number)) if every_batch else chosen
+    parts, outputs = zip(
+        *jax.device_get([eval_step(params, batch) for batch in prefetch(make, chosen)]), strict=True
+    )
     sums = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
     # Of some batches the bytes are not counted; their share of the tokens stands for that of the bytes.
-    share = sums["tokens"] / heldout.num_tokens if len(chosen) < number else 1.0
-    return objective.evaluate(sums, num_bytes=share * heldout.num_bytes if heldout.is_lossless else None)
+    share = sums.get("tokens", 0) / heldout.num_tokens if len(chosen) < number else 1.0
+    return objective.evaluate(
+        sums,
+        {name: np.concatenate([each[name] for each in outputs]) for name in outputs[0]},
+        tokenizer=heldout.tokenizer,
+        num_bytes=share * heldout.num_bytes if heldout.is_lossless else None,
+    )
 
 
 def heldout_numbers(config: Config, heldout: Dataset) -> tuple[int, list[int]]:

@@ -12,6 +12,8 @@ from stack.parallel.rules import Layout
 
 EMBEDDING, ATTENTION, ATTENTION_OUT, MLP_OUT, CROSS, CROSS_OUT = range(6)
 """The places of a layer where bits are drawn."""
+HEAD = 1 << 30
+"""The number of a head, as of a layer."""
 
 
 def example_keys(seed: int, step: Int[Array, ""], example: Int[Array, " batch"]) -> Key[Array, " batch"]:

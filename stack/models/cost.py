@@ -133,7 +133,8 @@ def decoder_cost(config: LanguageConfig, *, sums: int = 2, kind: Kind = "causal"
 
     The head counts with its padded rows, also where it is the embedding.
     """
-    head = Product(inner=("embed", config.embed_dim), columns=("vocab", config.padded_vocab_size))
+    words = ("vocab", config.padded_vocab_size)
+    head = Product(inner=("embed", config.embed_dim), columns=words, tokens="masked")
     layers, local = block_cost(config, sums=sums, kind=kind), sum(config.local_layers)
     stacks = tuple(
         replace(layers, number=number, attention=replace(layers.attention, window=window))

@@ -71,6 +71,14 @@ class Decoder(nnx.Module):
         )
         return self._run(batch["tokens"], batch["positions"], mask, run, None, 0)[0]
 
+    def encode(self, batch: Mapping[str, jax.Array], run: Execution) -> jax.Array:
+        """The last hidden states, [batch, length, embed]; see `__call__`."""
+        return self(batch, run).hidden
+
+    def leave_out_words(self, *, pooler: bool) -> None:
+        """Takes away what only scores words."""
+        self.head = None
+
     def decode(
         self, tokens: jax.Array, mask: Mask, run: Execution, *, cache: Cache, slot: jax.Array | int
     ) -> tuple[Output, Cache]:

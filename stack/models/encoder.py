@@ -78,7 +78,7 @@ class Encoder(nnx.Module):
         self.embedding_norm = Norm(config.norm, embed, config.norm_epsilon) if config.embedding_norm else None
         self.layers = stack_layers(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs)
         self.final_norm = final_norm(config)
-        self.head = Head(config, rngs=rngs)
+        self.head: Head | None = Head(config, rngs=rngs)
         self.output = None if config.tied_embeddings else words(std=matrix_std(config, config.embed_dim))
         self.pooler = square(config, rngs) if config.pooler else None
 
@@ -100,6 +100,7 @@ class Encoder(nnx.Module):
         x = self.encode(batch, run)
         if "masked" in batch:
             x = select(x, batch["masked"], layout)
+        assert self.head is not None, "this model scores no words"
         x = gather_at_use(self.head, layout)(x, layout)
         table = gather_at_use(self.embed if self.output is None else self.output, layout).table[...]
         bias = None if self.head.bias is None else self.head.bias[...]
@@ -127,16 +128,21 @@ class Encoder(nnx.Module):
         x, _ = run_layers(layer, self.layers, x, run, state=state, unroll=config.scan_unroll)
         return layout.shard(x if self.final_norm is None else self.final_norm(x), "batch", "length", "embed")
 
+    def leave_out_words(self, *, pooler: bool) -> None:
+        """Takes away what only scores words; the pooler too, unless it is kept."""
+        self.head = self.output = None
+        self.pooler = self.pooler if pooler else None
+
     def pool(self, hidden: jax.Array, layout: Layout) -> jax.Array:
-        """The tanh of a square layer over the first token, [batch, length, embed] -> [batch, 1, embed].
+        """The tanh of a square layer, over first tokens, [batch, texts, embed] -> the same.
 
         Raises:
           ValueError: the model has no pooler.
         """
         if self.pooler is None:
             raise ValueError("this encoder has no pooler; set model.pooler=true")
-        first = layout.shard(hidden[:, :1], "batch", "length", "embed")
-        return jnp.tanh(gather_at_use(self.pooler, layout)(first, layout, ("batch", "length", "embed")))
+        hidden = layout.shard(hidden, "batch", "length", "embed")
+        return jnp.tanh(gather_at_use(self.pooler, layout)(hidden, layout, ("batch", "length", "embed")))
 
     def _embed(self, batch: Mapping[str, jax.Array], run: Execution) -> jax.Array:
         config, layout, dtype = self.config, run.layout, jnp.dtype(self.config.dtype)
@@ -156,6 +162,5 @@ class Encoder(nnx.Module):
 def encoder_cost(config: EncoderConfig) -> Cost:
     """As of a decoder, with all keys seen; the head is of the places that are hidden."""
     cost = decoder_cost(config, kind="full")
-    square = Product(inner=("embed", config.embed_dim), columns=("embed", config.embed_dim))
-    head = (*[square] * config.head_transform, *cost.head)
-    return Cost(stacks=cost.stacks, head=tuple(replace(product, tokens="masked") for product in head))
+    square = Product(inner=("embed", config.embed_dim), columns=("embed", config.embed_dim), tokens="masked")
+    return Cost(stacks=cost.stacks, head=(*[square] * config.head_transform, *cost.head))

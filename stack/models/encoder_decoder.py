@@ -103,7 +103,7 @@ class EncoderDecoder(nnx.Module):
         )
         self.embed = words(std=config.init_std, rngs=rngs)
         self.encoder = Side(config, Block, config.num_layers, both_ways=True, rngs=rngs)
-        self.decoder = Side(config, CrossBlock, config.decoder_layers, both_ways=False, rngs=rngs)
+        self.decoder: Any = Side(config, CrossBlock, config.decoder_layers, both_ways=False, rngs=rngs)
         std = matrix_std(config, config.embed_dim)
         self.head = None if config.tied_embeddings else words(std=std, rngs=rngs)
 
@@ -162,6 +162,10 @@ class EncoderDecoder(nnx.Module):
         x = self._embed(self.encoder, batch["tokens"], batch["positions"], run)
         x, _ = run_layers(layer, self.encoder.layers, x, run, unroll=self.config.scan_unroll)
         return self.encoder.end(x, run)
+
+    def leave_out_words(self, *, pooler: bool) -> None:
+        """Takes away what only writes words: the decoder too."""
+        self.decoder = self.head = None
 
     def remember(self, batch: Mapping[str, jax.Array], run: Execution) -> Memory:
         """What is read, ready for `decode`: keys and values are computed once for all that is written.

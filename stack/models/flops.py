@@ -39,6 +39,8 @@ def keys_per_token(attention: Attention, length: int, convention: Convention) ->
         convention: `full` or `causal`.
     """
     window = min(attention.window or length, length)
+    if not length:
+        return 0.0
     if convention == "full" or attention.kind != "causal":
         return window
     return window - window**2 / (2 * length)

@@ -36,6 +36,23 @@ class Model(Protocol):
         """The matrix products and attentions of a forward pass, of which FLOPs and planned time are read."""
         ...
 
+    def encode(self, batch: Mapping[str, jax.Array], run: Execution) -> jax.Array:
+        """The last hidden states of what is read, [batch, length, embed] in the compute dtype.
+
+        Args:
+          batch: tokens, positions and segments, [batch, length] int32.
+          run: how.
+        """
+        ...
+
+    def leave_out_words(self, *, pooler: bool) -> None:
+        """Takes away the parameters that only score words, where a task has a head of its own.
+
+        Args:
+          pooler: whether that of a model that has one is kept.
+        """
+        ...
+
     def __call__(self, batch: Mapping[str, jax.Array], run: Execution) -> Output:
         """What the objective's loss is made of.
 

@@ -37,3 +37,23 @@ class Completion(Records):
         """Both fields."""
         assert isinstance(self.records, CompletionConfig)
         return _Fields(prompt=self.records.prompt, completion=self.records.completion)
+
+    def prompt(self, record: dict[str, Any], place: str) -> str:
+        """What of a record is read.
+
+        Raises:
+          StackError: it has no such field; with its place.
+        """
+        assert isinstance(self.records, CompletionConfig)
+        return text_at(record, self.records.prompt, lambda: place, setting="objective.prompt") or ""
+
+    def compare(
+        self, records: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        """See `stack.objectives.metrics.texts.written`."""
+        from stack.objectives.metrics.texts import written
+
+        assert isinstance(self.records, CompletionConfig)
+        field = self.records.completion
+        wanted = [text_at(record, field, lambda: "a record") or "" for record in records]
+        return written([answer["text"] for answer in answers], wanted)

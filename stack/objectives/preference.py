@@ -117,7 +117,14 @@ class Preferences(Words, ABC):
         """`loss`, `accuracy` (pairs whose preferred answer has the higher reward), rewards, `tokens`."""
         return _means(sums, sums["pairs"].clip(1.0)) | {"pairs": sums["pairs"], "tokens": sums["tokens"]}
 
-    def evaluate(self, sums: Mapping[str, float], *, num_bytes: float | None) -> dict[str, float]:
+    def evaluate(
+        self,
+        sums: Mapping[str, float],
+        outputs: Mapping[str, Any] | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        num_bytes: float | None,
+    ) -> dict[str, float]:
         """The same of held-out pairs.
 
         Raises:

@@ -138,8 +138,8 @@ class PairEncoder:
         """The reader, and what is done with long ones."""
         return json.dumps(["pairs 1", self.reader.key, self.sequence_length, self.too_long, self.marks])
 
-    def __call__(self, records: Sequence[str]) -> list[Encoded | None]:
-        """Tokens and marks; None: a record that is too long."""
+    def __call__(self, records: Sequence[str]) -> list[Sequence[Encoded]]:
+        """Tokens and marks; none: a record that is too long."""
         places = [getattr(record, "place", "a record") for record in records]
         pairs = [
             self.reader(json.loads(str(json_text(record, None, lambda place=place: place))), place)
@@ -158,7 +158,7 @@ class PairEncoder:
         chosen: Sequence[tuple[np.ndarray, bool]],
         rejected: Sequence[tuple[np.ndarray, bool]],
         place: str,
-    ) -> Encoded | None:
+    ) -> Sequence[Encoded]:
         first, second = self._stored(chosen), self._stored(rejected)
         self._check(chosen, rejected, first, second, place)
         if not self.has_prompt:
@@ -181,10 +181,10 @@ class PairEncoder:
             second = self._cut(second, max(most // 2, most - sizes[0]))
             is_pair = first[1].any() and second[1].any() and not np.array_equal(first[0], second[0])
             if self.too_long == "leave_out" or not is_pair:
-                return None
+                return []
         second[1][0] |= SECOND
         tokens, marks = (np.concatenate(pair) for pair in zip(first, second, strict=True))
-        return Encoded(tokens[1:-1], marks)
+        return [Encoded(tokens[1:-1], marks)]
 
     def _stored(self, parts: Sequence[tuple[np.ndarray, bool]]) -> Stored:
         tokens, marks = joined(parts, self.tokenizer)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+from flax import nnx
 
 from stack.data.examples import Examples
 from stack.data.fields import Field
@@ -13,6 +14,9 @@ from stack.models.stack import Execution
 
 type Sums = dict[str, jax.Array]
 """Float32 scalars that add up over micro-batches and batches."""
+
+type Outputs = dict[str, jax.Array]
+"""[batch, ...] each: what an evaluation needs of every row, beside the sums."""
 
 
 @runtime_checkable
@@ -60,6 +64,10 @@ class Objective(Protocol):
         """
         ...
 
+    def equip(self, model: Any, rngs: nnx.Rngs) -> None:
+        """Adds to a model that is built what the objective needs beside, or takes away what it does not."""
+        ...
+
     def ask(self, tokenizer: Tokenizer, prompts: Sequence[str]) -> Sequence[str]:
         """The texts that a model is given for prompts that a person writes.
 
@@ -85,15 +93,28 @@ class Objective(Protocol):
         """
         ...
 
+    def judge(self, model: Model, batch: Mapping[str, jax.Array], run: Execution) -> tuple[Sums, Outputs]:
+        """What `evaluate` is made of: a batch's sums, and what is needed of each of its rows."""
+        ...
+
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
         """What a training step tells of its sums."""
         ...
 
-    def evaluate(self, sums: Mapping[str, float], *, num_bytes: float | None) -> dict[str, float]:
-        """What an evaluation tells of the sums over held-out text.
+    def evaluate(
+        self,
+        sums: Mapping[str, float],
+        outputs: Mapping[str, Any],
+        *,
+        tokenizer: Tokenizer,
+        num_bytes: float | None,
+    ) -> dict[str, float]:
+        """What an evaluation tells of held-out rows.
 
         Args:
           sums: of all batches.
+          outputs: of all rows, NumPy arrays.
+          tokenizer: of the run.
           num_bytes: UTF-8 bytes of the text; None where its tokens are not all of it.
         """
         ...

@@ -59,8 +59,8 @@ class PartsEncoder:
         """The reader, and what is done with long ones."""
         return json.dumps(["parts 1", self.reader.key, self.sequence_length, self.too_long, self.marks])
 
-    def __call__(self, records: Sequence[str]) -> list[Encoded | None]:
-        """Tokens and marks; None: a record that is too long."""
+    def __call__(self, records: Sequence[str]) -> list[Sequence[Encoded]]:
+        """Tokens and marks; none: a record that is too long."""
         places = [getattr(record, "place", "a record") for record in records]
         parts = [self._parts(record, place) for record, place in zip(records, places, strict=True)]
         texts = iter(
@@ -79,15 +79,15 @@ class PartsEncoder:
             )
         return parts
 
-    def _join(self, parts: Sequence[tuple[np.ndarray, bool]], place: str) -> Encoded | None:
+    def _join(self, parts: Sequence[tuple[np.ndarray, bool]], place: str) -> Sequence[Encoded]:
         tokens, marks = joined(parts, self.tokenizer)
         most = self.sequence_length - 1  # Of the two that stand around them one is not read.
         if len(tokens) <= most:
-            return Encoded(tokens, marks)
+            return [Encoded(tokens, marks)]
         if self.too_long == "leave_out" or (self.too_long == "cut" and not marks[: most + 1].any()):
-            return None
+            return []
         if self.too_long == "cut":
-            return Encoded(tokens[:most], np.append(marks[: most + 1], 0).astype(np.int32))
+            return [Encoded(tokens[:most], np.append(marks[: most + 1], 0).astype(np.int32))]
         raise StackError(
             f"{place}: {len(tokens):,} tokens, and a row of data.sequence_length={self.sequence_length} has"
             f" room for {most:,}; raise it, or set objective.too_long to cut or leave_out"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stack.kernels.linear_cross_entropy import Head
     from stack.models.protocol import Model
     from stack.models.stack import Execution
-    from stack.objectives.protocol import Sums
+    from stack.objectives.protocol import Outputs, Sums
 
 ROW = ("batch", "length")
 EXAMPLE = Field(name="example", axes=ROW[:1], padding=0)
@@ -58,6 +58,9 @@ class Words:
         """Rows as they are packed."""
         return PLAIN
 
+    def equip(self, model: Any, rngs: Any) -> None:
+        """A model has what words need."""
+
     def ask(self, tokenizer: Tokenizer, prompts: Sequence[str]) -> Sequence[str]:
         """The texts that a model is given for prompts: themselves."""
         return prompts
@@ -75,6 +78,12 @@ class Words:
         output, labels, head = model(batch, run), batch["labels"], self.head(run)
         sums = linear_cross_entropy(output.hidden, output.table, labels, 1.0 / divisor, head, output.bias)
         return sums.loss, {"nll": sums.nll, "correct": sums.correct, "tokens": _count(batch)}
+
+    def judge(
+        self, model: "Model", batch: "Mapping[str, jax.Array]", run: "Execution"
+    ) -> "tuple[Sums, Outputs]":
+        """The same sums; nothing is needed of a row beside."""
+        return self.loss(model, batch, run, self.divisor(batch))[1], {}
 
     def head(self, run: "Execution") -> "Head":
         """How hidden states become scores of words, and those a loss."""
@@ -99,7 +108,14 @@ class Words:
         divisor = tokens.clip(1.0)
         return {"loss": sums["nll"] / divisor, "accuracy": sums["correct"] / divisor, "tokens": tokens}
 
-    def evaluate(self, sums: Mapping[str, float], *, num_bytes: float | None) -> dict[str, float]:
+    def evaluate(
+        self,
+        sums: Mapping[str, float],
+        outputs: Mapping[str, Any] | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        num_bytes: float | None,
+    ) -> dict[str, float]:
         """Loss (nats per label), perplexity, accuracy, nats_per_byte where text is known whole, tokens.
 
         Raises:

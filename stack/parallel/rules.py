@@ -21,6 +21,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "target_length": (),
     "masked": (),
     "answers": (),
+    "units": (),
+    "classes": (),
     "types": (),
     "buckets": (),
     "embed": (),

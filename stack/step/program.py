@@ -53,7 +53,10 @@ class Program:
 
     def make_model(self) -> Any:
         """Builds the model with its initial parameters, from the seed."""
-        return model_class(self.config.model)(self.config.model, rngs=nnx.Rngs(self.config.seed))
+        rngs = nnx.Rngs(self.config.seed)
+        model = model_class(self.config.model)(self.config.model, rngs=rngs)
+        self.objective.equip(model, rngs)
+        return model
 
     @cached_property
     def axes(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from stack.layers.dropout import example_keys
 from stack.layers.linear import use_float8
-from stack.objectives.protocol import Sums
+from stack.objectives.protocol import Outputs, Sums
 from stack.parallel.zero import gather_module, gradients
 from stack.step import ema, float8, guard
 from stack.step.offload import apply_by_layer
@@ -114,14 +114,20 @@ def loss_gradient(
     return gradient, sums
 
 
-def eval_step(program: Program, params: dict, batch: Batch) -> Sums:
-    """The objective's sums over a batch, without dropout."""
+def eval_step(program: Program, params: dict, batch: Batch) -> tuple[Sums, Outputs]:
+    """The objective's sums over a batch, and what it needs of each row, on every device; without dropout."""
     layout, objective = program.layout, program.objective
     model = program.merge(params)
     weights = model if layout.zero == 3 else gather_module(model, layout)
-    return objective.loss(weights, batch, program.execution(), objective.divisor(batch))[1]
+    sums, outputs = objective.judge(weights, batch, program.execution())
+    return sums, outputs if layout.trivial else jax.tree.map(_everywhere, outputs)
+
+
+def _everywhere(values: jax.Array) -> jax.Array:
+    return jax.reshard(values, jax.sharding.PartitionSpec())
 
 
 def _drops(program: Program) -> bool:
     model = program.config.model
-    return any((model.embedding_dropout, model.attention_dropout, model.residual_dropout))
+    rates = (model.embedding_dropout, model.attention_dropout, model.residual_dropout)
+    return any((*rates, getattr(program.config.objective, "head_dropout", 0)))

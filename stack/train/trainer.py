@@ -28,6 +28,7 @@ from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokeniz
 from stack.evaluation.evaluate import evaluate
 from stack.hardware.defaults import variable_settings
 from stack.inference.text import generate_texts, stream_text
+from stack.objectives.labels import with_labels
 from stack.parallel import mesh as meshes
 from stack.parallel.host_memory import keep_freed_memory
 from stack.parallel.messages import from_first
@@ -89,7 +90,7 @@ class Trainer:
         """
         check_type("Trainer", "config", config, Config, 'Trainer(load("configs/quickstart.yaml"))')
         devices = list(environment.devices() if devices is None else devices)
-        config = config.settled()
+        config = with_labels(config).settled()
         resolved = auto.is_auto(config)
         self.config = config = auto.resolve(config, devices)
         self.folder = expand(config.output_dir) / config.name

@@ -37,7 +37,7 @@ CELLS = {cell.name: cell for cell in cells() if cell.name in PARTS | PAIRS}
 def pairs(fields: Sequence[Field]) -> dict[str, np.ndarray]:
     """Rows of none to four pairs, of uneven numbers of labels."""
     random = np.random.default_rng(0)
-    batch = {
+    batch: dict[str, np.ndarray] = {
         field.name: np.full(
             (BATCH, {"length": LENGTH, "answers": ANSWERS}[field.axes[1]]), field.padding, field.dtype
         )

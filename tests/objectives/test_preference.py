@@ -50,7 +50,8 @@ def config(
 
 def encode(record: object, tokenizer: Tokenizer | None = None, **changes: Any) -> Any:
     encoder: Any = build(config(**changes)).examples(tokenizer or ByteTokenizer()).encoder
-    return encoder([Record.at(json.dumps(record), "here:1")])[0]
+    made = encoder([Record.at(json.dumps(record), "here:1")])[0]
+    return made[0] if made else None
 
 
 def texts(encoded: Any) -> list[tuple[list[int], list[int]]]:

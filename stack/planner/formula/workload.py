@@ -100,7 +100,7 @@ class Workload:
     @property
     def sizes(self) -> Sizes:
         """Of the axes of a batch, as an objective names them."""
-        return {"length": self.length, "masked": self.masked or self.length}
+        return {"length": self.length, "masked": self.length if self.masked is None else self.masked}
 
     @property
     def micro_tokens(self) -> int:
@@ -198,7 +198,7 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         float8_gathers=products.fp8 is not None,
         fused_attention=not attention.stores_scores,
         blocked_attention=attention.kernel == "xla_chunked",
-        logits_bytes=config.objective.logits_bytes,
+        logits_bytes=getattr(config.objective, "logits_bytes", None),
         optimizer=config.optimizer.kind,
         ema=config.optimizer.ema_decay is not None,
         offload_optimizer=train.offload_optimizer,

@@ -46,6 +46,12 @@ def show_preferences(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]
     return {"rows": [("held-out", f"{known}, margin {summary['margin']:.3g}")]}
 
 
+def show_task(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a task's metrics tell of the held-out records."""
+    told = [f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)]
+    return {"rows": [("held-out", ", ".join(told))]} if told else {}
+
+
 def show_trigram(trainer: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
     """The same of a trigram model, if the config asks for it and there is held-out text."""
     if not (trainer.config.eval.baselines and "nats_per_byte" in summary):
@@ -101,6 +107,7 @@ def printable(text: str) -> str:
 ENDINGS: Mapping[str, Ending] = {
     "held_out": Ending(show=show_held_out),
     "preferences": Ending(show=show_preferences),
+    "task": Ending(show=show_task),
     "trigram": Ending(show=show_trigram),
     "tables": Ending(show=show_tables),
     "sample": Ending(show=show_sample, check=check_sample),

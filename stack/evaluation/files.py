@@ -1,0 +1,183 @@
+"""Evaluations and predictions of a file of one's own."""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stack.config import SourceConfig
+from stack.config.errors import StackError
+from stack.config.paths import check_writable, expand
+from stack.data.atomic import cache_folder
+from stack.data.cache import open_corpus
+from stack.data.dataset import Dataset
+from stack.data.packing import pack_corpus
+from stack.data.records import Record, read_jsonl
+from stack.data.tokenizer import Tokenizer
+from stack.evaluation.evaluate import evaluate
+from stack.evaluation.predict import Given, predict
+from stack.parallel import mesh as meshes
+from stack.parallel.messages import from_first
+from stack.parallel.processes import first
+from stack.step.program import Program
+from stack.step.step import eval_step
+
+_TEXTS = {".txt", ".md", ".rst"}
+
+
+def evaluate_file(
+    program: Program, params: dict[str, Any], tokenizer: Tokenizer, path: str, *, answers: bool = False
+) -> dict[str, float]:
+    """What the objective tells of all of a file, as of held-out text.
+
+    Args:
+      program: of the run.
+      params: that lie as `program.parameters`.
+      tokenizer: of the run.
+      path: .jsonl with a record in each line, or a text in its field `text`; or .txt, .md or .rst.
+      answers: compare what is predicted of each record as well, where the objective does: texts that are
+        written, extracts with summaries.
+
+    Raises:
+      StackError: the file cannot be read, a record has not what is asked for, or nothing more is compared.
+    """
+    config, objective = program.config, program.objective
+    source = _source(path, reads_records=config.objective.reads_records)
+    made = objective.examples(tokenizer)
+    root = cache_folder(config.data.cache_dir)
+    corpus = open_corpus(source, tokenizer, root, encoder=made.encoder)
+    rows, _ = pack_corpus(
+        corpus,
+        root,
+        sequence_length=config.data.sequence_length,
+        packed=config.data.packed,
+        heldout_fraction=0.0,
+        examples=made,
+    )
+    whole = Dataset(
+        parts=(rows,), weights=(1.0,), tokenizer=tokenizer, examples=made, is_lossless=corpus.changed == 0
+    )
+    with meshes.use(program.mesh):
+        step = jax.jit(partial(eval_step, program))
+        told = evaluate(program, step, params, whole, every_batch=True)
+    if corpus.left_out:
+        told["left_out"] = float(corpus.left_out)
+    if answers:
+        compare: Callable[..., dict[str, float]] | None = getattr(objective, "compare", None)
+        if compare is None:
+            raise StackError(
+                f"objective.kind={config.objective.kind} compares no answers; leave --answers out"
+            )
+        given = list(read_given(path))
+        made_of = list(predict(program, params, tokenizer, given))
+        told |= compare([each.record for each in given], made_of)
+    return told
+
+
+def predict_file(
+    program: Program, params: dict[str, Any], tokenizer: Tokenizer, paths: tuple[str, str], *, name: str
+) -> int:
+    """Writes each record of a file with its `prediction`; goes on where an earlier call was ended.
+
+    Until it is done the lines stand in a file beside, named after the model that makes them.
+
+    Args:
+      program: of the run.
+      params: that lie as `program.parameters`.
+      tokenizer: of the run.
+      paths: .jsonl with a record in each line, and the .jsonl to write.
+      name: of the model, as its run and step.
+
+    Returns:
+      Records that are written, those of earlier calls too.
+
+    Raises:
+      StackError: a file cannot be read or written, the output is there or of other records, or a record is
+        not as it should be; what is written stays.
+    """
+    source, target = expand(paths[0]), expand(paths[1])
+    if target.exists():
+        raise StackError(f"{target} is there already; remove it, or give --output another name")
+    check_writable(target)
+    mark = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+    part = target.with_name(f"{target.name}.{mark}.part")
+    total = sum(1 for _ in read_given(str(source)))
+    done = from_first(_check_done(part, source) if first() else 0)
+    records = (given for number, given in enumerate(read_given(str(source))) if number >= done)
+    given, again = itertools.tee(records)
+    console = Console(stderr=True)
+    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shows = first() and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shows) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        file = part.open("a", encoding="utf-8") if first() else None
+        try:
+            for answer in predict(program, params, tokenizer, given):
+                line = next(again).record | {"prediction": answer}
+                if file is not None:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.flush()
+                progress.advance(task)
+        except OSError as error:
+            raise StackError(f"{part}: cannot be written: {error.strerror}; make room on its disk") from error
+        finally:
+            if file is not None:
+                file.close()
+    if first():
+        part.replace(target)
+    return total
+
+
+def _check_done(part: Path, source: Path) -> int:
+    """Whole lines of an unfinished output, which are of the first records; what is cut is taken away."""
+    if not part.exists():
+        return 0
+    content = part.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(part, whole)
+    lines = content[:whole].splitlines()
+    for number, (line, given) in enumerate(zip(lines, read_given(str(source)), strict=False), start=1):
+        before = json.loads(line)
+        before.pop("prediction", None)
+        if before != {name: value for name, value in given.record.items() if name != "prediction"}:
+            raise StackError(
+                f"{part}:{number} is of another record than {given.text.place}; "  # pyrefly: ignore[missing-attribute]
+                f"remove {part.name}, or give --output another name"
+            )
+    return len(lines)
+
+
+def read_given(path: str) -> Iterator[Given]:
+    """The records of a .jsonl file.
+
+    Raises:
+      StackError: it cannot be read, or a line is no object; with its place.
+    """
+    file = expand(path)
+    if not file.is_file():
+        raise StackError(f"{file}: there is no such file; give a .jsonl with a record in each line")
+    for text in read_jsonl(SourceConfig(kind="jsonl", path=str(file), field=None), file):
+        assert isinstance(text, Record)
+        yield Given(json.loads(text), text)
+
+
+def _source(path: str, *, reads_records: bool) -> SourceConfig:
+    file = expand(path)
+    if not file.is_file():
+        raise StackError(f"{file}: there is no such file; give the path of one")
+    is_jsonl = ".jsonl" in file.suffixes
+    kind: Literal["jsonl", "text"] = "jsonl" if is_jsonl else "text"
+    if not is_jsonl and (reads_records or file.suffix not in _TEXTS):
+        wanted = ".jsonl with a record in each line" if reads_records else ".jsonl, .txt, .md or .rst"
+        raise StackError(f"{file}: what it holds is not known by its name; give {wanted}")
+    field = None if reads_records else "text"
+    return SourceConfig(kind=kind, path=str(file), **({"field": field} if is_jsonl else {}))

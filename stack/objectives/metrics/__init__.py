@@ -1,0 +1,1 @@
+"""Metrics of tasks, by libraries that are well known."""

@@ -1,0 +1,182 @@
+"""Tags of tokens, by begin, inside and outside (BIO); a linear head on every token (BERT, section 5.3)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from stack.config import Config
+from stack.config.errors import StackError
+from stack.config.tasks import TaggingConfig
+from stack.data.fields import Field
+from stack.data.records import text_at, value_at
+from stack.data.tokenizer import Tokenizer
+from stack.data.units import Part, Row, Span, Unit
+from stack.objectives.classification import apply_head, cross_entropy, linear_head
+from stack.objectives.labels import check_labels, label_name, label_number
+from stack.objectives.task import ROW, Answer, Asked, Task, drop
+
+if TYPE_CHECKING:
+    import jax
+    from flax import nnx
+
+    from stack.models.stack import Execution
+    from stack.objectives.protocol import Sums
+
+
+class Entity(NamedTuple):
+    """What has a label, from a place to before another: tokens, or characters."""
+
+    start: int
+    end: int
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entities:
+    """Reads a text, and what stands where in it."""
+
+    options: TaggingConfig
+
+    @property
+    def key(self) -> str:
+        """All options that it reads."""
+        return json.dumps(["tagging", self.options.text, self.options.entities, self.options.labels])
+
+    def __call__(self, record: dict[str, Any], place: str, *, labelled: bool) -> Sequence[Unit]:
+        """One unit of one part."""
+        text = text_at(record, self.options.text, lambda: place, setting="objective.text") or ""
+        if not labelled:
+            return [Unit([Part(text)])]
+        labels = check_labels(self.options.labels)
+        spans, end = [], 0
+        for entity in sorted(self._entities(record, place), key=lambda each: each["start"]):
+            begin, after = entity["start"], entity["end"]
+            if not 0 <= begin < after <= len(text):
+                raise StackError(
+                    f"{place}: an entity from character {begin} to {after} is not within the text of"
+                    f" {len(text)}; mend or remove the line"
+                )
+            if begin < end:
+                raise StackError(
+                    f"{place}: the entity at character {begin} begins before the one before it ends; a token"
+                    " has one tag: leave one of them out"
+                )
+            name = label_name(entity["label"], place, f"{self.options.entities}.label")
+            number = label_number(name, labels, place)
+            spans.append(Span(begin, after, 1 + 2 * number, 2 + 2 * number))
+            end = after
+        return [Unit([Part(text, spans)], value=1)]
+
+    def names(self, record: dict[str, Any], place: str) -> list[str]:
+        """Labels of its entities."""
+        field = f"{self.options.entities}.label"
+        return [label_name(each["label"], place, field) for each in self._entities(record, place)]
+
+    def _entities(self, record: dict[str, Any], place: str) -> list[dict[str, Any]]:
+        field = self.options.entities
+        found = value_at(record, field, lambda: place, setting="objective.entities")
+        wanted = {"start": int, "end": int, "label": (str, int, float, bool)}
+        if not isinstance(found, list) or any(
+            not isinstance(each, dict)
+            or any(not isinstance(each.get(name), kind) for name, kind in wanted.items())
+            for each in found
+        ):
+            raise StackError(
+                f"{place}: field {field!r} is no list of objects with start, end (characters) and label"
+            )
+        return found
+
+
+class Tagging(Task):
+    """Mean cross-entropy of the tags of tokens."""
+
+    axis: ClassVar[str] = "length"
+    labels = (Field(name="labels", axes=ROW, padding=-1),)
+
+    def __init__(self, config: Config) -> None:
+        """The options."""
+        assert isinstance(config.objective, TaggingConfig)
+        self.options = config.objective
+        super().__init__(config)
+        self.sizes["classes"] = 1 + 2 * len(self.options.labels)
+
+    def reader(self) -> Entities:
+        """Of texts and entities."""
+        return Entities(options=self.options)
+
+    def head(self, rngs: "nnx.Rngs") -> "nnx.Module":
+        """A row for outside, and two for each label."""
+        return linear_head(self.model, 1 + 2 * len(check_labels(self.options.labels)), rngs)
+
+    def label(self, row: Row) -> Mapping[str, np.ndarray]:
+        """The tag of every token of a text, none of those around it."""
+        known = np.repeat(row.unit_values, np.bincount(row.segments)[1:]) > 0
+        around = (row.positions == 0) | (np.diff(row.segments, append=0) != 0)
+        return {"labels": np.where(known & ~around, row.values, -1)}
+
+    def score(self, model: Any, batch: "Mapping[str, jax.Array]", run: "Execution") -> "dict[str, jax.Array]":
+        """`scores`, [batch, length, classes]."""
+        hidden = drop(model.encode(batch, run), self.task.head_dropout, run)
+        return {"scores": apply_head(model.task, hidden, run, "length")}
+
+    def losses(
+        self, scores: "Mapping[str, jax.Array]", batch: "Mapping[str, jax.Array]", run: "Execution"
+    ) -> "tuple[jax.Array, Sums]":
+        """Cross-entropy; `accuracy` of `number` tokens."""
+        return cross_entropy(scores["scores"], batch["labels"], smoothing=self.options.label_smoothing)
+
+    def count(self, batch: "Mapping[str, jax.Array]") -> "jax.Array":
+        """Tokens that have a tag."""
+        return (batch["labels"] >= 0).sum(dtype="float32")
+
+    def measure(self, outputs: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:
+        """Exact entities: precision, recall and entity_f1, over all labels; accuracy of tags."""
+        known = outputs["labels"] >= 0
+        guessed = np.where(known, outputs["scores"].argmax(-1), -1)
+        found = wanted = right = 0
+        for row in range(len(guessed)):
+            # What stands between texts has the tag -1, so entities of two never join.
+            mine, true = set(entities(guessed[row])), set(entities(outputs["labels"][row]))
+            found, wanted, right = found + len(mine), wanted + len(true), right + len(mine & true)
+        return {
+            "accuracy": float((guessed == outputs["labels"])[known].mean()),
+            "precision": right / max(1, found),
+            "recall": right / max(1, wanted),
+            "entity_f1": 2 * right / max(1, found + wanted),
+        }
+
+    def answer(self, asked: Asked, tokenizer: Tokenizer) -> Answer:
+        """`entities`: start and end, characters of the text, label and the text itself."""
+        text = str(text_at(dict(asked.record), self.options.text, lambda: "a record"))
+        _, offsets = tokenizer.encode_with_offsets(text)
+        tags = asked.outputs[0]["scores"].argmax(-1)[1:-1]
+        told = []
+        for entity in entities(tags):
+            start, end = trimmed(text, int(offsets[entity.start, 0]), int(offsets[entity.end - 1, 1]))
+            if start < end:
+                label = self.options.labels[entity.label]
+                told.append({"start": start, "end": end, "label": label, "text": text[start:end]})
+        return {"entities": told}
+
+
+def entities(tags: np.ndarray) -> list[Entity]:
+    """Entities that tags [tokens] spell; one that begins with an inside begins there."""
+    made: list[Entity] = []
+    start, label = -1, -1
+    for place, tag in enumerate([*tags.tolist(), 0]):
+        goes_on = tag > 0 and tag % 2 == 0 and (tag - 2) // 2 == label
+        if start >= 0 and not goes_on:
+            made.append(Entity(start, place, label))
+            start, label = -1, -1
+        if tag > 0 and start < 0:
+            start, label = place, (tag - 1) // 2
+    return made
+
+
+def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """Characters from a place to before another, without white space around."""
+    part = text[start:end]
+    return start + len(part) - len(part.lstrip()), end - (len(part) - len(part.rstrip()))
