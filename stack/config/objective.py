@@ -198,6 +198,7 @@ class CompletionConfig(RecordsConfig):
     """Fine-tuning to write what follows a prompt."""
 
     implementation = "stack.objectives.completion:Completion"
+    shapes = PAIRS
 
     kind: Literal["completion"] = "completion"
     """A prompt is read and what completes it is predicted (supervised fine-tuning)."""
@@ -205,6 +206,8 @@ class CompletionConfig(RecordsConfig):
     """Field of a record, or path to it, with the text that is read."""
     completion: str = "completion"
     """Field of a record, or path to it, with the text that is predicted, and the end after it."""
+    target_length: PositiveInt | None = None
+    """`encoder_decoder`: tokens per row of what is written; null: as many as of what is read."""
 
 
 class ChatConfig(RecordsConfig):

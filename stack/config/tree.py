@@ -10,7 +10,14 @@ from stack.config.explain import kind_of
 from stack.config.kernels import KernelsConfig
 from stack.config.mesh import MeshConfig
 from stack.config.model import AnyModel, DecoderConfig, EncoderConfig
-from stack.config.objective import OBJECTIVES, AnyObjective, CausalConfig, RemovalConfig, UniLmConfig
+from stack.config.objective import (
+    OBJECTIVES,
+    AnyObjective,
+    CausalConfig,
+    CompletionConfig,
+    RemovalConfig,
+    UniLmConfig,
+)
 from stack.config.optimizer import OptimizerConfig
 from stack.config.runtime import RuntimeConfig
 from stack.config.section import Section
@@ -159,7 +166,8 @@ class Config(Section):
                 f"eval.baselines=true: objective.kind={objective.kind} has none; remove it, or set"
                 f" objective.kind to {' or '.join(those)}"
             )
-        length = objective.target_length if isinstance(objective, RemovalConfig) else None
+        is_pair = isinstance(objective, RemovalConfig | CompletionConfig)
+        length = objective.target_length if is_pair else None
         if length is not None and length > model.max_length:
             raise ValueError(f"objective.target_length={length} exceeds model.max_length={model.max_length}")
         if length is not None and model.shape != "encoder_decoder":

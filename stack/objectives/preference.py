@@ -151,7 +151,7 @@ class ChatPreference(Preferences):
     """Preferences among what an assistant says."""
 
     marks: ClassVar[bool] = True
-    between: ClassVar[str] = "\n"
+    between = "\n"
 
     def reader(self, tokenizer: Tokenizer) -> ChatPairs:
         """By the tokenizer's template."""

@@ -12,7 +12,7 @@ from jaxtyping import Integer
 from stack.config import Config, RecordsConfig
 from stack.config.errors import StackError
 from stack.data.dataset import Dataset
-from stack.data.examples import Encoded, Encoder, Plain
+from stack.data.examples import Encoded, Encoder, Examples, Plain
 from stack.data.fields import Field
 from stack.data.records import json_text
 from stack.data.tokenizer import Tokenizer
@@ -151,7 +151,7 @@ class Records(Words, ABC):
           ConfigError: the tokenizer lacks what it takes.
         """
 
-    def examples(self, tokenizer: Tokenizer) -> MarkedExamples:
+    def examples(self, tokenizer: Tokenizer) -> Examples:
         """Rows of records."""
         encoder = PartsEncoder(
             tokenizer=tokenizer,
