@@ -11,7 +11,14 @@ from stack.config.kernels import KernelsConfig
 from stack.config.mesh import MeshConfig
 from stack.config.model import AnyModel, DecoderConfig, EncoderConfig
 from stack.config.multi_task import MultiTaskConfig
-from stack.config.objective import OBJECTIVES, AnyObjective, CausalConfig, RemovalConfig, UniLmConfig
+from stack.config.objective import (
+    OBJECTIVES,
+    AnyObjective,
+    CausalConfig,
+    CompletionConfig,
+    RemovalConfig,
+    UniLmConfig,
+)
 from stack.config.optimizer import OptimizerConfig
 from stack.config.runtime import RuntimeConfig
 from stack.config.section import Section
@@ -153,6 +160,11 @@ class Config(Section):
                 f" {' or '.join(able)}"
             )
         self._check_records()
+        if objective.has_reference and self.init_from is None:
+            raise ValueError(
+                f"objective.kind={objective.kind} compares with the model that the run began with, and one"
+                " of a seed prefers nothing; set init_from to one that was trained"
+            )
         sample = self.sample.model_copy(update={"at_end": True})  # That no text is shown is granted.
         writes = model.shape != "encoder" and objective.scores_words
         if not writes and (change := describe_changes(sample)):
@@ -166,7 +178,8 @@ class Config(Section):
                 f"eval.baselines=true: objective.kind={objective.kind} has none; remove it, or set"
                 f" objective.kind to {' or '.join(those)}"
             )
-        length = objective.target_length if isinstance(objective, RemovalConfig) else None
+        is_pair = isinstance(objective, RemovalConfig | CompletionConfig)
+        length = objective.target_length if is_pair else None
         if length is not None and length > model.max_length:
             raise ValueError(f"objective.target_length={length} exceeds model.max_length={model.max_length}")
         if length is not None and model.shape != "encoder_decoder":

@@ -20,6 +20,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "residual_length": (),  # ("tensor",) under sequence parallelism
     "target_length": (),
     "masked": (),
+    "answers": (),
     "units": (),
     "classes": (),
     "types": (),

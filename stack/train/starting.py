@@ -62,7 +62,6 @@ def begin_with(
     found: Match = match(program, source, tokenizer)
     with meshes.use(states.concrete(program)):
         params = load(program, found, source)
-    taken = {*found.loaded, *found.tables, *found.longer}
     flat = named_leaves(params)
     told = lines(found, program, source)
     origin = {
@@ -70,11 +69,39 @@ def begin_with(
         "taken": found.num_taken,
         "parameters": len(flat),
         "notes": told,
-        "digest": fingerprint({name: leaf for name, leaf in flat.items() if name in taken}),
+        "digest": _digest(found, params),
     }
     for text in told:
         warn(text)
     return states.init(program, params), origin
+
+
+def again(program: Program, tokenizer: Tokenizer, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a run began with, read once more; they lie as `program.parameters`.
+
+    Args:
+      program: of the run.
+      tokenizer: of the run.
+      origin: what `begin` told.
+
+    Raises:
+      StackError: they are no longer where they were.
+    """
+
+    def read(source: Source) -> dict[str, Any]:
+        found = match(program, source, tokenizer)
+        params = load(program, found, source)
+        if _digest(found, params) != origin["digest"]:
+            raise DamagedError(f"{source.name} is not what the run began with, {origin['source']}")
+        return params
+
+    return _first_sound(program, read, lambda _: None)
+
+
+def _digest(found: Match, params: dict[str, Any]) -> str:
+    """Of the parameters that come from the weights."""
+    taken = {*found.loaded, *found.tables, *found.longer}
+    return fingerprint({name: leaf for name, leaf in named_leaves(params).items() if name in taken})
 
 
 def _first_sound[T](program: Program, use: Callable[[Source], T], warn: Callable[[str], None]) -> T:

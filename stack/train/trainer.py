@@ -23,7 +23,7 @@ from stack.config.arguments import check_type
 from stack.config.paths import expand
 from stack.data.dataset import Data, open_data
 from stack.data.entry import DamagedEntryError
-from stack.data.loader import Batch, prefetch, save_batch, timed, training_batches
+from stack.data.loader import Batch, prefetch, save_batch, timed
 from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokenizer
 from stack.evaluation.evaluate import evaluate
 from stack.hardware.defaults import variable_settings
@@ -48,6 +48,8 @@ from stack.train.heartbeat import Heartbeat
 from stack.train.ledger import TOKENIZER, Ledger
 from stack.train.lock import only_writer
 from stack.train.recompute import Recompute
+from stack.train.reference import with_reference
+from stack.train.rows import batches_of
 from stack.train.same import check_same
 from stack.train.stop import Stop
 from stack.train.stragglers import Stragglers
@@ -130,6 +132,11 @@ class Trainer:
         return open_data(config, tokenizer=self.tokenizer, examples=examples, show_progress=first)
 
     @cached_property
+    def compared(self) -> Data:
+        """The same, with what the objective asks of the model that the run began with, if it does."""
+        return with_reference(self.program, self.data, self.tokenizer, self.ledger, self._trained)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The run's own, once it has a checkpoint; before that the one the config names.
 
@@ -192,7 +199,8 @@ class Trainer:
             if jax.process_count() > 1:  # The others cannot know; started again all find it made anew.
                 raise
             self._listeners.on_warning(str(error))
-            self.__dict__.pop("data", None)
+            for name in ("data", "compared"):
+                self.__dict__.pop(name, None)
             return True
         return False
 
@@ -231,7 +239,7 @@ class Trainer:
         """
         self.ledger.check_data(self.data.fingerprint)
         with meshes.use(self.mesh):
-            return evaluate(self.program, self._eval_step, self.trained, self.data.heldout)
+            return evaluate(self.program, self._eval_step, self.trained, self.compared.heldout)
 
     def generate(self, prompts: str | Sequence[str], *, seed: int | None = None) -> list[str]:
         """Continues each prompt, or the one, as `config.sample` says; see `generate_texts`."""
@@ -254,16 +262,7 @@ class Trainer:
         return self._batches()
 
     def _batches(self, audit: Callable[[int, np.ndarray], None] | None = None) -> Callable[[int], Batch]:
-        return training_batches(
-            self.data.train,
-            fields=self.program.objective.fields,
-            batch_size=self.config.train.batch_size,
-            seed=self.config.seed,
-            shuffle=self.config.data.shuffle,
-            layout=self.program.layout,
-            position=self.ledger.position,
-            audit=audit,
-        )
+        return batches_of(self.program, self.compared.train, self.ledger.position, audit)
 
     @cached_property
     def _eval_step(self) -> Any:
@@ -286,6 +285,7 @@ class Trainer:
             self.state, self.ledger.origin = starting.begin(self.program, self.tokenizer, warn=notes.append)
         else:
             self.state = states.completed(self.program, self.state)
+        _ = self.compared
         if jax.process_index() == 0:  # Last: what could not go on leaves the folder as it was.
             self.ledger.write(self.data.fingerprint, self.tokenizer)
         return notes
