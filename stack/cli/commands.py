@@ -136,21 +136,23 @@ _OF_TASKS = ("limit", "num_fewshot", "gen_kwargs", "apply_chat_template", "add_b
 
 
 def _tasks(arguments: argparse.Namespace) -> "Callable[[Trainer], None]":
-    """What asks a run the tasks and prints the answers; refused at once without the extra."""
+    """What asks a run the tasks and prints the answers; what cannot be is told before the run is loaded."""
     from stack.config.paths import check_writable, expand
     from stack.evaluation.harness import StackLM
-    from stack.evaluation.harness_tasks import evaluate_tasks, table, write_json
+    from stack.evaluation.harness_tasks import check_options, evaluate_tasks, load_tasks, table, write_json
     from stack.parallel.processes import first
 
     path = None if arguments.json is None else expand(arguments.json)
     if path is not None:
         check_writable(path)
     options = {name: getattr(arguments, name) for name in _OF_TASKS[:4]}
+    check_options(limit=arguments.limit, num_fewshot=arguments.num_fewshot)
+    chosen = load_tasks(arguments.tasks.split(","))
 
     def ask(trainer: "Trainer") -> None:
         bos = arguments.add_bos_token
         model = StackLM(trainer.program, trainer.trained, trainer.words, add_bos_token=bos)
-        results = evaluate_tasks(model, arguments.tasks.split(","), **options)
+        results = evaluate_tasks(model, chosen, **options)
         if first():
             print(table(results))
             if path is not None:

@@ -14,12 +14,14 @@ from stack.evaluation.harness import StackLM
 from stack.storage import durable
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
 
 def evaluate_tasks(
     model: StackLM,
-    tasks: Sequence[str],
+    tasks: "Sequence[str | Task | Group]",
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -31,8 +33,7 @@ def evaluate_tasks(
 
     Args:
       model: the run.
-      tasks: names of tasks, groups or tags of the harness, patterns of them (`mmlu_*`), YAML files, or
-        folders of them (`my_tasks/`).
+      tasks: what `load_tasks` takes, or has loaded.
       limit: documents of each task, its first ones; None: all.
       num_fewshot: examples before each question; None: what each task says.
       gen_kwargs: options of generation in place of the tasks' own, as `max_gen_toks=32,temperature=0`.
@@ -43,17 +44,14 @@ def evaluate_tasks(
       The harness's own results: `results` has the metrics of each task.
 
     Raises:
-      StackError: an unknown task, one that cannot be loaded, one that runs the model's code or shows
-        pictures, or options that cannot be.
+      StackError: see `load_tasks` and `check_options`; or the tokenizer has no chat template.
     """
-    for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
-        if value is not None and value < least:
-            raise StackError(f"{name}={value} must be at least {least}; leave it out for all that there is")
+    check_options(limit=limit, num_fewshot=num_fewshot)
     if apply_chat_template:
         model.chat_template(True)
     from lm_eval import simple_evaluate
 
-    chosen = [task for word in tasks for task in _load(word)]
+    chosen = [each for task in tasks for each in (load_tasks([task]) if isinstance(task, str) else [task])]
     if not chosen:
         raise StackError("no task is given; name one or several, as in --tasks lambada_openai,my_tasks/")
     try:
@@ -68,7 +66,7 @@ def evaluate_tasks(
             log_samples=False,
         )
     except jinja2.TemplateError as error:
-        raise StackError(f"{', '.join(tasks)}: a template of the task fails: {error}; mend it") from error
+        raise StackError(f"a template of a task fails: {error}; mend the task") from error
 
 
 def table(results: dict[str, Any]) -> str:
@@ -91,7 +89,42 @@ def write_json(results: dict[str, Any], path: Path) -> None:
     durable.write_text(path, text + "\n")
 
 
-def _load(word: str) -> Iterator[Any]:
+def check_options(*, limit: int | None, num_fewshot: int | None) -> None:
+    """Refuses numbers that cannot be.
+
+    Raises:
+      StackError: no document, or fewer than no example.
+    """
+    if limit is not None and limit < 1:
+        raise StackError(f"limit={limit} asks for no document; give at least 1, or leave it out for all")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise StackError(f"num_fewshot={num_fewshot} is below 0; give a number of examples")
+
+
+def load_tasks(words: Sequence[str]) -> "list[Task | Group]":
+    """Tasks with their data.
+
+    Args:
+      words: names of tasks, groups or tags of the harness, patterns of them (`mmlu_*`), YAML files, or
+        folders of them (`my_tasks/`).
+
+    Raises:
+      StackError: an unknown task, one that cannot be loaded, one that runs the model's code or shows
+        pictures, or one that is asked for twice.
+    """
+    loaded, asked = [], {}
+    for word in words:
+        for each in _load(word):
+            for task in each.get_all_tasks() if hasattr(each, "get_all_tasks") else [each]:
+                name = task.task_name
+                if name in asked:
+                    raise StackError(f"task {name} is in {asked[name]} and again in {word}; leave out one")
+                asked[name] = word
+            loaded.append(each)
+    return loaded
+
+
+def _load(word: str) -> "Iterator[Task | Group]":
     """The tasks and groups that a word stands for."""
     from lm_eval.tasks import TaskManager
 
@@ -116,7 +149,7 @@ def _load(word: str) -> Iterator[Any]:
         raise StackError(f"{path}: there is no such file or folder; give the .yaml of a task or their folder")
 
 
-def _built(manager: "TaskManager", name: str) -> Iterator[Any]:
+def _built(manager: "TaskManager", name: str) -> "Iterator[Task | Group]":
     """What the harness makes of a name, with its data."""
     try:
         loaded = manager.load([name])

@@ -117,7 +117,8 @@ def check_margin(model: HFLM, tokens: list[int], first: int) -> None:
 def make(name: str, tokenizer: Tokenizer, build: Any, bos: str, eos: str) -> None:
     """Writes harness_NAME.npz beside this file."""
     torch.manual_seed(3)
-    marks = {"bos_token_id": tokenizer.token_to_id(bos), "eos_token_id": tokenizer.token_to_id(eos)}
+    words: dict[str, int] = tokenizer.get_vocab()
+    marks = {"bos_token_id": words[bos], "eos_token_id": words[eos]}
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
     network = build(marks, tokenizer.get_vocab_size())
     learn(network, [[*fast.encode(text), marks["eos_token_id"]] for text in TEXT])
@@ -136,7 +137,7 @@ def make(name: str, tokenizer: Tokenizer, build: Any, bos: str, eos: str) -> Non
     options: dict[str, Any] = {"until": [], "max_gen_toks": NEW, "do_sample": False}
     plain = [(text, options) for text in contexts]
     written = ask(model, "generate_until", plain)
-    longest = max(written, key=len)
+    longest: str = max(written, key=len)
     stop = longest[len(longest) // 2 :][:2]
     stops = [(text, options | {"until": [stop, "zz"]}) for text in contexts]
     generate = [*plain, *stops, ("the old", {"until": "e", "max_new_tokens": 5, "temperature": 0.0})]
