@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +314,21 @@ def test_a_task_that_cannot_be_is_told_in_one_line(golden, tasks, capsys):
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: "), argv
         assert words in error, argv
+
+
+@pytest.mark.parametrize("golden", ["gpt2"], indirect=True)
+def test_the_task_of_the_page_runs_as_it_stands_there(golden, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    part = page[page.index("## Tasks of the lm-evaluation-harness") :]
+    found = dict(re.findall(r"```(\w+)\n(.*?)```", part, re.DOTALL))
+    (tmp_path / "my_tasks").mkdir()
+    (tmp_path / "my_tasks" / "capitals.jsonl").write_text(found["json"])
+    (tmp_path / "my_tasks" / "capitals.yaml").write_text(found["yaml"])
+    monkeypatch.chdir(tmp_path)
+    said = []
+    monkeypatch.setattr(Trainer, "from_run", partial(Trainer.from_run, devices=jax.devices()[:1]))
+    exec(found["python"].replace("runs/quickstart", str(golden.run)), {"print": said.append})
+    assert 0 <= said[0]["capitals"]["acc,none"] <= 1
 
 
 def test_an_encoder_is_refused():
