@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import sys
+from functools import partial
 
 from stack import environment
 from stack.config.errors import ConfigError, StackError
@@ -111,7 +112,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     asked = {word_perplexity: arguments.words, last_words: arguments.last_words}
     with together():
-        trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
+        options = {"adapter": arguments.adapter, "accept": arguments.accept}
+        trainer = Trainer.from_run(arguments.config, arguments.rest, **options)
         metrics = {} if any(asked.values()) else trainer.evaluate()
         for evaluation, path in asked.items():
             if path is not None:
@@ -135,7 +137,7 @@ def sample(arguments: argparse.Namespace) -> None:
     overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
     with together():
         prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
-        trainer = Trainer.from_run(arguments.config, overrides)
+        trainer = Trainer.from_run(arguments.config, overrides, adapter=arguments.adapter)
         prompts = prompts or [trainer.config.sample.prompt]
         between = trainer.program.objective.between
         if len(prompts) == 1:
@@ -196,16 +198,20 @@ def import_weights(arguments: argparse.Namespace) -> None:
 def export_run(arguments: argparse.Namespace) -> None:
     """Writes a run as others read it."""
     form, folder = arguments.to
-    if form != "hf":
-        raise ConfigError(f"--to {form}: there is only hf, as in --to hf FOLDER")
+    if form not in ("hf", "adapter"):
+        raise ConfigError(f"--to {form}: there is only hf and adapter, as in --to hf FOLDER")
+    if form == "adapter" and arguments.dtype != "float32":
+        raise ConfigError(f"--dtype {arguments.dtype} is of --to hf; an adapter is written in float32")
     defaults.import_jax()
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
+    from stack.transfer.adapter import export_adapter
     from stack.transfer.exporting import export
 
     with together():
         trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
-        for line in export(trainer, folder, dtype=arguments.dtype):
+        export_dtype = partial(export, dtype=arguments.dtype)
+        for line in {"hf": export_dtype, "adapter": export_adapter}[form](trainer, folder):
             if first():
                 print(line, flush=True)
 

@@ -123,7 +123,11 @@ def reader(trainer: Trainer) -> Callable[[str, int | None], np.ndarray]:
 
 def _read(arrays: dict[str, Any], path: str, layer: int | None) -> np.ndarray:
     """A parameter, or what one layer has of it, whole on this host."""
-    array = arrays[path]
+    return read_whole(arrays[path], layer)
+
+
+def read_whole(array: Any, layer: int | None = None) -> np.ndarray:
+    """An array of a mesh, or one of its layers, whole on this host; every process calls."""
     auto = states.automatic(array.sharding.mesh)
     array, whole = states.retype(array, NamedSharding(auto, array.sharding.spec)), NamedSharding(auto, P())
     return np.asarray(_gather(whole)(array) if layer is None else _gather_layer(whole)(array, layer))
