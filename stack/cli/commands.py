@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stack import environment
@@ -126,7 +127,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise ConfigError("--head is of a file: give --data FILE.jsonl")
     with together():
         ask = None if arguments.tasks is None else _tasks(arguments)
-        trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
+        options = {"adapter": arguments.adapter, "accept": arguments.accept}
+        trainer = Trainer.from_run(arguments.config, arguments.rest, **options)
         given = ask or arguments.data or any(asked.values())
         metrics = {} if given else trainer.evaluate()
         if arguments.data:
@@ -201,7 +203,7 @@ def sample(arguments: argparse.Namespace) -> None:
     overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
     with together():
         prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
-        trainer = Trainer.from_run(arguments.config, overrides)
+        trainer = Trainer.from_run(arguments.config, overrides, adapter=arguments.adapter)
         prompts = prompts or [trainer.config.sample.prompt]
         between = trainer.program.objective.between
         if len(prompts) == 1:
@@ -262,16 +264,20 @@ def import_weights(arguments: argparse.Namespace) -> None:
 def export_run(arguments: argparse.Namespace) -> None:
     """Writes a run as others read it."""
     form, folder = arguments.to
-    if form != "hf":
-        raise ConfigError(f"--to {form}: there is only hf, as in --to hf FOLDER")
+    if form not in ("hf", "adapter"):
+        raise ConfigError(f"--to {form}: there is only hf and adapter, as in --to hf FOLDER")
+    if form == "adapter" and arguments.dtype != "float32":
+        raise ConfigError(f"--dtype {arguments.dtype} is of --to hf; an adapter is written in float32")
     defaults.import_jax()
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
+    from stack.transfer.adapter import export_adapter
     from stack.transfer.exporting import export
 
     with together():
         trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
-        for line in export(trainer, folder, dtype=arguments.dtype):
+        export_dtype = partial(export, dtype=arguments.dtype)
+        for line in {"hf": export_dtype, "adapter": export_adapter}[form](trainer, folder):
             if first():
                 print(line, flush=True)
 

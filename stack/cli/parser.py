@@ -122,6 +122,7 @@ def _parser() -> tuple[_Parser, list[str]]:
         help="how often it writes the last word of passages, one a line (LAMBADA)",
     )
     _add_tasks(evaluate)
+    _add_adapter(evaluate)
     _add_overrides(evaluate)
     _add_accept(evaluate)
 
@@ -153,6 +154,7 @@ def _parser() -> tuple[_Parser, list[str]]:
         ("top-p", float, "sample among the likeliest tokens that hold this probability"),
     ):
         sample.add_argument(f"--{option}", type=kind, help=f"{text} (default: the run's)")
+    _add_adapter(sample)
     sample.add_argument("--seed", type=int, help="another seed gives another text (default: the run's)")
 
     show_runs = _verb(
@@ -176,7 +178,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     _add_overrides(outgoing)
     _add_accept(outgoing)
     outgoing.add_argument(
-        "--to", required=True, nargs=2, metavar=("FORMAT", "FOLDER"), help="hf, and a new folder"
+        "--to", required=True, nargs=2, metavar=("FORMAT", "FOLDER"), help="hf or adapter, and a new folder"
     )
     text = "of the weights: float32 (default), bfloat16 or float16"
     outgoing.add_argument("--dtype", default="float32", help=text)
@@ -473,6 +475,11 @@ def _verb(
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     text = "fields to change, for example train.steps=100"
     parser.add_argument("rest", metavar="NAME=VALUE", nargs="*", default=(), help=text)
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    text = "a run with an adapter of this one, or an exported adapter, to use beside its weights"
+    parser.add_argument("--adapter", metavar="FOLDER", help=text)
 
 
 def _add_accept(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from stack.config import ConfigError, OptimizerConfig
 
 
 def matching(pattern: str, names: Collection[str], *, field: str) -> list[str]:
-    """The names of parameters that a pattern fits.
+    """The names, of parameters or of matrices, that a pattern fits.
 
     Raises:
       ConfigError: it fits none.

@@ -6,7 +6,6 @@ asks for checkpoints. Features are in the step, in the data or in a listener.
 
 import logging
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stack import environment
-from stack.config import Config, StackError, load
+from stack.config import Config, StackError
 from stack.config.arguments import check_type
 from stack.config.paths import expand
 from stack.data.dataset import Data, open_data
@@ -40,8 +39,8 @@ from stack.step.guard import all_finite
 from stack.step.options import compiler_options, compiler_settings
 from stack.step.step import eval_step, train_step
 from stack.step.tiles import tile_settings, with_tuned
+from stack.train import opening, starting
 from stack.train import record as records
-from stack.train import starting
 from stack.train.checkpoint.checkpoints import Checkpoints
 from stack.train.checkpoint.manifest import saved_steps
 from stack.train.heartbeat import Heartbeat
@@ -112,18 +111,13 @@ class Trainer:
     def from_run(cls, folder: str | os.PathLike[str], overrides: Sequence[str] = (), **options: Any) -> Self:
         """The trainer of a run folder, with the parameters of its newest checkpoint.
 
+        With `adapter`, a run that has one or an exported one, it is that beside the run's weights: all but
+        these is the adapter's, its config and objective too.
+
         Raises:
-          StackError: the folder holds no run, or no checkpoint.
+          StackError: the folder holds no run, or no checkpoint, or the adapter is of another base.
         """
-        trainer = cls(load(os.fspath(folder), overrides), **options)
-        parts = {name: part for name, part in states.abstract(trainer.program).items() if name != "opt_state"}
-        with Checkpoints(trainer.ledger.store) as checkpoints:
-            warn = logging.getLogger("stack").warning
-            trainer.state = trainer.ledger.restore(checkpoints, parts, data=None, warn=warn)
-        if trainer.state is None:
-            command = shlex.join(["stack", "train", os.fspath(folder), *overrides])
-            raise StackError(f"{trainer.folder} holds no checkpoint yet; train it first: {command}")
-        return trainer
+        return opening.open_run(cls, os.fspath(folder), overrides, **options)
 
     @cached_property
     def data(self) -> Data:
