@@ -111,7 +111,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     asked = {word_perplexity: arguments.words, last_words: arguments.last_words}
     with together():
-        trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
+        step = "best" if arguments.best else None
+        trainer = Trainer.from_run(arguments.config, arguments.rest, step=step, accept=arguments.accept)
         metrics = {} if any(asked.values()) else trainer.evaluate()
         for evaluation, path in asked.items():
             if path is not None:
@@ -135,7 +136,7 @@ def sample(arguments: argparse.Namespace) -> None:
     overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
     with together():
         prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
-        trainer = Trainer.from_run(arguments.config, overrides)
+        trainer = Trainer.from_run(arguments.config, overrides, step="best" if arguments.best else None)
         prompts = prompts or [trainer.config.sample.prompt]
         between = trainer.program.objective.between
         if len(prompts) == 1:
@@ -204,7 +205,8 @@ def export_run(arguments: argparse.Namespace) -> None:
     from stack.transfer.exporting import export
 
     with together():
-        trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
+        step = "best" if arguments.best else None
+        trainer = Trainer.from_run(arguments.config, arguments.rest, step=step, accept=arguments.accept)
         for line in export(trainer, folder, dtype=arguments.dtype):
             if first():
                 print(line, flush=True)

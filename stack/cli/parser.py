@@ -116,6 +116,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     )
     _add_overrides(evaluate)
     _add_accept(evaluate)
+    _add_best(evaluate)
 
     sample = _verb(verbs, "sample", commands.sample, "generate text with a run")
     sample.add_argument("config", metavar="RUN", help="the folder of a run")
@@ -135,6 +136,7 @@ def _parser() -> tuple[_Parser, list[str]]:
         ("top-p", float, "sample among the likeliest tokens that hold this probability"),
     ):
         sample.add_argument(f"--{option}", type=kind, help=f"{text} (default: the run's)")
+    _add_best(sample)
     sample.add_argument("--seed", type=int, help="another seed gives another text (default: the run's)")
 
     show_runs = _verb(
@@ -157,6 +159,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     outgoing.add_argument("config", metavar="RUN", help="the folder of a run")
     _add_overrides(outgoing)
     _add_accept(outgoing)
+    _add_best(outgoing)
     outgoing.add_argument(
         "--to", required=True, nargs=2, metavar=("FORMAT", "FOLDER"), help="hf, and a new folder"
     )
@@ -440,3 +443,8 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 def _add_accept(parser: argparse.ArgumentParser) -> None:
     text = "go on although this field is not what the run began with; may be repeated"
     parser.add_argument("--accept", action="append", default=[], metavar="FIELD", help=text)
+
+
+def _add_best(parser: argparse.ArgumentParser) -> None:
+    text = "of its best checkpoint by eval.metric (default: of the newest)"
+    parser.add_argument("--best", action="store_true", help=text)

@@ -17,7 +17,12 @@ EvalStep = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]
 
 
 def evaluate(
-    program: Program, eval_step: EvalStep, params: dict[str, Any], heldout: Dataset
+    program: Program,
+    eval_step: EvalStep,
+    params: dict[str, Any],
+    heldout: Dataset,
+    *,
+    batches: int | None = None,
 ) -> dict[str, float]:
     """What the program's objective tells of the held-out set, or of `eval.batches` of it.
 
@@ -26,6 +31,7 @@ def evaluate(
       eval_step: the jitted step.
       params: that lie as `program.parameters`.
       heldout: the rows; the last batch is filled up with rows of padding.
+      batches: of it at most; None: `eval.batches`.
 
     Raises:
       StackError: nothing is held out.
@@ -33,7 +39,7 @@ def evaluate(
     if not heldout.num_rows:
         raise StackError("no text is held out to evaluate on; set data.heldout_fraction above 0")
     config, objective = program.config, program.objective
-    size, chosen = heldout_numbers(config, heldout)
+    size, chosen = heldout_numbers(config, heldout, batches)
     make, number = heldout_batches(heldout, fields=objective.fields, batch_size=size, layout=program.layout)
     parts = jax.device_get([eval_step(params, batch) for batch in prefetch(make, chosen)])
     sums = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
@@ -42,11 +48,11 @@ def evaluate(
     return objective.evaluate(sums, num_bytes=share * heldout.num_bytes if heldout.is_lossless else None)
 
 
-def heldout_numbers(config: Config, heldout: Dataset) -> tuple[int, list[int]]:
-    """Rows of a batch, and the numbers of the batches that are evaluated."""
+def heldout_numbers(config: Config, heldout: Dataset, batches: int | None = None) -> tuple[int, list[int]]:
+    """Rows of a batch, and the numbers of the batches that are evaluated, at most so many."""
     size = config.eval.batch_size or config.train.batch_size
     number = -(-heldout.num_rows // size)
-    return size, spread(number, config.eval.batches or number)
+    return size, spread(number, batches or config.eval.batches or number)
 
 
 def spread(number: int, most: int) -> list[int]:
