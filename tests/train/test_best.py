@@ -42,9 +42,9 @@ class Heard(Listener):
         self.summary: dict[str, Any] = {}
 
     def on_metrics(self, step, metrics) -> None:
-        if step == self.at and self.number is None:
-            raise KeyboardInterrupt
         if step == self.at:
+            if self.number is None:
+                raise KeyboardInterrupt
             signal.raise_signal(self.number)
 
     def on_warning(self, text) -> None:
@@ -152,7 +152,7 @@ def test_a_run_ends_early_with_its_best_checkpoint_which_is_kept_and_shown(folde
 
 def test_a_run_is_opened_at_its_best_checkpoint_or_at_another(ended_run) -> None:
     made, _ = ended_run
-    opened = {
+    opened: dict[Any, Any] = {
         step: Trainer.from_run(made.folder, step=step, devices=jax.devices()[:1])
         for step in ("best", 6, 12, None)
     }
