@@ -24,6 +24,8 @@ def train(arguments: argparse.Namespace) -> None:
     from stack.config.reading import load
 
     config = load(arguments.config, arguments.rest)  # what is wrong is told before anything heavy is loaded
+    if arguments.seeds is not None and arguments.replay is not None:
+        raise ConfigError("--seeds trains runs, and --replay does a step of one again; give one of them")
     if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"start     {config.name}: loading JAX, then its data", flush=True)
 
@@ -33,6 +35,13 @@ def train(arguments: argparse.Namespace) -> None:
     from stack.train.trainer import Trainer
 
     with together():
+        if arguments.seeds is not None:
+            from stack.train.seeds import fit_seeds
+
+            spread = fit_seeds(config, arguments.seeds, accept=arguments.accept)
+            if first():
+                print("\n".join(spread.lines()), flush=True)
+            return
         trainer = Trainer(config, accept=arguments.accept)
         if arguments.replay is None:
             trainer.fit()

@@ -96,6 +96,10 @@ def _parser() -> tuple[_Parser, list[str]]:
         metavar="STEP",
         help="do this step of a run once more and compare it bit for bit; nothing is written",
     )
+    text = (
+        "train it from this many seeds, each a run of its own, and print mean and spread of what they reach"
+    )
+    train.add_argument("--seeds", type=int, metavar="N", help=text)
 
     _add_launch(verbs)
     _add_plan(verbs)
