@@ -33,8 +33,8 @@ class AdapterConfig(Section):
     targets: tuple[AdapterTargetConfig, ...] = Field(default=(), strict=False)
     """Where."""
     train: tuple[str, ...] = Field(default=(), strict=False)
-    """Other parameters that are trained too, by name, `*` for anything: `final_norm.*`, `embed.*`; the head of
-    a task is in any case. They are exported with the adapter."""
+    """Other parameters that are trained too, by name, `*` for anything: `final_norm.*`, `embed.*`; the head
+    of a task is in any case. They are exported with the adapter."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrices and tables that are not trained are kept in; bfloat16 takes half the memory, and changes
     no number of a model whose dtype is bfloat16."""

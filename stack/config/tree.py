@@ -118,6 +118,7 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.schedule.warmup_steps={warmup}{after} leaves nothing of train.steps={steps}"
             )
+        self._check_unfreezing()
         if self.train.profile_steps and self.train.profile_steps[1] > steps:
             raise ValueError(
                 f"train.profile_steps={list(self.train.profile_steps)} goes beyond train.steps={steps}"
@@ -134,6 +135,17 @@ class Config(Section):
             )
         if self.kernels.matmul == "fp8":
             raise ValueError("kernels.matmul=fp8 knows no adapter; set it to xla, or remove adapter")
+
+    def _check_unfreezing(self) -> None:
+        every, steps, model = self.optimizer.unfreeze_every, self.train.steps, self.model
+        number = max(model.num_layers, getattr(model, "decoder_layers", 0))
+        if every is not None and every * number >= steps:
+            raise ValueError(
+                f"optimizer.unfreeze_every={every} trains what is below {number} layers from step"
+                f" {every * number:,} on, and train.steps={steps} ends before; set it to"
+                f" {max(1, (steps - 1) // number)} or less"
+                + ("" if steps > number else f", and train.steps above {number}")
+            )
 
     def _check_records(self) -> None:
         objective = self.objective

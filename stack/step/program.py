@@ -26,8 +26,8 @@ from stack.parallel import mesh as meshes
 from stack.parallel.rules import ELEMENTWISE, Layout, Role
 from stack.parallel.zero import is_variable
 from stack.step import adapter as adapters
+from stack.step import groups
 from stack.step import optimizer as optimizers
-from stack.step.groups import matching
 from stack.step.kernels import choose_attention, choose_matmul, platform_of
 
 Path = tuple[str, ...]
@@ -127,7 +127,7 @@ class Program:
         if self.config.adapter is not None:
             frozen |= {paths[name] for name in adapters.frozen(self.config.adapter, paths)}
         for pattern in self.config.optimizer.frozen:
-            frozen |= {paths[name] for name in matching(pattern, paths, field="optimizer.frozen")}
+            frozen |= {paths[name] for name in groups.matching(pattern, paths, field="optimizer.frozen")}
         if len(frozen) == len(paths):
             raise ConfigError("optimizer.frozen leaves nothing to train; remove a pattern")
         return frozenset(frozen)
@@ -152,7 +152,7 @@ class Program:
         }
         plain: set[str] = set()
         for pattern in options.exclude:
-            plain |= set(matching(pattern, layers, field="kernels.fp8.exclude"))
+            plain |= set(groups.matching(pattern, layers, field="kernels.fp8.exclude"))
         chosen = {name: number for name, number in layers.items() if name not in plain}
         if options.first_layers + options.last_layers >= max(chosen.values(), default=0):
             raise ConfigError("kernels.fp8 leaves no product in 8 bits; set kernels.matmul=xla instead")
@@ -174,7 +174,14 @@ class Program:
         """Clipping, rule, decay and schedule."""
         (axes, _), (roles, _) = self.split(self.axes), self.split(self.roles)
         steps, dtype = self.config.train.steps, self.config.model.dtype
-        return optimizers.build(self.config.optimizer, steps=steps, axes=axes, roles=roles, dtype=dtype)
+        return optimizers.build(
+            self.config.optimizer, steps=steps, axes=axes, roles=roles, depths=self.depths, dtype=dtype
+        )
+
+    @cached_property
+    def depths(self) -> dict[str, Any]:
+        """Of the parameters that are trained, how many layers are above each; see `groups.depths`."""
+        return self.split(groups.depths(self.axes, self.parameters))[0]
 
     @cached_property
     def graph(self) -> nnx.GraphDef:

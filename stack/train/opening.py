@@ -5,7 +5,7 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -27,6 +27,7 @@ def open_run[T: "Trainer"](
     overrides: Sequence[str],
     *,
     adapter: str | os.PathLike[str] | None = None,
+    step: int | Literal["best"] | None = None,
     **options: Any,
 ) -> T:
     """The trainer of a run folder; see `Trainer.from_run`.
@@ -36,15 +37,18 @@ def open_run[T: "Trainer"](
       folder: of the run; with an adapter anything that `init_from` may be.
       overrides: of its config, or of the adapter's.
       adapter: a folder with one, or None.
+      step: of the checkpoint that is read; None: of the newest.
       options: of a trainer.
     """
     if adapter is not None:
+        if step is not None:
+            raise StackError("a checkpoint by its step, or the best, is of a run's own; leave --adapter out")
         return _open_adapter(partial(make, **options), folder, os.fspath(adapter), overrides)
     trainer = make(load(folder, overrides), **options)
     parts = {name: part for name, part in states.abstract(trainer.program).items() if name != "opt_state"}
     with Checkpoints(trainer.ledger.store) as checkpoints:
         warn = logging.getLogger("stack").warning
-        trainer.state = trainer.ledger.restore(checkpoints, parts, data=None, warn=warn)
+        trainer.state = trainer.ledger.restore(checkpoints, parts, data=None, warn=warn, of=step)
     if trainer.state is None:
         command = shlex.join(["stack", "train", folder, *overrides])
         raise StackError(f"{trainer.folder} holds no checkpoint yet; train it first: {command}")
