@@ -1,7 +1,7 @@
 """Descriptions of Debian's packages: classes, several labels, pairs, summaries and translations.
 
-The labels are the maintainers', taggers' and translators' own: the archive's section, debtags, the line above a
-description, and its German translation.
+The labels are the maintainers', taggers' and translators' own: the archive's section, debtags, the line above
+a description, and its German translation.
 """
 
 import re
@@ -18,8 +18,9 @@ SECTIONS = (
 FACETS = (
     "interface::commandline", "interface::daemon", "interface::graphical", "interface::text-mode",
     "use::checking", "use::configuring", "use::converting", "use::editing", "use::gameplaying",
-    "use::monitor", "use::searching", "use::viewing", "works-with::archive", "works-with::audio", "works-with::db",
-    "works-with::file", "works-with::image", "works-with::mail", "works-with::text", "works-with::video",
+    "use::monitor", "use::searching", "use::viewing", "works-with::archive", "works-with::audio",
+    "works-with::db", "works-with::file", "works-with::image", "works-with::mail", "works-with::text",
+    "works-with::video",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Where the texts come from: packages of Debian 12 and sources from PyPI, fetched by apt and pip.
 
-Debian's are fetched with a state of their own, below the folder given: the machine's own lists of sources and of
-installed packages are neither read nor changed, and any Debian or Ubuntu gives the same files.
+Debian's are fetched with a state of their own, below the folder given: the machine's own lists of sources and
+of installed packages are neither read nor changed, and any Debian or Ubuntu gives the same files.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """RFCs: questions with spans, key sentences, and passages to find.
 
 Truth comes from elsewhere than the text that is read: from the RFC index (author, date, relations),
-from where an abbreviation is spelled out (asked of another paragraph, if there is one), from the abstract (for
-sentences of the body).
+from where an abbreviation is spelled out (asked of another paragraph, if there is one), from the abstract
+(for sentences of the body).
 """
 
 import gzip
@@ -19,8 +19,8 @@ _HEADING = re.compile(r"^(?:Appendix )?([A-Z]|\d+)((?:\.\d+)*)\.?[ \t]{1,3}([A-Z
 _INDEX = re.compile(r"^(\d{4}) (.*?)(?=^\d{4} |\Z)", re.M | re.S)
 _FORMAL = re.compile(
     r"introduction|references|acknowledge?ments?|security consid|iana consid|author|abstract|status of"
-    r"|terminology|conventions|copyright|table of|overview|contributors|notation|requirements language|appendix|index"
-    r"|change|background|summary|conclusion|definitions|general|motivation|examples?$|scope|purpose",
+    r"|terminology|conventions|copyright|table of|overview|contributors|notation|requirements language"
+    r"|appendix|index|change|background|summary|conclusion|definitions|general|motivation|examples?$|scope|purpose",
     re.I,
 )
 _SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!\bSec)(?<!\bcf)(?<!\bvs)(?<=[.?!])\s+(?=[A-Z\"(])")

@@ -1,6 +1,7 @@
 """Which rows train, and which are held out: by the hash of the document that a row comes from.
 
-A document is a source package, an RFC, a file of the library or a page: on one side in every task and in the text that trunks are pretrained on, so nothing of a test has been seen in any.
+A document is a source package, an RFC, a file of the library or a page: on one side in every task and in the
+text that trunks are pretrained on, so nothing of a test has been seen in any.
 """
 
 import hashlib
@@ -47,7 +48,7 @@ def in_splits(
 
     Args:
         rows: In any order.
-        same: Fields by which two rows are the same, if all are: the first is kept, and a held-out one before one
+        same: Fields by which two rows are the same, if all are: the first is kept, a held-out one before one
             that trains.
         at_most: Rows kept of each split.
 
