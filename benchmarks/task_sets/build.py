@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import debian, labelled, library, rfcs
+from .checks import check
 from .packages import fetch
 from .pretraining import write_pretraining
 from .retrieval import write_retrieval
@@ -164,7 +165,7 @@ def build(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         The manifest: sets with their sizes, and packages with versions, digests and licences.
 
     Raises:
-        StackError: If a package cannot be fetched.
+        StackError: If a package cannot be fetched, or a set is not what it should be.
     """
     packages = fetch(folder / "sources")
     sources = Sources(folder / "sources")
@@ -186,6 +187,11 @@ def build(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         folder / "pretraining.jsonl", sources.folder, sources.packages(), sources.rfcs(), held
     )
     say("pretraining        " + " ".join(f"{name} {size / 1e6:.1f} MB" for name, size in counts.items()))
+    shared = check(folder, sets)
+    for name, share in shared.items():
+        sets[name]["shares_13_words"] = share
+    say("checked: no row is on two sides, every span is its text; test rows that share 13 words in a row")
+    say("with the pretraining text: " + ", ".join(f"{name} {share:.1%}" for name, share in shared.items()))
     manifest = {"sets": sets, "pretraining": counts, "packages": packages}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return manifest

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import debian, rfcs
+from .checks import strings
 from .splits import number, plain, split_of
 
 # Bytes of each kind: 44 MB together, about what is there of the small ones.
@@ -44,7 +45,7 @@ def write_pretraining(
     Returns:
         Bytes of UTF-8 of each kind of text.
     """
-    secret = {plain(part) for row in held for text in _strings(row) for part in parts(text)}
+    secret = {plain(part) for row in held for text in strings(row) for part in parts(text)}
     kinds = {
         "rfcs": ((rfc.document, rfc.text) for rfc in texts),
         "descriptions": (
@@ -96,14 +97,6 @@ def without(text: str, secret: set[str]) -> str:
         if not any(plain(part) in secret for part in (*parts(paragraph), paragraph))
     )
     return "\n\n".join(kept).strip()
-
-
-def _strings(row: Mapping[str, Any]) -> Iterator[str]:
-    for value in row.values():
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            yield from (item for item in value if isinstance(item, str))
 
 
 def _library(folder: Path) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """BM25 over passages: hard negatives to train with, candidates to rerank, and the ranking to be beaten."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from .splits import SPLITS, Split, write_jsonl
 
 CANDIDATES, NEGATIVES = 10, 3
+logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 
 class Bm25:

@@ -23,7 +23,7 @@ _FORMAL = re.compile(
     r"|appendix|index|change|background|summary|conclusion|definitions|general|motivation|examples?$|scope|purpose",
     re.I,
 )
-_SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!\bSec)(?<!\bcf)(?<!\bvs)(?<=[.?!])\s+(?=[A-Z\"(])")
+_SENTENCE = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<!\bSec\.)(?<!\bcf\.)(?<!\bvs\.)(?<=[.?!])\s+(?=[A-Z\"(])")
 _DEFINED = re.compile(r"((?:[A-Z][A-Za-z]+[- ](?:(?:of|and|for|the|to|in) )?){2,6})\(([A-Z]{2,7})\)")
 _SMALL = {"of", "and", "for", "the", "to", "in"}
 
