@@ -31,7 +31,7 @@ Rows = list[dict[str, Any]]
 Sets = Mapping[str, Rows]
 Method = Iterator[tuple[str, Scores]]
 _SPLITS: tuple[str, ...] = SPLITS
-_PENALTIES = (1.0, 10.0)
+_PENALTIES = (1.0, 10.0, 100.0)
 
 
 def run(folder: Path, *, only: Sequence[str] | None = None) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def classification(sets: Sets) -> Method:
         yield "most frequent", scores.of_label_sets(truth["test"], np.tile(constant, (len(truth["test"]), 1)))
         model = _fitted(
             _PENALTIES,
-            lambda c: OneVsRestClassifier(LogisticRegression(C=c, solver="liblinear")).fit(
+            lambda c: OneVsRestClassifier(LogisticRegression(C=c, max_iter=2000)).fit(
                 vectors["train"], truth["train"]
             ),
             lambda model: scores.of_label_sets(truth["valid"], model.predict_proba(vectors["valid"]))[
@@ -122,7 +122,7 @@ def _single(vectors: Mapping[str, Any], labels: Mapping[str, list[str]]) -> Meth
     )
     model = _fitted(
         _PENALTIES,
-        lambda c: LogisticRegression(C=c, max_iter=2000, tol=1e-3).fit(vectors["train"], labels["train"]),
+        lambda c: LogisticRegression(C=c, max_iter=2000).fit(vectors["train"], labels["train"]),
         lambda model: model.score(vectors["valid"], labels["valid"]),
     )
     yield (
