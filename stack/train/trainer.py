@@ -20,7 +20,7 @@ from stack import environment
 from stack.config import Config, StackError
 from stack.config.arguments import check_type
 from stack.config.paths import expand
-from stack.data.dataset import Data, open_data
+from stack.data.dataset import Data, Dataset, open_data
 from stack.data.entry import DamagedEntryError
 from stack.data.loader import Batch, prefetch, save_batch, timed, training_batches
 from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokenizer
@@ -52,6 +52,7 @@ from stack.train.stragglers import Stragglers
 from stack.train.watch.announce import introduce
 from stack.train.watch.audit import Audit
 from stack.train.watch.bad_steps import BadStepsError
+from stack.train.watch.domains import Domains
 from stack.train.watch.endings import ENDINGS, Ending
 from stack.train.watch.late import LateReader
 from stack.train.watch.listeners import Listener, Listeners
@@ -101,7 +102,7 @@ class Trainer:
         self.ledger = Ledger(config, self.folder, accept, settings)
         standard = standard_listeners(self.program, devices, self.folder, resolved=resolved)
         self._audit = Audit(self.folder) if config.train.audit else None
-        self._given = [*standard, *([self._audit] if self._audit else []), *listeners]
+        self._given = [*standard, Domains(self), *([self._audit] if self._audit else []), *listeners]
         self._listeners = Listeners(self._given)
 
     @classmethod
@@ -216,15 +217,15 @@ class Trainer:
             if failure := self._hear(checkpoints, wait=True):
                 raise StackError(failure)
 
-    def evaluate(self) -> dict[str, float]:
-        """What the objective tells of the whole held-out set, each of its labels once.
+    def evaluate(self, heldout: Dataset | None = None) -> dict[str, float]:
+        """What the objective tells of the whole held-out set, or of some of it, each of its labels once.
 
         Raises:
           StackError: nothing is held out.
         """
         self.ledger.check_data(self.data.fingerprint)
         with meshes.use(self.mesh):
-            return evaluate(self.program, self._eval_step, self.trained, self.data.heldout)
+            return evaluate(self.program, self._eval_step, self.trained, heldout or self.data.heldout)
 
     def generate(self, prompts: str | Sequence[str], *, seed: int | None = None) -> list[str]:
         """Continues each prompt, or the one, as `config.sample` says; see `generate_texts`."""
