@@ -213,7 +213,7 @@ def test_the_page_on_fine_tuning_runs_from_top_to_bottom(folder) -> None:
                 block.replace("stack train functions.yaml", f"stack train functions.yaml {_SOME}"), folder
             )
     assert "):⏎    ⟦" in printed, "what is predicted begins after the prompt"
-    for name in ("functions", "conversations"):
+    for name in ("functions", "conversations", "preferred"):
         assert (folder / "runs" / name / "metrics.jsonl").is_file()
 
 
