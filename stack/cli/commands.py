@@ -5,11 +5,16 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from stack import environment
 from stack.config.errors import ConfigError, StackError
 from stack.hardware import defaults
 from stack.interrupt import die_with_launcher
+
+if TYPE_CHECKING:
+    from stack.train.trainer import Trainer
 
 
 def version() -> None:
@@ -103,7 +108,11 @@ def tune_kernels(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Prints what a run's held-out text gives, or files of one's own."""
+    """Prints what a run's held-out text gives, files of one's own, or tasks of the lm-evaluation-harness."""
+    if arguments.tasks is None:
+        given = [name for name in _OF_TASKS if getattr(arguments, name) not in (None, False)]
+        if given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} is of tasks; name them with --tasks")
     defaults.import_jax()
     from stack.evaluation.files import evaluate_file
     from stack.evaluation.texts import last_words, word_perplexity
@@ -113,17 +122,52 @@ def evaluate(arguments: argparse.Namespace) -> None:
     asked = {word_perplexity: arguments.words, last_words: arguments.last_words}
     if arguments.answers and arguments.data is None:
         raise ConfigError("--answers is of a file: give --data FILE.jsonl")
+    if arguments.head is not None and arguments.data is None:
+        raise ConfigError("--head is of a file: give --data FILE.jsonl")
     with together():
+        ask = None if arguments.tasks is None else _tasks(arguments)
         trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
-        metrics = {} if any(asked.values()) or arguments.data else trainer.evaluate()
+        given = ask or arguments.data or any(asked.values())
+        metrics = {} if given else trainer.evaluate()
         if arguments.data:
             run = trainer.program, trainer.trained, trainer.words
-            metrics = evaluate_file(*run, arguments.data, answers=arguments.answers)
+            metrics = evaluate_file(*run, arguments.data, answers=arguments.answers, task=arguments.head)
         for evaluation, path in asked.items():
             if path is not None:
                 metrics |= evaluation(trainer.program, trainer.trained, trainer.words, path)
+        if first() and metrics:
+            print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()), flush=True)
+        if ask:
+            ask(trainer)
+
+
+_OF_TASKS = ("limit", "num_fewshot", "gen_kwargs", "apply_chat_template", "add_bos_token", "json")
+
+
+def _tasks(arguments: argparse.Namespace) -> "Callable[[Trainer], None]":
+    """What asks a run the tasks and prints the answers; what cannot be is told before the run is loaded."""
+    from stack.config.paths import check_writable, expand
+    from stack.evaluation.harness import StackLM
+    from stack.evaluation.harness_tasks import check_options, evaluate_tasks, load_tasks, table, write_json
+    from stack.parallel.processes import first
+
+    path = None if arguments.json is None else expand(arguments.json)
+    if path is not None:
+        check_writable(path)
+    options = {name: getattr(arguments, name) for name in _OF_TASKS[:4]}
+    check_options(limit=arguments.limit, num_fewshot=arguments.num_fewshot)
+    chosen = load_tasks(arguments.tasks.split(","))
+
+    def ask(trainer: "Trainer") -> None:
+        bos = arguments.add_bos_token
+        model = StackLM(trainer.program, trainer.trained, trainer.words, add_bos_token=bos)
+        results = evaluate_tasks(model, chosen, **options)
         if first():
-            print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+            print(table(results))
+            if path is not None:
+                write_json(results, path)
+
+    return ask
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -137,7 +181,7 @@ def predict(arguments: argparse.Namespace) -> None:
         trainer = Trainer.from_run(arguments.config, arguments.rest)
         name = f"{trainer.folder} {trainer.ledger.position.step} {arguments.rest}"
         run = trainer.program, trainer.trained, trainer.words
-        number = predict_file(*run, (arguments.input, arguments.output), name=name)
+        number = predict_file(*run, (arguments.input, arguments.output), name=name, task=arguments.head)
         if first():
             print(f"{number:,} records in {arguments.output}", flush=True)
 
@@ -340,8 +384,9 @@ def prepare_data(arguments: argparse.Namespace) -> None:
     from stack.config.reading import load
     from stack.data.prepare import prepare
     from stack.objectives import build
+    from stack.objectives.labels import with_labels
 
-    config = load(arguments.config, arguments.rest)
+    config = with_labels(load(arguments.config, arguments.rest))
     for line in prepare(config, arguments.ray, build(config).examples):
         print(line, flush=True)
 

@@ -109,6 +109,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     )
     text = "--data: compare what is written or extracted as well (ROUGE, BLEU, chrF, exact match)"
     evaluate.add_argument("--answers", action="store_true", help=text)
+    text = "--data: of several tasks the one that its records are of"
+    evaluate.add_argument("--head", metavar="NAME", help=text)
     evaluate.add_argument(
         "--words",
         metavar="FILE",
@@ -119,6 +121,7 @@ def _parser() -> tuple[_Parser, list[str]]:
         metavar="FILE",
         help="how often it writes the last word of passages, one a line (LAMBADA)",
     )
+    _add_tasks(evaluate)
     _add_overrides(evaluate)
     _add_accept(evaluate)
 
@@ -128,6 +131,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     _add_overrides(predict)
     text = "a .jsonl with a record in each line"
     predict.add_argument("--input", required=True, metavar="FILE", help=text)
+    predict.add_argument("--head", metavar="NAME", help="of several tasks the one that is asked")
     text = "the .jsonl to write: each record with its `prediction`"
     predict.add_argument("--output", required=True, metavar="FILE", help=text)
 
@@ -430,6 +434,26 @@ def _add_target(parser: _Parser, target: str) -> None:
     else:
         parser.add_argument("--time", metavar="TIME", help="limit of each start, as 24:00:00")
         parser.add_argument("--partition", metavar="NAME", help="one or several (default: Slurm's)")
+
+
+def _add_tasks(parser: _Parser) -> None:
+    """Of the lm-evaluation-harness."""
+    tasks = parser.add_argument_group("tasks of the lm-evaluation-harness (extra lm-eval)")
+    tasks.add_argument(
+        "--tasks",
+        metavar="TASK,...",
+        help="names, patterns (mmlu_*), .yaml files of tasks, or folders of them (my_tasks/)",
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task (default: all)")
+    text = "examples before each question (default: what each task says)"
+    tasks.add_argument("--num-fewshot", type=int, metavar="K", help=text)
+    text = "options of generation in place of the tasks' own, as max_gen_toks=32,temperature=0"
+    tasks.add_argument("--gen-kwargs", metavar="NAME=VALUE,...", help=text)
+    text = "lay questions out by the tokenizer's chat template"
+    tasks.add_argument("--apply-chat-template", action="store_true", help=text)
+    text = "begin every text with the token that begins a document (default: as the tokenizer says)"
+    tasks.add_argument("--add-bos-token", action="store_true", default=None, help=text)
+    tasks.add_argument("--json", metavar="FILE", help="write all that the harness tells")
 
 
 def _verb(

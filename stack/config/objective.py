@@ -4,6 +4,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from stack.config.multi_task import MultiTaskConfig
 from stack.config.objective_section import ObjectiveSection
 from stack.config.section import one_of
 from stack.config.tasks import (
@@ -286,6 +287,7 @@ type ObjectiveConfig = (
     | KeySentencesConfig
     | RetrievalConfig
     | RerankingConfig
+    | MultiTaskConfig
 )
 """Any of the objectives: THE list, which alone names their classes."""
 

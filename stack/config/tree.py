@@ -10,6 +10,7 @@ from stack.config.explain import kind_of
 from stack.config.kernels import KernelsConfig
 from stack.config.mesh import MeshConfig
 from stack.config.model import AnyModel, DecoderConfig, EncoderConfig
+from stack.config.multi_task import MultiTaskConfig
 from stack.config.objective import (
     OBJECTIVES,
     AnyObjective,
@@ -121,12 +122,21 @@ class Config(Section):
 
     def _check_records(self) -> None:
         objective = self.objective
+        names = [task.name for task in objective.tasks] if isinstance(objective, MultiTaskConfig) else []
         for number, source in enumerate(self.data.sources):
             here = f"data.sources.{number}"
             if objective.reads_records and (source.kind not in RECORDS or source.field is not None):
                 raise ValueError(
                     f"objective.kind={objective.kind} reads whole records: {here} must be of kind"
                     f" {' or '.join(RECORDS)}, with field=null"
+                )
+            if names and source.task not in names:
+                raise ValueError(
+                    f"{here}.task={source.task}: name one of objective.tasks: {', '.join(names)}"
+                )
+            if not names and source.task is not None:
+                raise ValueError(
+                    f"{here}.task={source.task} is not read with objective.kind={objective.kind}; remove it"
                 )
             if objective.reads_records and (source.min_characters or source.max_characters):
                 raise ValueError(
@@ -138,6 +148,8 @@ class Config(Section):
                     f"{here}.field=null is for objectives that read records, and"
                     f" objective.kind={objective.kind} reads texts; name the field that holds the text"
                 )
+        if absent := [name for name in names if name not in {source.task for source in self.data.sources}]:
+            raise ValueError(f"objective.tasks: no source of data.sources is of task {absent[0]!r}; add one")
 
     def _check_objective(self) -> None:
         model, objective = self.model, self.objective

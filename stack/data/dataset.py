@@ -1,5 +1,6 @@
 """From the config to rows that can be asked for by number, and the fingerprint of what they are."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -188,7 +189,7 @@ def open_data(
             workers=workers,
             show_progress=show_progress,
             sign=data.deduplicate == "near",
-            encoder=made.encoder,
+            encoder=made.encoder_of(source.task),
             warn=damage.append,
         )
         for source in sources
@@ -244,6 +245,12 @@ def open_data(
                 " records, or set it to 0"
             )
     _check_size(config, train)
+    if data.temperature is not None:
+        weights = tuple(
+            mixture.times(weight, part.num_rows ** (1 / data.temperature))
+            for weight, part in zip(weights, train.parts, strict=True)
+        )
+        train, heldout = (dataclasses.replace(each, weights=weights) for each in (train, heldout))
     choices = [data.sequence_length, data.packed, data.heldout_fraction, data.shuffle, weights]
     choices += [made.packing] * bool(made.packing)
     if data.deduplicate != "none":

@@ -52,6 +52,10 @@ class Examples(Protocol):
         """What makes tokens of whole records; None: documents are texts."""
         ...
 
+    def encoder_of(self, task: str | None) -> Encoder | None:
+        """The encoder of records of one task of several."""
+        ...
+
     @property
     def packing(self) -> str:
         """Names `room`: equal names give equal rows. Empty: a piece takes as many places as it has tokens."""
@@ -95,6 +99,10 @@ class Plain:
 
     encoder: Encoder | None = None
     packing = ""
+
+    def encoder_of(self, task: str | None) -> Encoder | None:
+        """The one there is."""
+        return self.encoder
 
     def room(self, lengths: Int64[np.ndarray, " pieces"]) -> Int64[np.ndarray, " pieces"]:
         """A place for each token."""

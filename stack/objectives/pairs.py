@@ -10,7 +10,7 @@ from jaxtyping import Int32, Int64, Integer
 
 from stack.config import Config, EncoderDecoderConfig
 from stack.data.dataset import Dataset
-from stack.data.examples import Encoder, generator, longest
+from stack.data.examples import Encoder, Plain, generator, longest
 from stack.data.fields import Field
 from stack.data.tokenizer import Tokenizer
 from stack.objectives.words import EXAMPLE, PACKED, ROW, Words
@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
     """Of the two together; None: the sum of both."""
 
 
-class PairExamples:
+class PairExamples(Plain):
     """Pairs in rows; see `stack.data.examples.Examples`."""
 
     encoder: Encoder | None = None

@@ -235,6 +235,10 @@ class PairedExamples:
     """Log-probabilities of the reference, nats, [2 x pieces] float32 of the pieces of a dataset."""
     packing: str = "preferences 1"
 
+    def encoder_of(self, task: str | None) -> PairEncoder:
+        """The one there is."""
+        return self.encoder
+
     def with_reference(self, values: Array) -> "PairedExamples":
         """The same with what the reference tells of a dataset, a number per segment."""
         return replace(self, reference=values)

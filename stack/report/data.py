@@ -16,6 +16,7 @@ from stack.data.examples import TRAINING
 from stack.data.mixture import Schedule, training_order
 from stack.data.tokenizer import Tokenizer
 from stack.objectives import build
+from stack.objectives.labels import with_labels
 from stack.storage import durable
 
 Kind = Literal["read", "predicted", "hidden"]
@@ -104,6 +105,7 @@ def examine(config: Config, *, rows: int = 3) -> DataReport:
     Raises:
       StackError: what `open_data` raises.
     """
+    config = with_labels(config)
     objective = build(config)
     data = open_data(config, examples=objective.examples)
     train, steps = data.train, config.train.steps * config.train.batch_size
