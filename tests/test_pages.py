@@ -230,7 +230,7 @@ def test_the_page_on_heads_runs_from_top_to_bottom(folder) -> None:
 def test_the_page_on_fine_tuning_runs_from_top_to_bottom(folder) -> None:
     printed = run_page(FINE_TUNING, folder, "stack train functions.yaml")
     assert "):⏎    ⟦" in printed, "what is predicted begins after the prompt"
-    for name in ("functions", "conversations"):
+    for name in ("functions", "conversations", "preferred"):
         assert (folder / "runs" / name / "metrics.jsonl").is_file()
 
 
