@@ -150,7 +150,7 @@ class Index:
         vectors = stored.vectors[:, :width]
         finder: Finder
         if approximate:
-            finder = Approximate(vectors, where / f"hnsw-{width or whole}.faiss")
+            finder = Approximate(vectors, where / f"hnsw-{width or whole}.faiss", tell)
         else:
             finder = Exact(trainer.mesh, vectors)
         return cls(where, stored, scorer, options.query, finder, width or whole)
@@ -205,7 +205,9 @@ class Index:
         return _vectors(made)
 
     def _reranker(self, trainer: Trainer) -> Scorer:
-        return self._rerankers.setdefault(id(trainer), reranker(trainer))
+        if id(trainer) not in self._rerankers:
+            self._rerankers[id(trainer)] = reranker(trainer)
+        return self._rerankers[id(trainer)]
 
 
 def reranker(trainer: Trainer) -> Scorer:

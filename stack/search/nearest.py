@@ -1,6 +1,6 @@
 """Which passages are nearest to queries: all of them compared on the mesh, or FAISS's graph walked."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -8,11 +8,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stack.config.errors import StackError
 from stack.parallel import mesh as meshes
+from stack.parallel.processes import first
+from stack.storage import durable
 
 SCORES_BYTES = 1 << 26
 """Of the scores that a device holds at a time."""
@@ -20,6 +23,8 @@ _MOST_QUERIES = 256
 """That are compared at a time."""
 _MARGIN = 16
 """Passages beside those asked for that are compared in float64."""
+_BLOCK = 1 << 14
+"""Vectors that are read at a time."""
 _NEIGHBORS, _BUILDING, _WALKING = 32, 200, 256
 """Of HNSW (arXiv 1603.09320): edges of a node, and nodes that are kept in view, M and ef."""
 
@@ -139,32 +144,33 @@ def _find(mesh: Mesh, passages: int, queries: jax.Array, vectors: jax.Array, num
 class Approximate:
     """Walks a graph of neighbours (HNSW, arXiv 1603.09320), by FAISS; it finds nearly all of the nearest."""
 
-    def __init__(self, vectors: np.ndarray, file: Path) -> None:
-        """Builds the graph, or reads it where it is kept.
+    def __init__(self, vectors: np.ndarray, file: Path, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Reads the graph where it is kept, or builds it.
 
         Args:
           vectors: [passages, width] float32, which may lie on disk.
-          file: where it is kept; it is gone when the index is another one.
+          file: where it is kept, with its digest beside; in the folder of the index, and gone with it.
+          tell: is told of one that is damaged.
 
         Raises:
           StackError: FAISS is not installed.
         """
         faiss = load_faiss()
-        self._index: Any = None
+        digest = file.with_name(f"{file.name}.digest")
+        if file.exists() and digest.exists() and digest.read_text("utf-8", "replace") == _digest(file):
+            self._index = faiss.read_index(str(file))
+            return
         if file.exists():
-            try:
-                self._index = faiss.read_index(str(file))
-            except RuntimeError:  # It was cut, or is none.
-                self._index = None
-        if self._index is None or (self._index.ntotal, self._index.d) != vectors.shape:
-            self._index = faiss.IndexHNSWFlat(vectors.shape[1], _NEIGHBORS, faiss.METRIC_INNER_PRODUCT)
-            self._index.hnsw.efConstruction = _BUILDING
-            for some in _blocks(vectors):
-                self._index.add(normalized(some))
-            temporary = file.with_name(f"{file.name}.part")
-            faiss.write_index(self._index, str(temporary))
-            temporary.replace(file)
-        self._index.hnsw.efSearch = _WALKING
+            tell(f"{file} is damaged; it is built anew")
+        self._index = faiss.IndexHNSWFlat(vectors.shape[1], _NEIGHBORS, faiss.METRIC_INNER_PRODUCT)
+        self._index.hnsw.efConstruction = _BUILDING
+        for start in range(0, len(vectors), _BLOCK):
+            self._index.add(normalized(np.asarray(vectors[start : start + _BLOCK])))
+        if first():
+            part = file.with_name(f"{file.name}.part")
+            faiss.write_index(self._index, str(part))
+            durable.write_text(digest, _digest(part))
+            part.replace(file)
 
     def __call__(self, queries: np.ndarray, number: int) -> np.ndarray:
         """See `Finder`."""
@@ -172,9 +178,12 @@ class Approximate:
         return self._index.search(np.ascontiguousarray(queries, np.float32), number)[1]
 
 
-def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(vectors), 1 << 14):
-        yield np.ascontiguousarray(vectors[start : start + (1 << 14)], np.float32)
+def _digest(file: Path) -> str:
+    told = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            told.update(block)
+    return told.hexdigest()
 
 
 def load_faiss() -> Any:
