@@ -196,6 +196,6 @@ def load_faiss() -> Any:
         import faiss
     except ImportError:
         raise StackError(
-            "--approximate needs FAISS, which is not installed; install it: pip install faiss-cpu"
+            "--approximate needs FAISS, which is not installed; install it: pip install 'stack[search]'"
         ) from None
     return faiss
