@@ -22,7 +22,7 @@ TEXTS = ("txt", "md", "markdown", "rst")
 CODE = (
     *("py", "pyi", "c", "h", "cc", "cpp", "hpp", "cu", "cs", "java", "kt", "scala", "go", "rs", "swift"),
     *("js", "jsx", "ts", "tsx", "rb", "php", "pl", "lua", "r", "jl", "hs", "ml", "sh", "sql", "tex"),
-    *("html", "css", "yaml", "yml", "toml", "json", "xml"),
+    *("html", "css", "yaml", "yml", "toml"),
 )
 """Endings of names in a folder that are read."""
 LEAST_TOKENS = 16
@@ -174,22 +174,24 @@ def cut(text: str, tokenizer: Tokenizer, *, tokens: int, overlap: int) -> list[t
     def character(token: int) -> int:
         return int(starts[token]) if token < len(starts) else len(text)
 
-    place = 0
+    place = end = 0
     while word := _WORD.search(text, place):
         start = word.start()
-        first = int(np.searchsorted(starts, start, side="right")) - 1
-        end = max(character(max(first, 0) + tokens), start + 1)
+        first = max(int(np.searchsorted(starts, start, side="right")) - 1, 0)
+        before, end = end, max(character(first + tokens), start + 1)
         while (beyond := _beyond(text[start:end], tokenizer, tokens)) is not None:
             end = start + beyond
         if end < len(text):
-            end = _good_end(text, start, end)
+            more = _WORD.search(text, before)  # It reaches further than the one before it.
+            end = _good_end(text, max((start + end) // 2, more.end() if more else end), end)
         passages.append((start, start + len(text[start:end].rstrip())))
-        if end >= len(text):
+        if not _WORD.search(text, end):
             break
         # Nothing lies between two passages but white space.
-        again = max(character(int(np.searchsorted(starts, end)) - overlap), start + 1) if overlap else end
-        space = _SPACE.search(text, min(again, end), end)
-        place = space.end() if space else min(again, end)
+        token = max(int(np.searchsorted(starts, end)) - overlap, 0)
+        place = min(max(character(token), start + 1), end)
+        if space := _SPACE.search(text, place, end):
+            place = space.end()
     return passages
 
 
@@ -202,9 +204,9 @@ def _beyond(text: str, tokenizer: Tokenizer, tokens: int) -> int | None:
 
 
 def _good_end(text: str, start: int, end: int) -> int:
-    half = (start + end) // 2
+    """The best end of a passage between two characters."""
     for pattern in _ENDS:
-        ends = [match.end() for match in pattern.finditer(text, half, end)]
+        ends = [match.end() for match in pattern.finditer(text, start, end)]
         if ends:
             return ends[-1]
     return end

@@ -72,7 +72,14 @@ class Index:
     """
 
     def __init__(
-        self, folder: Path, stored: Stored, scorer: Scorer, query: str, finder: Finder, width: int
+        self,
+        folder: Path,
+        stored: Stored,
+        scorer: Scorer,
+        query: str,
+        finder: Finder,
+        width: int,
+        tell: Callable[[str], None],
     ) -> None:
         """One that is there; see `build`."""
         self.folder = folder
@@ -81,6 +88,7 @@ class Index:
         self.query = query
         self._finder = finder
         self._width = width
+        self._tell = tell
         self._rerankers: dict[int, Scorer] = {}
 
     @classmethod
@@ -153,7 +161,7 @@ class Index:
             finder = Approximate(vectors, where / f"hnsw-{width or whole}.faiss", tell)
         else:
             finder = Exact(trainer.mesh, vectors)
-        return cls(where, stored, scorer, options.query, finder, width or whole)
+        return cls(where, stored, scorer, options.query, finder, width or whole, tell)
 
     def __len__(self) -> int:
         """Passages."""
@@ -202,6 +210,8 @@ class Index:
         for query, scored in zip(queries, made, strict=True):
             if not scored.asked.rows:
                 raise StackError(f"the query {query[:40]!r}... is too long; shorten it")
+            if scored.is_cut:
+                self._tell(f"cut       the query {query[:40]!r}..., which is too long")
         return _vectors(made)
 
     def _reranker(self, trainer: Trainer) -> Scorer:

@@ -98,8 +98,9 @@ class Exact:
             assert index is not None
             start, stop, _ = index[0].indices(shape[0])
             filled = np.zeros((stop - start, shape[1]), np.float32)
-            some = normalized(np.asarray(vectors[start:stop]))
-            filled[: len(some)] = some
+            for place in range(start, min(stop, len(vectors)), _BLOCK):
+                some = normalized(np.asarray(vectors[place : min(place + _BLOCK, stop)]))
+                filled[place - start : place - start + len(some)] = some
             return filled
 
         self._vectors = jax.make_array_from_callback(shape, NamedSharding(mesh, P(mesh.axis_names)), rows)

@@ -61,10 +61,6 @@ class Entry:
             check=check,
         )
 
-    def is_of(self, document: Document) -> bool:
-        """Whether it is this document, at this place."""
-        return self == Entry.of(document, self.passages, self.check)
-
     @property
     def bytes(self) -> int:
         """Of the texts."""

@@ -1,22 +1,27 @@
 """What is found is nearest in float64, on any mesh; an index is kept, brought up to date and mended."""
 
+import io
 import json
 import re
-import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import stack
 from stack import ConfigError, StackError, Trainer
+from stack.cli import main
 from stack.config import Config, MeshConfig
 from stack.data.tokenizer import ByteTokenizer
 from stack.evaluation.predict import Scorer, predict
 from stack.parallel import mesh as meshes
 from stack.search import nearest as search
+from stack.search.documents import cut
 from stack.search.nearest import Approximate, Exact, nearest
 from stack.search.store import DOCUMENTS, MANIFEST, TEXTS, VECTORS, Building
 from stack.step import state as states
@@ -285,6 +290,64 @@ def test_what_cannot_be_looked_for_is_told(trainer, tmp_path):
         index.search("x", rerank=trainer)
 
 
+@given(
+    st.text(alphabet=st.sampled_from("ab .\n\r\t😀ß日"), max_size=300),
+    st.integers(16, 40),
+    st.integers(0, 8),
+)
+@settings(deadline=None, max_examples=60)
+def test_passages_hold_all_of_a_text_but_white_space(text, tokens, overlap):
+    passages = cut(text, ByteTokenizer(), tokens=tokens, overlap=overlap)
+    read = np.zeros(len(text), bool)
+    for start, end in passages:
+        assert text[start:end] == text[start:end].strip() != ""
+        assert len(text[start:end].encode()) <= tokens
+        read[start:end] = True
+    assert not "".join(letter for letter, is_read in zip(text, read, strict=True) if not is_read).strip()
+    assert all(b[0] > a[0] and b[1] > a[1] for a, b in pairwise(passages))
+    shared = [len(text[b[0] : a[1]].encode()) for a, b in pairwise(passages)]
+    assert max(shared, default=0) <= overlap + 3  # A letter has up to 4 bytes.
+
+
+def test_passages_end_with_a_paragraph_or_a_sentence():
+    text = "One two three four.\n\nFive six. Seven eight nine ten eleven"
+    made = [text[start:end] for start, end in cut(text, ByteTokenizer(), tokens=30, overlap=6)]
+    assert made == ["One two three four.", "Five six. Seven eight nine", "nine ten eleven"]
+
+
+def test_the_command_line_shows_and_writes_hits(trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "from_run", lambda *_, **__: trainer)
+    path = write(tmp_path / "texts", FILES)
+    command = ["search", "tiny", "--documents", path, "--index", f"{tmp_path}/index", "--top", "1"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Würfel\n\n{'x' * 99}\nfällt"))
+    assert main(command) == 0
+    told = capsys.readouterr()
+    assert [line.split()[1] for line in told.out.splitlines() if line.startswith("query")] == [
+        "Würfel",
+        "fällt",
+    ]
+    assert len(re.findall(rf"^   1  \d\.\d{{4}}  {path}/\S+:\d+  \[\d+:\d+\]$", told.out, re.MULTILINE)) == 2
+    assert "error: the query: 101 tokens" in told.err
+    asked, found = tmp_path / "asked.jsonl", tmp_path / "found.jsonl"
+    asked.write_text('{"query": "Würfel", "n": 1}\n{"query": "fällt"}\n')
+    assert main([*command, "--queries", str(asked), "--output", str(found)]) == 0
+    first, second = map(json.loads, found.read_text().splitlines())
+    (hit,) = first["hits"]
+    assert Path(hit["file"]).read_bytes().decode("utf-8-sig")[hit["start"] : hit["end"]] == hit["text"]
+    assert (first["n"], second["query"]) == (1, "fällt")
+    capsys.readouterr()
+    for options, words in (
+        (["--queries", str(asked)], "--queries FILE and --output FILE belong together"),
+        (["--queries", str(asked), "--output", str(found)], "is there already; remove it"),
+        (
+            ["--query", "a", "--queries", str(asked), "--output", "b"],
+            "--query and --queries: give one of them",
+        ),
+    ):
+        assert main([*command, *options]) != 0
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.full
 def test_every_mesh_finds_the_same(trainer, tmp_path):
     path = write(tmp_path / "texts", FILES)
@@ -294,4 +357,3 @@ def test_every_mesh_finds_the_same(trainer, tmp_path):
     )
     assert [hit.text for hit in many] == [hit.text for hit in one]
     np.testing.assert_allclose([hit.score for hit in many], [hit.score for hit in one], atol=1e-5)
-    shutil.rmtree(trainer.folder, ignore_errors=True)
