@@ -30,7 +30,7 @@ MODEL = {"kind": "encoder", "vocab_size": 257, "num_layers": 1, "embed_dim": 32,
 TREE = {
     "model": MODEL | {"max_length": 64, "dtype": "float32", "init_std": 0.3},
     "objective": {"kind": "retrieval", "widths": [8], "pooling": "mean"},
-    "data": {"sequence_length": 64},
+    "data": {"sequence_length": 64, "sources": [{"kind": "jsonl", "path": "pairs.jsonl", "field": None}]},
     "train": {"batch_size": 8},
 }
 FILES = {
@@ -210,7 +210,7 @@ def test_records_are_documents_with_their_names(trainer, tmp_path):
 
 def test_another_run_orders_what_was_found(trainer, tmp_path):
     index = stack.Index.build(trainer, write(tmp_path / "texts", FILES), passage_tokens=24)
-    second = trained(tmp_path, objective={"kind": "reranking"}, data={"sequence_length": 40})
+    second = trained(tmp_path, objective={"kind": "reranking"}, data=TREE["data"] | {"sequence_length": 40})
     (first,), (hits,) = (index.search("Würfel", top=6, rerank=other) for other in (None, second))
     assert {hit.text for hit in hits} == {hit.text for hit in first}
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
@@ -221,9 +221,9 @@ def test_another_run_orders_what_was_found(trainer, tmp_path):
 
 
 def test_a_graph_of_neighbours_finds_nearly_all(tmp_path):
-    pytest.importorskip("faiss")
+    pytest.importorskip("faiss").omp_set_num_threads(1)
     told: list[str] = []
-    vectors = search.normalized(np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32))
+    vectors = search.normalized(np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32))
     queries, file = vectors[:50] + 0.1, tmp_path / "hnsw-16.faiss"
     mesh = meshes.build(MeshConfig(), jax.devices()[:1])
     expected = nearest(Exact(mesh, vectors), vectors, queries, 10).numbers
