@@ -91,7 +91,7 @@ def _count(config: Config) -> tuple[Counter[str], dict[str, str]]:
     for source in config.data.read_sources:
         for record in read_documents(source, seed=config.seed):
             place = getattr(record, "place", "a record")
-            for name in reader.names(_fields(record), place):
+            for name in set(reader.names(_fields(record), place)):
                 found[name] += 1
                 places[name] = place
     return found, places

@@ -51,7 +51,7 @@ class Pairs:
         text = partial(text_at, record, where=lambda: place)
         if not labelled:
             names = {options.query: QUERY, options.passage: PASSAGE}
-            there = [(text(name) or "", kind) for name, kind in names.items() if name in record]
+            there = [(text(name) or "", kind) for name, kind in names.items() if _begins(name, record)]
             if not there:
                 raise StackError(
                     f"{place}: neither field {options.query!r} nor {options.passage!r}; give it one of them"
@@ -67,6 +67,10 @@ class Pairs:
                 raise StackError(f"{place}: field {options.negatives!r} is no list of texts; give it one")
             units += [_unit(each, NEGATIVE) for each in found[: options.most_negatives]]
         return units
+
+
+def _begins(path: str, record: Mapping[str, Any]) -> bool:
+    return path in record or path.split(".")[0] in record
 
 
 def _unit(text: str, kind: int) -> Unit:

@@ -68,7 +68,7 @@ class Entities:
             number = label_number(name, labels, place)
             spans.append(Span(begin, after, 1 + 2 * number, 2 + 2 * number))
             end = after
-        return [Unit([Part(text, spans)], value=1)]
+        return [Unit([Part(text, spans, are_apart=True)], value=1)]
 
     def names(self, record: dict[str, Any], place: str) -> list[str]:
         """Labels of its entities."""
@@ -82,6 +82,7 @@ class Entities:
         if not isinstance(found, list) or any(
             not isinstance(each, dict)
             or any(not isinstance(each.get(name), kind) for name, kind in wanted.items())
+            or any(isinstance(each[name], bool) for name in ("start", "end"))
             for each in found
         ):
             raise StackError(
