@@ -166,12 +166,12 @@ class Classification(Task):
         return {"label": names[int(shares.argmax())], "probabilities": _named(names, shares)}
 
 
-def linear_head(model: Any, number: int, rngs: "nnx.Rngs") -> "nnx.Module":
-    """An affine map from a hidden state to so many scores."""
+def linear_head(model: Any, number: int, rngs: "nnx.Rngs", *, bias: bool = True) -> "nnx.Module":
+    """A linear map from a hidden state to so many scores; a bias that a softmax takes out is left out."""
     from stack.layers.linear import Linear
 
     inputs, outputs = (("embed", model.embed_dim),), (("classes", number),)
-    return Linear(inputs, outputs, bias=True, std=model.init_std, rngs=rngs)
+    return Linear(inputs, outputs, bias=bias, std=model.init_std, rngs=rngs)
 
 
 def apply_head(head: Any, hidden: "jax.Array", run: "Execution", axis: str) -> "jax.Array":

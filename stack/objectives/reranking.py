@@ -88,7 +88,7 @@ class Reranking(Task):
 
     def head(self, rngs: "nnx.Rngs") -> "nnx.Module":
         """One score."""
-        return linear_head(self.model, 1, rngs)
+        return linear_head(self.model, 1, rngs, bias=False)
 
     def label(self, row: Row) -> Mapping[str, np.ndarray]:
         """Whether each passage answers, -1 where nobody says; and its record."""

@@ -159,7 +159,7 @@ class SpanAnswers(Task):
 
     def head(self, rngs: "nnx.Rngs") -> "nnx.Module":
         """Scores of begin and of end."""
-        return linear_head(self.model, 2, rngs)
+        return linear_head(self.model, 2, rngs, bias=False)
 
     def label(self, row: Row) -> Mapping[str, np.ndarray]:
         """Places of the first answer, and which answers each token of a passage is within."""
