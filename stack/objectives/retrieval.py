@@ -70,7 +70,7 @@ class Pairs:
 
 
 def _begins(path: str, record: Mapping[str, Any]) -> bool:
-    return path in record or path.split(".")[0] in record
+    return path in record or path.split(".", maxsplit=1)[0] in record
 
 
 def _unit(text: str, kind: int) -> Unit:

@@ -106,7 +106,8 @@ def retrieved(vectors, batch, options):
     Holomorphic in the vectors.
     """
     kinds, names = batch["kinds"].ravel(), batch["names"].ravel()
-    records = list(zip(np.repeat(np.arange(len(vectors)), vectors.shape[1]), batch["records"].ravel(), strict=False))
+    rows = np.repeat(np.arange(len(vectors)), vectors.shape[1])
+    records = list(zip(rows, batch["records"].ravel(), strict=True))
     flat, loss, widths = vectors.reshape(-1, vectors.shape[-1]), 0.0, (*options.widths, vectors.shape[-1])
     sides = [(QUERY, PASSAGE, (PASSAGE, NEGATIVE)), (PASSAGE, QUERY, (QUERY,))]
     for width in widths:
