@@ -64,6 +64,10 @@ class Entities:
                     f"{place}: the entity at character {begin} begins before the one before it ends; a token"
                     " has one tag: leave one of them out"
                 )
+            if not text[begin:after].strip():
+                raise StackError(
+                    f"{place}: the entity at character {begin} is white space alone; mend or remove the line"
+                )
             name = label_name(entity["label"], place, f"{self.options.entities}.label")
             number = label_number(name, labels, place)
             spans.append(Span(begin, after, 1 + 2 * number, 2 + 2 * number))
