@@ -78,7 +78,7 @@ def with_labels(config: Config) -> Config:
                 f"objective.class_weights=balanced: no record has the label {absent[0]!r}; give numbers"
             )
         changed["class_weights"] = tuple(total / (len(names) * found[name]) for name in names)
-    made = type(objective).model_validate(objective.model_dump() | changed)
+    made = type(objective)(**(objective.model_dump() | changed))
     return config.model_copy(update={"objective": made})
 
 

@@ -74,7 +74,7 @@ def _begins(path: str, record: Mapping[str, Any]) -> bool:
 
 
 def _unit(text: str, kind: int) -> Unit:
-    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=4).digest()
     return Unit([Part(text)], value=int.from_bytes(digest) % (1 << _NAMED) << 2 | kind)
 
 

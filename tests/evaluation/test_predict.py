@@ -46,7 +46,7 @@ def opened(folder):
     def get(name: str):
         if name not in made:
             settings = config(
-                name, folder, TRUNK.get(name, "encoder"), data={"packed": False}, eval={"batch_size": 4}
+                name, folder, TRUNK.get(name, "encoder"), data={"packed": False}, train={"batch_size": 4}
             )
             made[name] = build(settings)
         return made[name]
@@ -147,7 +147,7 @@ def test_records_need_no_labels_and_keep_their_fields(opened, tmp_path):
 
 
 def read(path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 @pytest.fixture
