@@ -34,12 +34,15 @@ ELSEWHERE = {
     "uv sync --extra cuda13": "needs a GPU",
     "stack doctor --faults": "tests/doctor/test_faults.py",
     "launch/local.sh -n 2 -d 2 configs/quickstart.yaml name=two": "tests/test_processes.py",
+    "stack eval runs/quickstart --tasks my_tasks/ --json capitals.json": "tests/evaluation/test_harness.py",
+    "stack eval runs/quickstart --tasks hellaswag,lambada_openai --limit 200": "needs a network",
 }
 """Commands that are not run here, and why or where else."""
 
 README, DATA, PLANNER = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "planner.md"
 INIT_FROM = ROOT / "docs" / "init_from.md"
 LAUNCH, WEIGHTS = ROOT / "docs" / "launch.md", ROOT / "docs" / "hugging_face.md"
+HEADS = ROOT / "docs" / "heads.md"
 OBJECTIVES, FINE_TUNING = ROOT / "docs" / "objectives.md", ROOT / "docs" / "fine_tuning.md"
 
 EVALUATION = ROOT / "docs" / "evaluation.md"
@@ -108,7 +111,7 @@ def test_every_page_of_the_list_is_linked() -> None:
 def test_what_is_shortened_or_left_out_is_on_a_page() -> None:
     written = {
         command.removeprefix("uv run ")
-        for page in (README, DATA, PLANNER, INIT_FROM)
+        for page in (README, DATA, PLANNER, INIT_FROM, EVALUATION)
         for command in commands(page)
     }
     for command in (*SHORTER, *ELSEWHERE):
@@ -190,28 +193,42 @@ def test_the_page_on_evaluation_runs(folder) -> None:
         run(_QUICKSTART, folder)
     (folder / "passages.txt").write_text("return the value of the name\nraise an error if it is not\n")
     shutil.copy(README, folder)
-    (command,) = commands(EVALUATION)
+    (command,) = (command for command in commands(EVALUATION) if command not in ELSEWHERE)
     assert "last_word_accuracy" in run(command, folder)
-    (snippet,) = (block for language, block in blocks(EVALUATION) if language == "python")
+    snippet, _ = (block for language, block in blocks(EVALUATION) if language == "python")
     (folder / "likely.py").write_text(snippet)
     assert len(run("python likely.py", folder).splitlines()) == 2
 
 
-@pytest.mark.full
-def test_the_page_on_fine_tuning_runs_from_top_to_bottom(folder) -> None:
-    """After the README, whose run it begins with."""
+def run_page(page: Path, folder: Path, train: str) -> str:
+    """What the blocks of a page print, after the README, whose run they begin with; some runs are shorter."""
     if not (folder / "runs" / "quickstart").exists():
         run(_QUICKSTART, folder)
     printed = ""
-    for language, block in blocks(FINE_TUNING):
+    for language, block in blocks(page):
         if language == "yaml":
             name = re.match(r"# (\S+)\n", block)
             assert name, "a config says its name"
             (folder / name[1]).write_text(block)
+        elif language == "python":
+            (folder / "snippet.py").write_text(block)
+            printed += run("python snippet.py", folder)
         else:
-            printed += run(
-                block.replace("stack train functions.yaml", f"stack train functions.yaml {_SOME}"), folder
-            )
+            printed += run(block.replace(train, f"{train} {_SOME}"), folder)
+    return printed
+
+
+@pytest.mark.full
+def test_the_page_on_heads_runs_from_top_to_bottom(folder) -> None:
+    printed = run_page(HEADS, folder, "stack train kinds.yaml")
+    assert "macro_f1" in printed
+    assert "20 records in predicted.jsonl" in printed
+    assert "20 records in several.jsonl" in printed
+
+
+@pytest.mark.full
+def test_the_page_on_fine_tuning_runs_from_top_to_bottom(folder) -> None:
+    printed = run_page(FINE_TUNING, folder, "stack train functions.yaml")
     assert "):⏎    ⟦" in printed, "what is predicted begins after the prompt"
     for name in ("functions", "conversations"):
         assert (folder / "runs" / name / "metrics.jsonl").is_file()

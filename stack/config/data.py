@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from stack.config.condition import Condition
 from stack.config.explain import shown
@@ -78,6 +78,8 @@ class SourceConfig(Section):
     """`jsonl`, `parquet`, `arrayrecord`, `hf`: the field or column that holds the text, or the path to it
     inside others, as `meta.text` or `messages.0.content`; null, not for `parquet`: the whole record, which of
     `arrayrecord` may be a text, and of the others is for objectives that read records."""
+    task: str | None = None
+    """`objective.kind=multi_task`: the name of the task that its records are of."""
     weight: Weight = 1.0
     """Share of training rows drawn from this source, relative to the others'. A list of points [row, weight]
     changes it in the course of training, rows counted over the whole run (step x batch_size): at each row
@@ -140,6 +142,9 @@ class DataConfig(Section):
 
     sources: tuple[SourceConfig, ...] = Field(default=(SourceConfig(),), strict=False)
     """What is read; several are mixed by weight, row by row."""
+    temperature: PositiveFloat | None = None
+    """Weights of sources are multiplied by their rows to the power of 1 over it: 1 draws rows as they come,
+    more evens sources out (T5, arXiv 1910.10683, section 3.5.2). Null: weights are shares as they stand."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a Hugging Face tokenizer.json (`stack data tokenizer` trains one)."""
     sequence_length: PositiveInt = 1024

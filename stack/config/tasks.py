@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from stack.config.objective_section import ObjectiveSection
+from stack.config.section import one_of
 
 MOST_MULTI = 56
 """Labels of a task in which a record has several."""
@@ -221,3 +222,17 @@ class RerankingConfig(PooledConfig):
     def units(self) -> int:
         """One for each passage."""
         return self.most_passages
+
+
+type OneTask = (
+    ClassificationConfig
+    | TaggingConfig
+    | AnswersConfig
+    | KeySentencesConfig
+    | RetrievalConfig
+    | RerankingConfig
+)
+"""Any of the tasks."""
+
+AnyTask = one_of(OneTask)
+"""The same as pydantic reads it, by `kind`."""

@@ -1,5 +1,6 @@
 """From the config to rows that can be asked for by number, and the fingerprint of what they are."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -108,6 +109,16 @@ class Dataset:
             row -= part.num_rows
         return []
 
+    def piece_numbers(self, row: int) -> range:
+        """The numbers of a row's pieces, those of one part after those of another; none of -1."""
+        before = 0
+        for part in self.parts:
+            if 0 <= row < part.num_rows:
+                first, last = (int(place) for place in part.row_offsets[row : row + 2])
+                return range(before + first, before + last)
+            row, before = row - part.num_rows, before + len(part.piece_length)
+        return range(0)
+
     def marks(self, row: int) -> list[Int32[np.ndarray, " stored"]]:
         """What the encoder said of the tokens of each piece; see `PackedRows.marks`."""
         for part in self.parts:
@@ -178,7 +189,7 @@ def open_data(
             workers=workers,
             show_progress=show_progress,
             sign=data.deduplicate == "near",
-            encoder=made.encoder,
+            encoder=made.encoder_of(source.task),
             warn=damage.append,
         )
         for source in sources
@@ -234,6 +245,12 @@ def open_data(
                 " records, or set it to 0"
             )
     _check_size(config, train)
+    if data.temperature is not None:
+        weights = tuple(
+            mixture.times(weight, part.num_rows ** (1 / data.temperature))
+            for weight, part in zip(weights, train.parts, strict=True)
+        )
+        train, heldout = (dataclasses.replace(each, weights=weights) for each in (train, heldout))
     choices = [data.sequence_length, data.packed, data.heldout_fraction, data.shuffle, weights]
     choices += [made.packing] * bool(made.packing)
     if data.deduplicate != "none":

@@ -52,6 +52,10 @@ class Examples(Protocol):
         """What makes tokens of whole records; None: documents are texts."""
         ...
 
+    def encoder_of(self, task: str | None) -> Encoder | None:
+        """The encoder of records of one task of several."""
+        ...
+
     @property
     def packing(self) -> str:
         """Names `room`: equal names give equal rows. Empty: a piece takes as many places as it has tokens."""
@@ -79,11 +83,26 @@ class Examples(Protocol):
         ...
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """Examples of records whose places are decided by what is marked, beside the length."""
+
+    def places(
+        self, lengths: Int64[np.ndarray, " pieces"], marked: Int64[np.ndarray, " pieces"]
+    ) -> Int64[np.ndarray, " pieces"]:
+        """In place of `Examples.room`: of pieces of so many tokens, so many of which have a mark."""
+        ...
+
+
 class Plain:
     """Rows as they are packed: every token is predicted from those before it."""
 
     encoder: Encoder | None = None
     packing = ""
+
+    def encoder_of(self, task: str | None) -> Encoder | None:
+        """The one there is."""
+        return self.encoder
 
     def room(self, lengths: Int64[np.ndarray, " pieces"]) -> Int64[np.ndarray, " pieces"]:
         """A place for each token."""

@@ -31,6 +31,13 @@ class Order(Protocol):
         ...
 
 
+def times(weight: Weight, factor: float) -> Weight:
+    """A weight, or each of its points, times a number."""
+    if isinstance(weight, tuple):
+        return tuple((row, value * factor) for row, value in weight)
+    return weight * factor
+
+
 def version(weights: Sequence[Weight]) -> str:
     """Which order of rows weights have."""
     changing = any(isinstance(weight, tuple) for weight in weights)

@@ -23,7 +23,8 @@ from stack.data.packing import pack_corpus
 from stack.data.records import Record, read_jsonl
 from stack.data.tokenizer import Tokenizer
 from stack.evaluation.evaluate import evaluate
-from stack.evaluation.predict import Given, predict
+from stack.evaluation.predict import Given, asked_task, predict
+from stack.objectives.multi_task import MixedExamples
 from stack.parallel import mesh as meshes
 from stack.parallel.messages import from_first
 from stack.parallel.processes import first
@@ -34,7 +35,13 @@ _TEXTS = {".txt", ".md", ".rst"}
 
 
 def evaluate_file(
-    program: Program, params: dict[str, Any], tokenizer: Tokenizer, path: str, *, answers: bool = False
+    program: Program,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    path: str,
+    *,
+    answers: bool = False,
+    task: str | None = None,
 ) -> dict[str, float]:
     """What the objective tells of all of a file, as of held-out text.
 
@@ -45,15 +52,18 @@ def evaluate_file(
       path: .jsonl with a record in each line, or a text in its field `text`; or .txt, .md or .rst.
       answers: compare what is predicted of each record as well, where the objective does: texts that are
         written, extracts with summaries.
+      task: of several, the one that the records are of.
 
     Raises:
       StackError: the file cannot be read, a record has not what is asked for, or nothing more is compared.
     """
     config, objective = program.config, program.objective
     source = _source(path, reads_records=config.objective.reads_records)
-    made = objective.examples(tokenizer)
+    one, made = asked_task(program, task), objective.examples(tokenizer)
+    if isinstance(made, MixedExamples):
+        made = made.of(str(task))
     root = cache_folder(config.data.cache_dir)
-    corpus = open_corpus(source, tokenizer, root, encoder=made.encoder)
+    corpus = open_corpus(source, tokenizer, root, encoder=made.encoder_of(task))
     rows, _ = pack_corpus(
         corpus,
         root,
@@ -71,19 +81,25 @@ def evaluate_file(
     if corpus.left_out:
         told["left_out"] = float(corpus.left_out)
     if answers:
-        compare: Callable[..., dict[str, float]] | None = getattr(objective, "compare", None)
+        compare: Callable[..., dict[str, float]] | None = getattr(one, "compare", None)
         if compare is None:
             raise StackError(
                 f"objective.kind={config.objective.kind} compares no answers; leave --answers out"
             )
         given = list(read_given(path))
-        made_of = list(predict(program, params, tokenizer, given))
+        made_of = list(predict(program, params, tokenizer, given, task=task))
         told |= compare([each.record for each in given], made_of)
     return told
 
 
 def predict_file(
-    program: Program, params: dict[str, Any], tokenizer: Tokenizer, paths: tuple[str, str], *, name: str
+    program: Program,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    paths: tuple[str, str],
+    *,
+    name: str,
+    task: str | None = None,
 ) -> int:
     """Writes each record of a file with its `prediction`; goes on where an earlier call was ended.
 
@@ -95,6 +111,7 @@ def predict_file(
       tokenizer: of the run.
       paths: .jsonl with a record in each line, and the .jsonl to write.
       name: of the model, as its run and step.
+      task: of several, the one that is asked.
 
     Returns:
       Records that are written, those of earlier calls too.
@@ -117,15 +134,15 @@ def predict_file(
     columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shows = first() and console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not shows) as progress:
-        task = progress.add_task("", total=total, completed=done)
+        bar = progress.add_task("", total=total, completed=done)
         file = part.open("a", encoding="utf-8") if first() else None
         try:
-            for answer in predict(program, params, tokenizer, given):
+            for answer in predict(program, params, tokenizer, given, task=task):
                 line = next(again).record | {"prediction": answer}
                 if file is not None:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
-                progress.advance(task)
+                progress.advance(bar)
         except OSError as error:
             raise StackError(f"{part}: cannot be written: {error.strerror}; make room on its disk") from error
         finally:

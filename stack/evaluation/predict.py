@@ -1,6 +1,7 @@
 """What a task's model makes of records, in order, on the whole mesh."""
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -9,9 +10,11 @@ import jax
 import numpy as np
 
 from stack.config.errors import StackError
+from stack.data.records import Record
 from stack.data.tokenizer import Tokenizer
 from stack.data.units import Row, UnitEncoder, UnitExamples, lay_out
 from stack.objectives.completion import Completion
+from stack.objectives.multi_task import MultiTask
 from stack.objectives.task import Answer, Asked, Task
 from stack.parallel import mesh as meshes
 from stack.parallel.zero import gather_module
@@ -32,7 +35,12 @@ class Given(NamedTuple):
 
 
 def predict(
-    program: Program, params: dict[str, Any], tokenizer: Tokenizer, records: Iterable[Given]
+    program: Program,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    records: Iterable[Given | Mapping[str, Any]],
+    *,
+    task: str | None = None,
 ) -> Iterator[Answer]:
     """An answer to each record, in order; `Task.answer` says what it holds.
 
@@ -44,20 +52,43 @@ def predict(
       params: that lie as `program.parameters`.
       tokenizer: of the run.
       records: without labels, or with labels that are not read.
+      task: of several, the one that is asked.
 
     Raises:
       StackError: the objective answers no records, or a record that cannot be read; with its place.
     """
-    objective = program.objective
+    objective = asked_task(program, task)
+    given = map(_given, itertools.count(), records)
     size = program.config.eval.batch_size or program.config.train.batch_size
     if isinstance(objective, Completion):
-        return _written(program, params, tokenizer, records, size)
+        return _written(program, params, tokenizer, given, size)
     if not isinstance(objective, Task):
         raise StackError(
             f"objective.kind={program.config.objective.kind} has no answers to records; ask for texts with:"
             " stack sample RUN PROMPT"
         )
-    return _scored(program, params, tokenizer, records, size, objective)
+    return _scored(program, params, tokenizer, given, size, objective)
+
+
+def _given(number: int, record: Given | Mapping[str, Any]) -> Given:
+    """A record with its place, which of one that has none is its number."""
+    if isinstance(record, Given):
+        return record
+    return Given(dict(record), Record.at(json.dumps(record), f"record {number}"))
+
+
+def asked_task(program: Program, task: str | None) -> Any:
+    """The objective, or the one of its tasks that is asked.
+
+    Raises:
+      StackError: there are several tasks and it is none of them, or there is but one.
+    """
+    objective = program.objective
+    if isinstance(objective, MultiTask):
+        return objective.only(task)
+    if task is not None:
+        raise StackError(f"--head {task}: the run has one task; leave it out")
+    return objective
 
 
 def _scored(
@@ -70,7 +101,7 @@ def _scored(
 ) -> Iterator[Answer]:
     encoder = objective.encoder(tokenizer, labelled=False)
     examples = UnitExamples(encoder, objective.label, sizes=objective.sizes, least=1)
-    score = jax.jit(partial(_score, program))
+    score = jax.jit(partial(_score, program, objective))
     for some in itertools.batched(records, size * CHUNK):
         rows, cut = _rows(encoder, tokenizer, some)
         flat = [(number, row) for number, each in enumerate(rows) for row in each]
@@ -139,9 +170,11 @@ def _batch(
     }
 
 
-def _score(program: Program, params: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _score(
+    program: Program, objective: Task, params: dict[str, Any], batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
     """The task's scores, on every device."""
-    layout, objective = program.layout, cast("Task", program.objective)
+    layout = program.layout
     model = program.merge(params)
     weights = model if layout.zero == 3 else gather_module(model, layout)
     scores = objective.score(weights, batch, program.execution())

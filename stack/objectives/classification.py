@@ -105,12 +105,16 @@ class Classification(Task):
         each = bits[:, None] >> np.arange(self.sizes["classes"]) & 1
         return {"labels": np.where(values[:, None] & 1, each, -1)}
 
-    def score(self, model: Any, batch: "Mapping[str, jax.Array]", run: "Execution") -> "dict[str, jax.Array]":
+    def read_out(
+        self, model: Any, hidden: "jax.Array", batch: "Mapping[str, jax.Array]", run: "Execution"
+    ) -> "dict[str, jax.Array]":
         """`scores`, [batch, units, classes]."""
-        hidden = pool(model.encode(batch, run), batch, self.num_units(batch), self.pooling, run)
+        hidden = pool(hidden, batch, self.num_units(batch), self.pooling, run)
         if self.pools_by_model:
             hidden = model.pool(hidden, run.layout)
-        return {"scores": apply_head(model.task, drop(hidden, self.task.head_dropout, run), run, "units")}
+        return {
+            "scores": apply_head(self.head_of(model), drop(hidden, self.task.head_dropout, run), run, "units")
+        }
 
     def losses(
         self, scores: "Mapping[str, jax.Array]", batch: "Mapping[str, jax.Array]", run: "Execution"

@@ -116,10 +116,12 @@ class KeySentences(Task):
         values = np.where(row.positions == 0, 0, row.values)
         return {"labels": np.select([values >= _NO, values == _UNKNOWN], [values - _NO, -2], -1)}
 
-    def score(self, model: Any, batch: "Mapping[str, jax.Array]", run: "Execution") -> "dict[str, jax.Array]":
+    def read_out(
+        self, model: Any, hidden: "jax.Array", batch: "Mapping[str, jax.Array]", run: "Execution"
+    ) -> "dict[str, jax.Array]":
         """`scores`, [batch, length]."""
-        hidden = drop(model.encode(batch, run), self.task.head_dropout, run)
-        return {"scores": apply_head(model.task, hidden, run, "length")[..., 0]}
+        hidden = drop(hidden, self.task.head_dropout, run)
+        return {"scores": apply_head(self.head_of(model), hidden, run, "length")[..., 0]}
 
     def losses(
         self, scores: "Mapping[str, jax.Array]", batch: "Mapping[str, jax.Array]", run: "Execution"

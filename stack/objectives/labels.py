@@ -6,6 +6,7 @@ from typing import Any
 
 from stack.config import Config
 from stack.config.errors import ConfigError, StackError
+from stack.config.multi_task import MultiTaskConfig
 from stack.config.tasks import LabelledConfig
 from stack.data.records import json_text
 from stack.data.sources import read_documents
@@ -61,12 +62,23 @@ def with_labels(config: Config) -> Config:
       StackError: there are fewer than two labels, far too many, one of a single record, or a record without.
     """
     objective = config.objective
+    if isinstance(objective, MultiTaskConfig):
+        tasks = tuple(
+            named.model_copy(update={"objective": _found(config, named.objective, named.name)})
+            for named in objective.tasks
+        )
+        return config.model_copy(update={"objective": objective.model_copy(update={"tasks": tasks})})
+    return config.model_copy(update={"objective": _found(config, objective, None)})
+
+
+def _found(config: Config, objective: Any, task: str | None) -> Any:
+    """A task with its labels, and weights."""
     if not isinstance(objective, LabelledConfig):
-        return config
+        return objective
     balances = getattr(objective, "class_weights", "none") == "balanced"
     if objective.labels and not balances:
-        return config
-    found, places = _count(config)
+        return objective
+    found, places = _count(config, objective, task)
     names = list(objective.labels) or sorted(found)
     if not objective.labels:
         _check_found(found, places)
@@ -78,17 +90,18 @@ def with_labels(config: Config) -> Config:
                 f"objective.class_weights=balanced: no record has the label {absent[0]!r}; give numbers"
             )
         changed["class_weights"] = tuple(total / (len(names) * found[name]) for name in names)
-    made = type(objective)(**(objective.model_dump() | changed))
-    return config.model_copy(update={"objective": made})
+    return type(objective)(**(objective.model_dump() | changed))
 
 
-def _count(config: Config) -> tuple[Counter[str], dict[str, str]]:
-    from stack.objectives import build
+def _count(config: Config, objective: Any, task: str | None) -> tuple[Counter[str], dict[str, str]]:
+    from stack.models import implementation
 
-    reader = build(config).reader()  # pyrefly: ignore[missing-attribute]
+    reader = implementation(objective)(config.model_copy(update={"objective": objective})).reader()
     found: Counter[str] = Counter()
     places: dict[str, str] = {}
     for source in config.data.read_sources:
+        if source.task != task:
+            continue
         for record in read_documents(source, seed=config.seed):
             place = getattr(record, "place", "a record")
             for name in set(reader.names(_fields(record), place)):

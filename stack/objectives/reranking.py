@@ -95,12 +95,14 @@ class Reranking(Task):
         values = row.unit_values
         return {"labels": np.where(values >= _NO, values - _NO, -1), "records": row.records}
 
-    def score(self, model: Any, batch: "Mapping[str, jax.Array]", run: "Execution") -> "dict[str, jax.Array]":
+    def read_out(
+        self, model: Any, hidden: "jax.Array", batch: "Mapping[str, jax.Array]", run: "Execution"
+    ) -> "dict[str, jax.Array]":
         """`scores`, [batch, units]."""
-        hidden = pool(model.encode(batch, run), batch, self.num_units(batch), self.pooling, run)
+        hidden = pool(hidden, batch, self.num_units(batch), self.pooling, run)
         if self.pools_by_model:
             hidden = model.pool(hidden, run.layout)
-        scores = apply_head(model.task, drop(hidden, self.task.head_dropout, run), run, "units")
+        scores = apply_head(self.head_of(model), drop(hidden, self.task.head_dropout, run), run, "units")
         return {"scores": scores[..., 0]}
 
     def losses(

@@ -122,11 +122,13 @@ class Retrieval(Task):
         values = row.unit_values
         return {"kinds": values & 3, "names": values >> 2, "records": row.records}
 
-    def score(self, model: Any, batch: "Mapping[str, jax.Array]", run: "Execution") -> "dict[str, jax.Array]":
+    def read_out(
+        self, model: Any, hidden: "jax.Array", batch: "Mapping[str, jax.Array]", run: "Execution"
+    ) -> "dict[str, jax.Array]":
         """`vectors`, [batch, units, embed], not of length 1 yet."""
         import jax.numpy as jnp
 
-        hidden = pool(model.encode(batch, run), batch, self.num_units(batch), self.pooling, run)
+        hidden = pool(hidden, batch, self.num_units(batch), self.pooling, run)
         if self.pools_by_model:
             hidden = model.pool(hidden, run.layout)
         return {"vectors": drop(hidden, self.task.head_dropout, run).astype(jnp.float32)}

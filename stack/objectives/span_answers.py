@@ -178,10 +178,12 @@ class SpanAnswers(Task):
                 start[unit], end[unit] = within[0], within[-1]
         return {"start": start, "end": end, "record": values >> 2, "answers": bits}
 
-    def score(self, model: Any, batch: "Mapping[str, jax.Array]", run: "Execution") -> "dict[str, jax.Array]":
+    def read_out(
+        self, model: Any, hidden: "jax.Array", batch: "Mapping[str, jax.Array]", run: "Execution"
+    ) -> "dict[str, jax.Array]":
         """`scores`, [batch, length, 2]."""
-        hidden = drop(model.encode(batch, run), self.task.head_dropout, run)
-        return {"scores": apply_head(model.task, hidden, run, "length")}
+        hidden = drop(hidden, self.task.head_dropout, run)
+        return {"scores": apply_head(self.head_of(model), hidden, run, "length")}
 
     def losses(
         self, scores: "Mapping[str, jax.Array]", batch: "Mapping[str, jax.Array]", run: "Execution"

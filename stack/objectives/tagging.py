@@ -122,10 +122,12 @@ class Tagging(Task):
         around = (row.positions == 0) | (np.diff(row.segments, append=0) != 0)
         return {"labels": np.where(known & ~around, row.values, -1)}
 
-    def score(self, model: Any, batch: "Mapping[str, jax.Array]", run: "Execution") -> "dict[str, jax.Array]":
+    def read_out(
+        self, model: Any, hidden: "jax.Array", batch: "Mapping[str, jax.Array]", run: "Execution"
+    ) -> "dict[str, jax.Array]":
         """`scores`, [batch, length, classes]."""
-        hidden = drop(model.encode(batch, run), self.task.head_dropout, run)
-        return {"scores": apply_head(model.task, hidden, run, "length")}
+        hidden = drop(hidden, self.task.head_dropout, run)
+        return {"scores": apply_head(self.head_of(model), hidden, run, "length")}
 
     def losses(
         self, scores: "Mapping[str, jax.Array]", batch: "Mapping[str, jax.Array]", run: "Execution"

@@ -56,6 +56,9 @@ class Task(ABC):
     labels: tuple[Field, ...]
     """What of a batch is predicted."""
 
+    name: str | None = None
+    """Of one task of several."""
+
     def __init__(self, config: Config) -> None:
         """The options of the task and of its trunk."""
         assert isinstance(config.objective, TaskConfig)
@@ -81,10 +84,17 @@ class Task(ABC):
         """The fields of `labels` of a row."""
 
     @abstractmethod
-    def score(
-        self, model: "Any", batch: "Mapping[str, jax.Array]", run: "Execution"
+    def read_out(
+        self, model: "Any", hidden: "jax.Array", batch: "Mapping[str, jax.Array]", run: "Execution"
     ) -> "dict[str, jax.Array]":
-        """What the head makes of a batch, float32: what the loss is of, and what is predicted from."""
+        """What the head makes of hidden states, float32: what the loss is of, and what is predicted from.
+
+        Args:
+          model: whose head it is.
+          hidden: its last states, [batch, length, embed].
+          batch: the fields.
+          run: how the model is run.
+        """
 
     @abstractmethod
     def losses(
@@ -165,6 +175,16 @@ class Task(ABC):
     def kind(self) -> str:
         """As the config names it."""
         return str(getattr(self.task, "kind", ""))
+
+    def head_of(self, model: Any) -> Any:
+        """This task's head."""
+        return model.task if self.name is None else getattr(model.task, self.name)
+
+    def score(
+        self, model: "Any", batch: "Mapping[str, jax.Array]", run: "Execution"
+    ) -> "dict[str, jax.Array]":
+        """What the head makes of a batch; see `read_out`."""
+        return self.read_out(model, model.encode(batch, run), batch, run)
 
     def divisor(self, batch: "Mapping[str, jax.Array]") -> "jax.Array":
         """What has a label in a batch, at least a millionth."""
