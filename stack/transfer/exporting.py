@@ -51,8 +51,8 @@ def export(
 
     Raises:
         ConfigError: no such dtype.
-        StackError: the folder exists or cannot be written, transformers has no such model, or a weight does
-            not fit the dtype.
+        StackError: the folder exists or cannot be written, transformers has no such model, the run is of a
+            task, or a weight does not fit the dtype.
     """
     target = expand(folder)
     if dtype not in DTYPES:
@@ -62,6 +62,11 @@ def export(
     config = trainer.config
     if not isinstance(config.model, DecoderConfig | EncoderConfig | EncoderDecoderConfig):
         raise StackError(f"model.kind={config.model.kind} has no counterpart in transformers")
+    if not config.objective.scores_words:
+        raise StackError(
+            f"objective.kind={config.objective.kind}: the head of a task is not exported; use the run itself,"
+            " with: stack predict RUN --input FILE.jsonl --output FILE.jsonl"
+        )
     plan = {tensor.name: tensor for tensor in tensors(config.model)}
     assert trainer.state is not None, "a run that was opened has parameters"
     trainer.ledger.check_tokenizer(trainer.tokenizer)
