@@ -209,11 +209,11 @@ def test_the_page_on_fine_tuning_runs_from_top_to_bottom(folder) -> None:
             assert name, "a config says its name"
             (folder / name[1]).write_text(block)
         else:
-            printed += run(
-                block.replace("stack train functions.yaml", f"stack train functions.yaml {_SOME}"), folder
-            )
+            printed += run(re.sub(r"(stack train \w+\.yaml)", rf"\1 {_SOME}", block), folder)
     assert "):⏎    ⟦" in printed, "what is predicted begins after the prompt"
-    for name in ("functions", "conversations"):
+    assert "of them trained" in printed, "the first line of a run with an adapter"
+    assert "domains   perplexity of held-out text, before and after\n          python " in printed
+    for name in ("functions", "conversations", "small", "domain"):
         assert (folder / "runs" / name / "metrics.jsonl").is_file()
 
 
