@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stack import environment
@@ -117,6 +118,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from stack.evaluation.files import evaluate_file
     from stack.evaluation.texts import last_words, word_perplexity
     from stack.parallel.processes import first, together
+    from stack.train.reference import completed
     from stack.train.trainer import Trainer
 
     asked = {word_perplexity: arguments.words, last_words: arguments.last_words}
@@ -131,7 +133,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         metrics = {} if given else trainer.evaluate()
         if arguments.data:
             run = trainer.program, trainer.trained, trainer.words
-            metrics = evaluate_file(*run, arguments.data, answers=arguments.answers, task=arguments.head)
+            metrics = evaluate_file(
+                *run,
+                arguments.data,
+                answers=arguments.answers,
+                task=arguments.head,
+                complete=partial(completed, trainer),
+            )
         for evaluation, path in asked.items():
             if path is not None:
                 metrics |= evaluation(trainer.program, trainer.trained, trainer.words, path)
