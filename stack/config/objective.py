@@ -239,7 +239,7 @@ class PreferredConfig(RecordsConfig):
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
     """Share of the preferences that are taken to be wrong (conservative DPO)."""
     length_normalised: bool = False
-    """Divide the log-probability of an answer by its tokens (arXiv 2411.15124, section 5.1)."""
+    """Divide the log-probability of an answer by its tokens (arXiv 2411.15124)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -14,6 +14,8 @@ import pytest
 from tiny_runs import config, records, run, saved_state, trainer
 
 from stack import StackError, Trainer
+from stack.cli import main
+from stack.evaluation.files import evaluate_file
 from stack.parallel import mesh as meshes
 from stack.train import reference
 
@@ -107,6 +109,24 @@ def test_an_evaluation_of_a_run_has_the_same_numbers(folder, computed):
     told = [record for record in records(folder, "pairs") if record["kind"] == "heldout"][-1]
     assert metrics == {name: told[name] for name in metrics}
     assert not computed
+
+
+def test_a_file_of_ones_own_is_compared_too(folder, computed, capsys, tmp_path):
+    lines = (folder / "pairs.jsonl").read_text().splitlines()[:9]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    arguments = ["eval", str(folder / "runs" / "pairs"), "--data", str(tmp_path / "mine.jsonl")]
+    cache = f"data.cache_dir={tmp_path}/cache"
+    shown = []
+    for _ in range(2):
+        assert main([*arguments, cache]) == 0
+        shown.append(dict(line.split() for line in capsys.readouterr().out.splitlines()))
+    assert shown[0] == shown[1]
+    assert len(computed) == 1
+    assert float(shown[0]["pairs"]) == 9
+    assert float(shown[0]["accuracy"]) > 0.95
+    opened = Trainer.from_run(folder / "runs" / "pairs", devices=jax.devices()[:1])
+    with pytest.raises(StackError, match=r"objective\.kind=preference compares .*: stack eval RUN --data"):
+        evaluate_file(opened.program, opened.trained, opened.words, str(tmp_path / "mine.jsonl"))
 
 
 def test_a_damaged_reference_is_computed_again(folder, computed, caplog):
