@@ -64,12 +64,36 @@ def adapt(
     a, b = lora
     # As long as the result: where `residual_length` is split the sums over inputs end in its parts.
     between = (*names[: y.ndim - (kernel[...].ndim - contracted)], "rank")
-    low = project(_complete(x, layout), a, layout, between, contracted=contracted)
+    low = _lower(x, a, layout, between, outputs=kernel.axes[contracted:], contracted=contracted)
     y = y + adapter.scale * _raise(low, b, layout, names)
     if magnitude is None:
         return y
     length = lengths(kernel, lora, adapter, layout, contracted=contracted)
     return (y.astype(jnp.float32) * (magnitude[...] / length)).astype(y.dtype)
+
+
+def _lower(
+    x: jax.Array,
+    a: nnx.Variable,
+    layout: Layout,
+    names: tuple[str, ...],
+    *,
+    outputs: tuple[str, ...],
+    contracted: int,
+) -> jax.Array:
+    """The product with A; where `tensor` splits the outputs, each of its devices makes a part of the rank.
+
+    The gradient of x is then a partial sum, as that of the product with W is, and both are summed at once.
+    """
+    splits = any(layout.mesh_axes(name) for name in outputs)
+    if layout.trivial or not splits or a[...].shape[-1] % layout.size("tensor"):
+        return project(_complete(x, layout), a, layout, names, contracted=contracted)
+    weight = a[...] if is_gathered(a[...], layout) else gather_weight(a[...], layout, a.axes, a.role)
+    weight = jax.reshard(weight, P(*layout.whole_spec((*a.axes[:-1], "split_rank")), reduced=layout.replicas))
+    spec = layout.product_spec((*names[:-1], "split_rank"), contracted=a.axes[:contracted])
+    dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))), ((), ())
+    low = jax.lax.dot_general(x, weight.astype(x.dtype), dimensions, out_sharding=spec)
+    return layout.shard(low, *names)
 
 
 def _complete(x: jax.Array, layout: Layout) -> jax.Array:

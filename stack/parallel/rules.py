@@ -34,6 +34,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "layers": (),
     "amax": (),
     "rank": (),
+    "split_rank": ("tensor",),
 }
 """Logical axis -> mesh axes. Parameters are split over `fsdp` besides: see `parameter_spec`."""
 
