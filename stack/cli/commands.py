@@ -204,6 +204,23 @@ def predict(arguments: argparse.Namespace) -> None:
             print(f"{number:,} records in {arguments.output}", flush=True)
 
 
+def search(arguments: argparse.Namespace) -> None:
+    """Prints the passages of documents that answer queries, or writes them."""
+    defaults.import_jax()
+    from stack.parallel.processes import first, together
+    from stack.search.command import run
+
+    def tell(text: str) -> None:
+        if first():
+            print(text, file=sys.stderr, flush=True)
+
+    with together():
+        options = {name: value for name, value in vars(arguments).items() if name not in ("run", "version")}
+        for line in run(**options, tell=tell):
+            if first():
+                print(line, flush=True)
+
+
 def sample(arguments: argparse.Namespace) -> None:
     """Prints texts as they are generated."""
     defaults.import_jax()

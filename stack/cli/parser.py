@@ -136,6 +136,8 @@ def _parser() -> tuple[Parser, list[str]]:
     text = "the .jsonl to write: each record with its `prediction`"
     predict.add_argument("--output", required=True, metavar="FILE", help=text)
 
+    _add_search(verbs)
+
     sample = verb(verbs, "sample", commands.sample, "generate text with a run")
     sample.add_argument("config", metavar="RUN", help="the folder of a run")
     text = "what the text starts with; - reads it from standard input; after -- it may begin with a dash"
@@ -273,6 +275,36 @@ def _parser() -> tuple[Parser, list[str]]:
 
     _add_bench(verbs)
     return parser, list(verbs.choices)
+
+
+def _add_search(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    text = "find the passages of documents that answer a query; keeps their index"
+    search = verb(verbs, "search", commands.search, text)
+    search.add_argument("config", metavar="RUN", help="the folder of a run of objective.kind=retrieval")
+    add_overrides(search)
+    text = "a folder of texts and code, one text, or a .jsonl with a document in the `text` of each line"
+    search.add_argument("--documents", required=True, metavar="PATH", help=text)
+    text = "what to look for; may be repeated (without it and --queries: each line of standard input)"
+    search.add_argument("--query", action="append", default=[], metavar="TEXT", help=text)
+    text = "a .jsonl with a query in the field objective.query of each line"
+    search.add_argument("--queries", metavar="FILE", help=text)
+    text = "--queries: the .jsonl to write: each record with its `hits`"
+    search.add_argument("--output", metavar="FILE", help=text)
+    text = "passages to show of each query (default: 5)"
+    search.add_argument("--top", type=int, default=5, metavar="N", help=text)
+    text = "a run of objective.kind=reranking that reads these with the query, and orders them"
+    search.add_argument("--rerank", metavar="RUN", help=text)
+    text = "where the index is kept (default: in the run's folder)"
+    search.add_argument("--index", metavar="FOLDER", help=text)
+    text = "compare the first so many numbers of vectors, one of objective.widths (default: all)"
+    search.add_argument("--width", type=int, metavar="N", help=text)
+    text = "tokens of a passage at most (default: 256, or what fits data.sequence_length)"
+    search.add_argument("--passage", type=int, metavar="N", help=text)
+    text = "tokens that a passage begins before the one before it ends (default: an eighth of it, at most 32)"
+    search.add_argument("--overlap", type=int, metavar="N", help=text)
+    text = "do not compare all passages, but walk a graph of neighbours by FAISS (extra search)"
+    search.add_argument("--approximate", action="store_true", help=text)
+    search.add_argument("--head", metavar="NAME", help="of a run of several tasks, the one that retrieves")
 
 
 def _add_kernels(verbs: "argparse._SubParsersAction[Parser]") -> None:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from stack.parallel import mesh as meshes
 from stack.train import reference
 
 STEPS = 24
+SIDES = "train", "heldout"
 MESH = ("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2")
 
 
@@ -146,7 +149,7 @@ def test_the_reference_is_the_same_on_a_mesh(folder, tmp_path):
     )
     made.fit(progress=False)
     (other,) = entries(tmp_path)
-    for side in ("train", "heldout"):
+    for side in SIDES:
         one, two = (np.fromfile(where / f"{side}.bin", np.float32) for where in (entry, other))
         np.testing.assert_allclose(two, one, rtol=2e-6)
     ours, theirs = (
@@ -155,6 +158,41 @@ def test_the_reference_is_the_same_on_a_mesh(folder, tmp_path):
     for one, two in zip(ours, theirs, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
         assert one["pairs"] == two["pairs"]
+
+
+def fit_here(folder: str) -> tuple[int, list[float], bytes]:
+    """A run whose processes each have a home: how often it computed its reference, losses, the reference."""
+    where = Path(folder)
+    home = where / f"home-{jax.process_index()}"
+    os.environ["HOME"] = str(home)
+    options = overrides(where, "data.cache_dir=~/cache", *MESH, "train.steps=4", "checkpoint.every=0")
+    with patch.object(reference, "_compute", wraps=reference._compute) as computes:
+        Trainer(config(where, "two", *options)).fit(progress=False)
+    (entry,) = (home / "cache").glob("reference-*")
+    history = [record["loss"] for record in records(where, "two") if record["kind"] == "train"]
+    return computes.call_count, history, b"".join((entry / f"{side}.bin").read_bytes() for side in SIDES)
+
+
+@pytest.mark.full
+def test_processes_agree_on_the_reference(folder, run_processes):
+    """Each has what it needs; where one has lost it all compute it, so that none keeps another."""
+    (entry,) = entries(folder)
+    first = run_processes(fit_here, str(folder), processes=2, devices=4)
+    shutil.rmtree(folder / "runs" / "two")
+    for lost in (folder / "home-1" / "cache").glob("reference-*"):
+        shutil.rmtree(lost)
+    (kept,) = (folder / "home-0" / "cache").glob("reference-*")
+    stamp = (kept / "train.bin").stat().st_ino
+    second = run_processes(fit_here, str(folder), processes=2, devices=4)
+    for times, losses, values in (*first, *second):
+        assert times == 1
+        assert losses == first[0][1]
+        assert values == first[0][2]
+        one = np.concatenate([np.fromfile(entry / f"{side}.bin", np.float32) for side in SIDES])
+        np.testing.assert_allclose(np.frombuffer(values, np.float32), one, rtol=2e-6)
+    assert (kept / "train.bin").stat().st_ino != stamp, "that of the other is new too"
+    theirs = [record["loss"] for record in records(folder, "pairs") if record["kind"] == "train"]
+    np.testing.assert_allclose(first[0][1], theirs[:4], rtol=1e-4)
 
 
 def test_batches_can_be_asked_for_only_with_a_reference(folder):

@@ -99,7 +99,7 @@ def _magnitudes(program: Program, match: Match, arrays: Mapping[str, jax.Array])
 
 def _lengths(kernel: jax.Array, *, inputs: int, dtype: str, whole: NamedSharding) -> jax.Array:
     kernel = jax.lax.with_sharding_constraint(kernel, whole)
-    return magnitudes(kernel.astype(dtype), stack=0, inputs=inputs)
+    return magnitudes(kernel.astype(dtype), inputs=inputs)
 
 
 def _mean(source: Source, name: str, rows: np.ndarray) -> np.ndarray:
