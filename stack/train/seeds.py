@@ -149,8 +149,9 @@ def _read(file: Path) -> Sequence[SeedRun]:
 
 
 def _run(values: Mapping[str, Any]) -> SeedRun:
-    metrics = {name: float(value) for name, value in values["metrics"].items()}
-    return SeedRun(**{**values, "metrics": metrics})
+    read: dict[str, Any] = dict(values)
+    read["metrics"] = {name: float(value) for name, value in values["metrics"].items()}
+    return SeedRun(**read)
 
 
 def _plain(values: Mapping[str, float | None]) -> dict[str, Any]:

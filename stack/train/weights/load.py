@@ -71,9 +71,10 @@ def _magnitudes(program: Program, match: Match, arrays: Mapping[str, jax.Array])
 
     A host makes them of one layer after another in float64, so that they are the same bits on any mesh.
     """
-    likes, axes = named_leaves(program.parameters), dict(flatten_dict(program.axes, sep="."))
+    likes = named_leaves(program.parameters)
+    axes: dict[str, Any] = dict(flatten_dict(program.axes, sep="."))
     dtype = jax.numpy.dtype(program.config.model.dtype)
-    found = {}
+    found: dict[str, jax.Array] = {}
     for name in match.missing:
         owner, _, last = name.rpartition(".")
         if last != "dora_magnitude":
