@@ -104,6 +104,15 @@ def test_what_fails_while_running_has_status_1(capsys, tmp_path, run_file):
     assert "missing.txt" in told
 
 
+def test_what_needs_an_extra_names_it_before_anything_is_read(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "stack.evaluation.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "stack.evaluation.harness_tasks", raising=False)
+    status, told = status_and_error(capsys, "eval", "no/run", "--tasks", "lambada_openai")
+    assert status == 1
+    assert told.endswith("(lm_eval is missing); install the extra: pip install 'stack[lm-eval]'")
+
+
 def test_data_tokenizer_writes_a_tokenizer(capsys, tmp_path, run_file):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the rat sat on the cat\n" * 20)

@@ -5,11 +5,17 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from stack import environment
 from stack.config.errors import ConfigError, StackError
 from stack.hardware import defaults
 from stack.interrupt import die_with_launcher
+
+if TYPE_CHECKING:
+    from stack.train.trainer import Trainer
 
 
 def version() -> None:
@@ -24,6 +30,8 @@ def train(arguments: argparse.Namespace) -> None:
     from stack.config.reading import load
 
     config = load(arguments.config, arguments.rest)  # what is wrong is told before anything heavy is loaded
+    if arguments.seeds is not None and arguments.replay is not None:
+        raise ConfigError("--seeds trains runs, and --replay does a step of one again; give one of them")
     if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"start     {config.name}: loading JAX, then its data", flush=True)
 
@@ -33,6 +41,13 @@ def train(arguments: argparse.Namespace) -> None:
     from stack.train.trainer import Trainer
 
     with together():
+        if arguments.seeds is not None:
+            from stack.train.seeds import fit_seeds
+
+            spread = fit_seeds(config, arguments.seeds, accept=arguments.accept)
+            if first():
+                print("\n".join(spread.lines()), flush=True)
+            return
         trainer = Trainer(config, accept=arguments.accept)
         if arguments.replay is None:
             trainer.fit()
@@ -103,7 +118,11 @@ def tune_kernels(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Prints what a run's held-out text gives, or files of one's own."""
+    """Prints what a run's held-out text gives, files of one's own, or tasks of the lm-evaluation-harness."""
+    if arguments.tasks is None:
+        given = [name for name in _OF_TASKS if getattr(arguments, name) not in (None, False)]
+        if given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} is of tasks; name them with --tasks")
     defaults.import_jax()
     from stack.evaluation.files import evaluate_file
     from stack.evaluation.texts import last_words, word_perplexity
@@ -113,19 +132,59 @@ def evaluate(arguments: argparse.Namespace) -> None:
     asked = {word_perplexity: arguments.words, last_words: arguments.last_words}
     if arguments.answers and arguments.data is None:
         raise ConfigError("--answers is of a file: give --data FILE.jsonl")
-    if arguments.task is not None and arguments.data is None:
-        raise ConfigError("--task is of a file: give --data FILE.jsonl")
+    if arguments.head is not None and arguments.data is None:
+        raise ConfigError("--head is of a file: give --data FILE.jsonl")
     with together():
-        trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
-        metrics = {} if any(asked.values()) or arguments.data else trainer.evaluate()
+        ask = None if arguments.tasks is None else _tasks(arguments)
+        trainer = Trainer.from_run(
+            arguments.config, arguments.rest, accept=arguments.accept, **_which(arguments)
+        )
+        given = ask or arguments.data or any(asked.values())
+        metrics = {} if given else trainer.evaluate()
         if arguments.data:
             run = trainer.program, trainer.trained, trainer.words
-            metrics = evaluate_file(*run, arguments.data, answers=arguments.answers, task=arguments.task)
+            metrics = evaluate_file(*run, arguments.data, answers=arguments.answers, task=arguments.head)
         for evaluation, path in asked.items():
             if path is not None:
                 metrics |= evaluation(trainer.program, trainer.trained, trainer.words, path)
+        if first() and metrics:
+            print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()), flush=True)
+        if ask:
+            ask(trainer)
+
+
+_OF_TASKS = ("limit", "num_fewshot", "gen_kwargs", "apply_chat_template", "add_bos_token", "json")
+
+
+def _tasks(arguments: argparse.Namespace) -> "Callable[[Trainer], None]":
+    """What asks a run the tasks and prints the answers; what cannot be is told before the run is loaded."""
+    from stack.config.paths import check_writable, expand
+    from stack.evaluation.harness import StackLM
+    from stack.evaluation.harness_tasks import check_options, evaluate_tasks, load_tasks, table, write_json
+    from stack.parallel.processes import first
+
+    path = None if arguments.json is None else expand(arguments.json)
+    if path is not None:
+        check_writable(path)
+    options = {name: getattr(arguments, name) for name in _OF_TASKS[:4]}
+    check_options(limit=arguments.limit, num_fewshot=arguments.num_fewshot)
+    chosen = load_tasks(arguments.tasks.split(","))
+
+    def ask(trainer: "Trainer") -> None:
+        bos = arguments.add_bos_token
+        model = StackLM(trainer.program, trainer.trained, trainer.words, add_bos_token=bos)
+        results = evaluate_tasks(model, chosen, **options)
         if first():
-            print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+            print(table(results))
+            if path is not None:
+                write_json(results, path)
+
+    return ask
+
+
+def _which(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Which parameters of a run are asked for."""
+    return {"adapter": arguments.adapter, "step": "best" if arguments.best else None}
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -136,10 +195,11 @@ def predict(arguments: argparse.Namespace) -> None:
     from stack.train.trainer import Trainer
 
     with together():
-        trainer = Trainer.from_run(arguments.config, arguments.rest)
-        name = f"{trainer.folder} {trainer.ledger.position.step} {arguments.rest}"
+        which = _which(arguments)
+        trainer = Trainer.from_run(arguments.config, arguments.rest, **which)
+        name = f"{trainer.folder} {trainer.ledger.position.step} {arguments.rest} {which}"
         run = trainer.program, trainer.trained, trainer.words
-        number = predict_file(*run, (arguments.input, arguments.output), name=name, task=arguments.task)
+        number = predict_file(*run, (arguments.input, arguments.output), name=name, task=arguments.head)
         if first():
             print(f"{number:,} records in {arguments.output}", flush=True)
 
@@ -155,8 +215,10 @@ def search(arguments: argparse.Namespace) -> None:
             print(text, file=sys.stderr, flush=True)
 
     with together():
-        options = {name: value for name, value in vars(arguments).items() if name not in ("run", "version")}
-        for line in run(**options, tell=tell):
+        which = _which(arguments)
+        others = ("run", "version", "adapter", "best")
+        options = {name: value for name, value in vars(arguments).items() if name not in others}
+        for line in run(**options, which=which, tell=tell):
             if first():
                 print(line, flush=True)
 
@@ -176,7 +238,7 @@ def sample(arguments: argparse.Namespace) -> None:
     overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
     with together():
         prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
-        trainer = Trainer.from_run(arguments.config, overrides)
+        trainer = Trainer.from_run(arguments.config, overrides, **_which(arguments))
         prompts = prompts or [trainer.config.sample.prompt]
         between = trainer.program.objective.between
         if len(prompts) == 1:
@@ -237,16 +299,21 @@ def import_weights(arguments: argparse.Namespace) -> None:
 def export_run(arguments: argparse.Namespace) -> None:
     """Writes a run as others read it."""
     form, folder = arguments.to
-    if form != "hf":
-        raise ConfigError(f"--to {form}: there is only hf, as in --to hf FOLDER")
+    if form not in ("hf", "adapter"):
+        raise ConfigError(f"--to {form}: there is only hf and adapter, as in --to hf FOLDER")
+    if form == "adapter" and arguments.dtype != "float32":
+        raise ConfigError(f"--dtype {arguments.dtype} is of --to hf; an adapter is written in float32")
     defaults.import_jax()
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
+    from stack.transfer.adapter import export_adapter
     from stack.transfer.exporting import export
 
     with together():
-        trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
-        for line in export(trainer, folder, dtype=arguments.dtype):
+        step = "best" if arguments.best else None
+        trainer = Trainer.from_run(arguments.config, arguments.rest, step=step, accept=arguments.accept)
+        export_dtype = partial(export, dtype=arguments.dtype)
+        for line in {"hf": export_dtype, "adapter": export_adapter}[form](trainer, folder):
             if first():
                 print(line, flush=True)
 

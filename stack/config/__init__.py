@@ -1,5 +1,6 @@
 """The config tree and its readers."""
 
+from stack.config.adapter import AdapterConfig, AdapterTargetConfig
 from stack.config.data import DataConfig, SourceConfig, Weight, weight_at
 from stack.config.errors import ConfigError, StackError
 from stack.config.kernels import Fp8Config, KernelsConfig
@@ -17,11 +18,14 @@ from stack.config.model import (
 from stack.config.objective import (
     CausalConfig,
     ChatConfig,
+    ChatPreferenceConfig,
     CompletionConfig,
     FillConfig,
     MaskedConfig,
     MaskedWordsConfig,
     ObjectiveConfig,
+    PreferenceConfig,
+    PreferredConfig,
     PrefixConfig,
     RecordsConfig,
     RemovalConfig,
@@ -41,9 +45,12 @@ from stack.config.tree import Config
 
 __all__ = [
     "AXES",
+    "AdapterConfig",
+    "AdapterTargetConfig",
     "BlockConfig",
     "CausalConfig",
     "ChatConfig",
+    "ChatPreferenceConfig",
     "CheckpointConfig",
     "CompletionConfig",
     "Config",
@@ -65,6 +72,8 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelDecoderConfig",
+    "PreferenceConfig",
+    "PreferredConfig",
     "PrefixConfig",
     "RecordsConfig",
     "RemovalConfig",

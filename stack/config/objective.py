@@ -199,6 +199,7 @@ class CompletionConfig(RecordsConfig):
     """Fine-tuning to write what follows a prompt."""
 
     implementation = "stack.objectives.completion:Completion"
+    shapes = PAIRS
 
     kind: Literal["completion"] = "completion"
     """A prompt is read and what completes it is predicted (supervised fine-tuning)."""
@@ -206,6 +207,8 @@ class CompletionConfig(RecordsConfig):
     """Field of a record, or path to it, with the text that is read."""
     completion: str = "completion"
     """Field of a record, or path to it, with the text that is predicted, and the end after it."""
+    target_length: PositiveInt | None = None
+    """`encoder_decoder`: tokens per row of what is written; null: as many as of what is read."""
 
 
 class ChatConfig(RecordsConfig):
@@ -220,6 +223,52 @@ class ChatConfig(RecordsConfig):
     """Field of a record, or path to it, with the list of messages, each `role` and `content`."""
 
 
+class PreferredConfig(RecordsConfig):
+    """Direct preference optimization: of two answers, one is preferred (DPO, arXiv 2305.18290)."""
+
+    has_reference = True
+
+    prompt: str | None = "prompt"
+    """Field of a record, or path to it, with what is read; null: what both answers begin with is that."""
+    chosen: str = "chosen"
+    """Field of a record, or path to it, with the answer that is preferred."""
+    rejected: str = "rejected"
+    """Field of a record, or path to it, with the other."""
+    beta: PositiveFloat = 0.1
+    """How much is lost by leaving the model that the run began with (equation 7 of DPO)."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Share of the preferences that are taken to be wrong (conservative DPO)."""
+    length_normalised: bool = False
+    """Divide the log-probability of an answer by its tokens (arXiv 2411.15124, section 5.1)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.z_loss:
+            raise ValueError(f"z_loss={self.z_loss} is no part of preferences; set it to 0")
+        return self
+
+
+class PreferenceConfig(PreferredConfig):
+    """Preferences among texts."""
+
+    implementation = "stack.objectives.preference:Preference"
+
+    kind: Literal["preference"] = "preference"
+    """Of two texts that complete a prompt the preferred one is made likelier, against the other (DPO, arXiv
+    2305.18290)."""
+
+
+class ChatPreferenceConfig(PreferredConfig):
+    """Preferences among what an assistant says."""
+
+    implementation = "stack.objectives.preference:ChatPreference"
+    reads_template = True
+
+    kind: Literal["chat_preference"] = "chat_preference"
+    """The same of conversations, laid out by the tokenizer's chat template: each field holds a text, or a
+    list of messages, each `role` and `content`."""
+
+
 type ObjectiveConfig = (
     CausalConfig
     | PrefixConfig
@@ -230,6 +279,8 @@ type ObjectiveConfig = (
     | UniLmConfig
     | CompletionConfig
     | ChatConfig
+    | PreferenceConfig
+    | ChatPreferenceConfig
     | ClassificationConfig
     | TaggingConfig
     | AnswersConfig

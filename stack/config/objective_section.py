@@ -18,6 +18,8 @@ class ObjectiveSection(Section):
     """Whether a document is a whole record and not a text; `source.field` is then null."""
     reads_template: ClassVar[bool] = False
     """Whether the tokenizer's chat template decides what is read."""
+    has_reference: ClassVar[bool] = False
+    """Whether it compares with the model that the run began with, which then is one that was trained."""
     has_baselines: ClassVar[bool] = False
     """Whether there is what `eval.baselines` asks for."""
     scores_words: ClassVar[bool] = True

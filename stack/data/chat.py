@@ -47,8 +47,9 @@ class ChatTemplate:
         """
         if tokenizer.chat_template is None:
             raise ConfigError(
-                "objective.kind=chat: the tokenizer has no chat template; put a chat_template.jinja beside"
-                " its tokenizer.json, or set objective.kind=completion"
+                "objective.kind: conversations are laid out by the tokenizer's template, and it has no chat"
+                " template; put a chat_template.jinja beside its tokenizer.json, or set objective.kind to"
+                " completion or preference"
             )
         words, spellings = tokenizer.words(), tokenizer.spellings
         special = {word for number, word in words.items() if spellings[number] is None}
@@ -81,7 +82,10 @@ class ChatTemplate:
           StackError: no messages, none of the assistant's, a message without role or text, special words in
             one, or a template that fails or lays out the same messages in another way when others follow.
         """
-        messages = self._messages(record, place)
+        return self.parts(self._messages(record, place), place)
+
+    def parts(self, messages: Sequence[Message], place: str) -> list[tuple[str, bool]]:
+        """The same of messages that are checked."""
         parts, done = [], ""
         for number, message in enumerate(messages):
             if message["role"] != ASSISTANT:
@@ -131,11 +135,19 @@ class ChatTemplate:
 
     def _messages(self, record: dict[str, Any], place: str) -> list[Message]:
         messages = value_at(record, self.field, lambda: place, setting="objective.messages")
+        return self.check(messages, place, field=self.field, setting="objective.messages")
+
+    def check(self, messages: Any, place: str, *, field: str, setting: str) -> list[Message]:
+        """What a field holds, that are messages.
+
+        Raises:
+          StackError: it is no list of them, or one holds what it must not.
+        """
         if not isinstance(messages, list) or not messages:
             what = "an empty list" if messages == [] else f"a {type(messages).__name__}"
             raise StackError(
-                f"{place}: {self.field!r} holds {what}, not a list of messages; mend or remove the line, or"
-                " set objective.messages to another field"
+                f"{place}: {field!r} holds {what}, not a list of messages; mend or remove the line, or"
+                f" set {setting} to another field"
             )
         for number, message in enumerate(messages):
             self._check(message, f"{place}: message {number}")

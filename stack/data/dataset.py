@@ -109,6 +109,16 @@ class Dataset:
             row -= part.num_rows
         return []
 
+    def piece_numbers(self, row: int) -> range:
+        """The numbers of a row's pieces, those of one part after those of another; none of -1."""
+        before = 0
+        for part in self.parts:
+            if 0 <= row < part.num_rows:
+                first, last = (int(place) for place in part.row_offsets[row : row + 2])
+                return range(before + first, before + last)
+            row, before = row - part.num_rows, before + len(part.piece_length)
+        return range(0)
+
     def marks(self, row: int) -> list[Int32[np.ndarray, " stored"]]:
         """What the encoder said of the tokens of each piece; see `PackedRows.marks`."""
         for part in self.parts:

@@ -181,6 +181,36 @@ def open_entry(
     return _read(folder)
 
 
+def read_entry(
+    folder: Path, *, warn: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, BlockArray]] | None:
+    """The same of an entry that is there and sound; None: it is not, `warn` told of damage.
+
+    Raises:
+        StackError: it is damaged and cannot be removed.
+    """
+    if not folder.is_dir():
+        return None
+    try:
+        return _read(folder)
+    except DamagedEntryError as error:
+        warn(str(error))
+        return None
+
+
+def remove_entry(folder: Path) -> None:
+    """Removes an entry, if it is there.
+
+    Raises:
+        StackError: it cannot be removed.
+    """
+    try:
+        if os.path.lexists(folder):
+            _remove(folder)
+    except OSError as error:
+        raise StackError(f"{folder}: cannot be removed: {error.strerror}; check its permissions") from error
+
+
 def damaged(folder: Path, what: str) -> StackError:
     """Takes an entry off the list, so that it is made again when it is next asked for; what to raise.
 

@@ -83,6 +83,17 @@ class Examples(Protocol):
         ...
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """Examples of records whose places are decided by what is marked, beside the length."""
+
+    def places(
+        self, lengths: Int64[np.ndarray, " pieces"], marked: Int64[np.ndarray, " pieces"]
+    ) -> Int64[np.ndarray, " pieces"]:
+        """In place of `Examples.room`: of pieces of so many tokens, so many of which have a mark."""
+        ...
+
+
 class Plain:
     """Rows as they are packed: every token is predicted from those before it."""
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int32, Int64, Integer
 from stack.data.cache import Array, Corpus
 from stack.data.duplicates import Unique
 from stack.data.entry import EntryWriter, log, open_entry
-from stack.data.examples import PLAIN, Examples, longest
+from stack.data.examples import PLAIN, Examples, Placed, longest
 from stack.data.split import heldout_mask
 
 FIELDS = ("tokens", "labels", "segments", "positions")
@@ -202,7 +202,7 @@ def pack_corpus(
             start = np.maximum(offsets[documents], low)
             end = np.minimum(offsets[documents + 1], high)
             start, length = _cut(start, end, most)
-            room = examples.room(length)
+            room = _room(corpus, examples, start, length)
             order, row_offsets = _rows(room, sequence_length) if packed else _one_each(length)
             target.whole(f"{side}-cut", [low, high, beyond])
             target.whole(f"{side}-documents", documents)
@@ -226,6 +226,22 @@ def pack_corpus(
         )
 
     return side("train"), side("heldout")
+
+
+def _room(
+    corpus: Corpus,
+    examples: Examples,
+    start: Int64[np.ndarray, " pieces"],
+    length: Int64[np.ndarray, " pieces"],
+) -> Int64[np.ndarray, " pieces"]:
+    """Places of a row that each piece takes."""
+    if not isinstance(examples, Placed):
+        return examples.room(length)
+    assert corpus.marks is not None, "its documents are texts"
+    # One at a time: all marks would not fit in memory.
+    pieces = zip(start.tolist(), length.tolist(), strict=True)
+    marked = [np.count_nonzero(corpus.marks[first : first + number + 1]) for first, number in pieces]
+    return examples.places(length, np.array(marked, np.int64))
 
 
 def heldout_documents(

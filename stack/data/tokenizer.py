@@ -217,10 +217,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, marks: bool = False) -> list[np.ndarray]:
         """The ids of each text, uint32; releases the interpreter lock, so threads run side by side."""
-        model = self.model
-        if marks:  # Threads share the model, so what it takes as text is changed in a copy.
-            model = type(model).from_str(model.to_str())
-            _take_all_as_text(model, marks=True)
+        model = self.with_marks() if marks else self.model
         # One text a call: a longer batch is spread over every core, whatever data.workers says, and
         # the plain `encode` keeps the lock.
         encodings = (model.encode_batch_fast([text], add_special_tokens=False)[0] for text in texts)
@@ -230,6 +227,15 @@ class HuggingFaceTokenizer:
         """As the library has them, which some tokenizers let begin with the space before a word."""
         encoding = self.model.encode_batch([text], add_special_tokens=False)[0]
         return np.array(encoding.ids, np.uint32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+    def with_marks(self) -> "tokenizers.Tokenizer":
+        """The library's model that takes special words in a text for those words.
+
+        A copy: threads share `model`.
+        """
+        model = type(self.model).from_str(self.model.to_str())
+        _take_all_as_text(model, marks=True)
+        return model
 
     def save(self, folder: Path) -> None:
         """Writes a tokenizer.json, the tokenizer_config.json that names its marks, and the chat template."""

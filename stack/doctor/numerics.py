@@ -4,7 +4,7 @@ The list of layouts below is the only one: `stack doctor --numerics` prints the 
 tests prove each of its cells, and a test fails if a cell is left out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -261,8 +261,12 @@ def compute(
     devices: Sequence[jax.Device] | None = None,
     overrides: Sequence[str] = (),
     step: int = STEP,
+    rows_of: Callable[[Sequence[Field]], dict[str, np.ndarray]] | None = None,
 ) -> Numbers:
-    """Initial parameters, and loss and gradients of one batch at a step, laid out as a cell says."""
+    """Initial parameters, and loss and gradients of one batch at a step, laid out as a cell says.
+
+    `rows_of` makes the batch of an objective's fields; by default `example_batch`.
+    """
     devices = jax.devices()[: cell.num_devices] if devices is None else devices
     program = programs.build(config_of(cell, family, dtype).replace(*overrides), devices)
     layout = program.layout
@@ -270,7 +274,7 @@ def compute(
         initial = _initial(program)
         params = jax.tree.map(_place, initial, program.parameters)
         fields = program.objective.fields
-        rows = example_batch(fields)
+        rows = (rows_of or example_batch)(fields)
         batch = {
             field.name: jax.make_array_from_callback(
                 rows[field.name].shape, layout.sharding(*field.axes), rows[field.name].__getitem__

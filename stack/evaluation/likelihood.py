@@ -1,7 +1,7 @@
 """How likely a decoder finds texts: what is asked of it by word perplexity, last words and choices."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -39,7 +39,11 @@ class Likelihood(NamedTuple):
 
 
 def likelihoods(
-    program: Program, params: dict[str, Any], continuations: Sequence[Continuation]
+    program: Program,
+    params: dict[str, Any],
+    continuations: Sequence[Continuation],
+    *,
+    told: Callable[[int, Likelihood], None] | None = None,
 ) -> list[Likelihood]:
     """Of each continuation, in order; rows of like length share a batch on the whole mesh.
 
@@ -49,11 +53,17 @@ def likelihoods(
       program: of the run, of a decoder.
       params: that lie as `program.parameters`.
       continuations: of at most `model.max_length` tokens each; contexts may be longer.
+      told: hears of each, by its number, as soon as its batch is done.
 
     Raises:
       StackError: the model is no decoder, or a continuation is empty or too long.
     """
     config = program.config
+    if not config.objective.scores_words:
+        raise StackError(
+            f"objective.kind={config.objective.kind} left the head over words out of this run; likelihoods"
+            " are of runs that score words"
+        )
     if config.model.shape != "decoder":
         raise StackError(
             f"model.kind={config.model.kind} does not predict the next token; likelihoods are of decoders"
@@ -78,6 +88,8 @@ def likelihoods(
             )
             for place, number in enumerate(some):
                 found[number] = Likelihood(float(nll[place]), bool(correct[place]))
+                if told is not None:
+                    told(number, found[number])
     return [found[number] for number in range(len(rows))]
 
 

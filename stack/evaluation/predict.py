@@ -89,7 +89,7 @@ def asked_task(program: Program, task: str | None) -> Any:
     if isinstance(objective, MultiTask):
         return objective.only(task)
     if task is not None:
-        raise StackError(f"--task {task}: the run has one task; leave it out")
+        raise StackError(f"--head {task}: the run has one task; leave it out")
     return objective
 
 

@@ -16,7 +16,7 @@ class Chat(Records):
     """
 
     marks: ClassVar[bool] = True
-    between: ClassVar[str] = "\n"
+    between = "\n"
 
     def reader(self, tokenizer: Tokenizer) -> Reader:
         """By the tokenizer's template."""

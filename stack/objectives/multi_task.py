@@ -90,7 +90,7 @@ class MultiTask:
           StackError: it is none of them.
         """
         if name not in self.tasks:
-            raise StackError(f"--task {name}: name one of the run's: {', '.join(self.tasks)}")
+            raise StackError(f"--head {name}: name one of the run's: {', '.join(self.tasks)}")
         return self.tasks[name]
 
     def divisor(self, batch: "Mapping[str, jax.Array]") -> "dict[str, jax.Array]":

@@ -10,7 +10,7 @@ from jaxtyping import Int32, Int64, Integer
 
 from stack.config import Config, EncoderDecoderConfig
 from stack.data.dataset import Dataset
-from stack.data.examples import Plain, generator, longest
+from stack.data.examples import Encoder, Plain, generator, longest
 from stack.data.fields import Field
 from stack.data.tokenizer import Tokenizer
 from stack.objectives.words import EXAMPLE, PACKED, ROW, Words
@@ -59,6 +59,8 @@ class Sizes(NamedTuple):
 class PairExamples(Plain):
     """Pairs in rows; see `stack.data.examples.Examples`."""
 
+    encoder: Encoder | None = None
+
     def __init__(
         self,
         split: Split,
@@ -102,13 +104,16 @@ class PairExamples(Plain):
             if len(field.axes) > 1
         }
         for number, (row, draw) in enumerate(zip(rows.tolist(), draws, strict=True)):
-            random = generator(draw)
-            pairs = [self.split(piece, random) for piece in dataset.pieces(row)]
-            columns = self._columns([pair for pair in pairs if len(pair.written)])
+            columns = self._columns([pair for pair in self.pairs(dataset, row, draw) if len(pair.written)])
             for name, values in batch.items():
                 made = columns[name]
                 values[number, : len(made)] = made
         return batch
+
+    def pairs(self, dataset: Dataset, row: int, draw: Integer[np.ndarray, " 3"]) -> list[Pair]:
+        """The texts of a row by number, none of -1."""
+        random = generator(draw)
+        return [self.split(piece, random) for piece in dataset.pieces(row)]
 
     def _columns(self, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
         """What a row holds, without padding."""

@@ -20,6 +20,21 @@ type Outputs = dict[str, jax.Array]
 
 
 @runtime_checkable
+class Referenced(Protocol):
+    """An objective that compares a model with the one that its run began with, text by text."""
+
+    reference: str
+    """The field with what that one tells, [batch, texts] float32; the examples of the objective have
+    `with_reference`, which takes it of all texts of a dataset."""
+
+    def log_probs(
+        self, model: Model, batch: Mapping[str, jax.Array], run: Execution
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-probabilities of texts, nats, and their labels, each [batch, texts] float32."""
+        ...
+
+
+@runtime_checkable
 class Objective(Protocol):
     """What a model is trained for, built as `Class(config)` from the whole config.
 

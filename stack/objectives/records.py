@@ -12,7 +12,7 @@ from jaxtyping import Integer
 from stack.config import Config, RecordsConfig
 from stack.config.errors import StackError
 from stack.data.dataset import Dataset
-from stack.data.examples import Encoded, Encoder, Plain
+from stack.data.examples import Encoded, Encoder, Examples, Plain
 from stack.data.fields import Field
 from stack.data.records import json_text
 from stack.data.tokenizer import Tokenizer
@@ -80,15 +80,7 @@ class PartsEncoder:
         return parts
 
     def _join(self, parts: Sequence[tuple[np.ndarray, bool]], place: str) -> Sequence[Encoded]:
-        tokens = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in parts)]).astype(np.int32)
-        if len(tokens) and tokens[0] == self.tokenizer.bos:  # The template's; every document begins with one.
-            first, written = parts[0]
-            tokens, parts = tokens[1:], [(first[1:], written), *parts[1:]]
-        if len(tokens) and tokens[-1] == self.tokenizer.eos:  # And ends with one.
-            last, written = parts[-1]
-            tokens, parts = tokens[:-1], [*parts[:-1], (last[:-1], written)]
-        marks = np.repeat([0, *(written for _, written in parts)], [1, *(len(ids) for ids, _ in parts)])
-        marks = np.append(marks, parts[-1][1]).astype(np.int32)
+        tokens, marks = joined(parts, self.tokenizer)
         most = self.sequence_length - 1  # Of the two that stand around them one is not read.
         if len(tokens) <= most:
             return [Encoded(tokens, marks)]
@@ -100,6 +92,19 @@ class PartsEncoder:
             f"{place}: {len(tokens):,} tokens, and a row of data.sequence_length={self.sequence_length} has"
             f" room for {most:,}; raise it, or set objective.too_long to cut or leave_out"
         )
+
+
+def joined(parts: Sequence[tuple[np.ndarray, bool]], tokenizer: Tokenizer) -> Encoded:
+    """The tokens of parts, whatever their number, and marks: 1 where one is predicted."""
+    tokens = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in parts)]).astype(np.int32)
+    if len(tokens) and tokens[0] == tokenizer.bos:  # The template's; every document begins with one.
+        first, written = parts[0]
+        tokens, parts = tokens[1:], [(first[1:], written), *parts[1:]]
+    if len(tokens) and tokens[-1] == tokenizer.eos:  # And ends with one.
+        last, written = parts[-1]
+        tokens, parts = tokens[:-1], [*parts[:-1], (last[:-1], written)]
+    marks = np.repeat([0, *(written for _, written in parts)], [1, *(len(ids) for ids, _ in parts)])
+    return Encoded(tokens, np.append(marks, parts[-1][1]).astype(np.int32))
 
 
 class MarkedExamples(Plain):
@@ -146,7 +151,7 @@ class Records(Words, ABC):
           ConfigError: the tokenizer lacks what it takes.
         """
 
-    def examples(self, tokenizer: Tokenizer) -> MarkedExamples:
+    def examples(self, tokenizer: Tokenizer) -> Examples:
         """Rows of records."""
         encoder = PartsEncoder(
             tokenizer=tokenizer,

@@ -39,10 +39,10 @@ class Words:
 
     fields: tuple[Field, ...] = PACKED
     endings: tuple[str, ...] = ("held_out",)
-    continues: ClassVar[bool] = True
+    continues: bool = True
     """Whether what is written goes on with a prompt, which then begins a document; if not, the prompt is a
     whole text, and what is written another."""
-    between: ClassVar[str] = ""
+    between: str = ""
     """What is shown between a prompt and what is written."""
     marks: ClassVar[bool] = False
     """Whether special words that are written out in a prompt stand for themselves, and are shown."""

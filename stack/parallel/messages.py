@@ -48,6 +48,13 @@ def from_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
 
 
+def all_say(answer: bool) -> bool:
+    """Whether every process says yes; between steps only, as it is a collective."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.process_allgather(np.int32(answer)).all())
+
+
 def address() -> str:
     """The host of process 0, as the others reach it."""
     place = distributed.global_state.coordinator_address

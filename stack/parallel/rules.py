@@ -20,6 +20,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "residual_length": (),  # ("tensor",) under sequence parallelism
     "target_length": (),
     "masked": (),
+    "answers": (),
     "units": (),
     "classes": (),
     "types": (),
@@ -32,6 +33,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "layers": (),
     "amax": (),
+    "rank": (),
 }
 """Logical axis -> mesh axes. Parameters are split over `fsdp` besides: see `parameter_spec`."""
 

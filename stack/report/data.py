@@ -186,6 +186,8 @@ def _texts(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> Iterator[Text
         if "types" in row:
             types = row["types"][places]
             note = _MODES[int(types[0])].format(int((types == types[0]).sum()))
+        if "reference" in row:
+            note = "chosen" if number % 2 else "rejected"
         if "target_segments" in row:
             written = row["labels"][row["target_segments"] == number].tolist()
             spans = [("read", token, -1) for token in tokens] + [

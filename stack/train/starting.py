@@ -7,6 +7,7 @@ from stack.config import StackError
 from stack.data.tokenizer import Tokenizer
 from stack.parallel import mesh as meshes
 from stack.step import state as states
+from stack.step.adapter import is_of_adapter
 from stack.step.program import Program
 from stack.storage.store import Store
 from stack.train.bits import fingerprint
@@ -62,19 +63,47 @@ def begin_with(
     found: Match = match(program, source, tokenizer)
     with meshes.use(states.concrete(program)):
         params = load(program, found, source)
-    taken = {*found.loaded, *found.tables, *found.longer}
-    flat = named_leaves(params)
+    flat = {name: leaf for name, leaf in named_leaves(params).items() if not is_of_adapter(name)}
+    taken = flat.keys() & {*found.loaded, *found.tables, *found.longer}
     told = lines(found, program, source)
     origin = {
         "source": source.name,
-        "taken": found.num_taken,
+        "taken": len(taken),
         "parameters": len(flat),
         "notes": told,
-        "digest": fingerprint({name: leaf for name, leaf in flat.items() if name in taken}),
+        "digest": _digest(found, params),
     }
     for text in told:
         warn(text)
     return states.init(program, params), origin
+
+
+def again(program: Program, tokenizer: Tokenizer, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a run began with, read once more; they lie as `program.parameters`.
+
+    Args:
+      program: of the run.
+      tokenizer: of the run.
+      origin: what `begin` told.
+
+    Raises:
+      StackError: they are no longer where they were.
+    """
+
+    def read(source: Source) -> dict[str, Any]:
+        found = match(program, source, tokenizer)
+        params = load(program, found, source)
+        if _digest(found, params) != origin["digest"]:
+            raise DamagedError(f"{source.name} is not what the run began with, {origin['source']}")
+        return params
+
+    return _first_sound(program, read, lambda _: None)
+
+
+def _digest(found: Match, params: dict[str, Any]) -> str:
+    """Of the parameters that come from the weights."""
+    taken = {*found.loaded, *found.tables, *found.longer}
+    return fingerprint({name: leaf for name, leaf in named_leaves(params).items() if name in taken})
 
 
 def _first_sound[T](program: Program, use: Callable[[Source], T], warn: Callable[[str], None]) -> T:

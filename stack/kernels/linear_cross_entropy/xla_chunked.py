@@ -50,7 +50,7 @@ def _forward(
     bias: jax.Array | None = None,
 ) -> tuple[Sums, tuple]:
     layout = head.layout
-    bias_spec = None if layout.trivial else P(*layout.whole_spec(("vocab",)), unreduced=layout.replicas)
+    bias_spec = _bias_spec(layout)
 
     def body(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
         sums, table_gradient, bias_gradient = carry
@@ -172,12 +172,15 @@ def _read(
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def label_nll(
     hidden: jax.Array, table: jax.Array, labels: jax.Array, head: Head, bias: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Of each label by itself: -log of its probability, nats, and whether no word scores higher.
 
-    Arguments are those of `linear_cross_entropy`, without a derivative.
+    Arguments are those of `linear_cross_entropy`. The first is differentiable in `hidden`, `table` and
+    `bias`, for losses that are no sum of it; z-loss is none of it. As what a label weighs in such a loss is
+    not known before, the logits are computed a second time for the gradients.
 
     Returns:
       [batch, length] float32, 0 where a label does not count, and [batch, length] bool, false there.
@@ -193,24 +196,79 @@ def label_nll(
     return nll, correct
 
 
+def _label_forward(
+    hidden: jax.Array, table: jax.Array, labels: jax.Array, head: Head, bias: jax.Array | None = None
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    return label_nll(hidden, table, labels, head, bias), (hidden, table, labels, bias)
+
+
+def _label_backward(head: Head, saved: tuple, cotangents: tuple) -> tuple:
+    """The weights of labels meet their gradients in float32, after the product, as the scale above does.
+
+    In the gradient of the table, which is a sum over labels, they meet the hidden states before it.
+    """
+    hidden, table, labels, bias = saved
+    layout, one, plain = head.layout, jnp.ones((), jnp.float32), head._replace(z_loss=0.0)
+    bias_spec = _bias_spec(layout)
+
+    def body(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
+        table_gradient, bias_gradient = carry
+        hidden, labels, weights = chunk
+        _, d_logits = _chunk_sums(hidden, labels, table=table, bias=bias, scale=one, head=plain)
+        if bias_gradient is not None:
+            bias_gradient += jnp.einsum(
+                "blv,bl->v", d_logits.astype(jnp.float32), weights, out_sharding=bias_spec
+            )
+        hidden_gradient = jnp.einsum(
+            "blv,ve->ble", d_logits, table, out_sharding=layout.spec("batch", "length", "embed")
+        )
+        table_gradient += jnp.einsum(
+            "blv,ble->ve",
+            d_logits,
+            _weigh(hidden, weights),
+            preferred_element_type=jnp.float32,
+            out_sharding=_cotangent_spec(table, layout),
+        )
+        return (table_gradient, bias_gradient), _weigh(hidden_gradient, weights)
+
+    zeros = jnp.zeros(table.shape, jnp.float32, out_sharding=_cotangent_spec(table, layout))
+    no_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32, out_sharding=bias_spec)
+    chunks = (*_chunks(hidden, labels, head), _split(cotangents[0], 0, head))
+    (table_gradient, bias_gradient), hidden_gradient = jax.lax.scan(body, (zeros, no_bias), chunks)
+    if bias_gradient is not None:
+        bias_gradient = layout.shard(bias_gradient, "vocab")
+    batch, length, width = hidden.shape
+    hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(batch, -1, width)[:, :length]
+    return hidden_gradient, table_gradient.astype(table.dtype), None, bias_gradient
+
+
+label_nll.defvjp(_label_forward, _label_backward)
+
+
+def _weigh(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Values [batch, columns, embed] times weights [batch, columns], in the dtype of the values."""
+    return (values.astype(jnp.float32) * weights[..., None]).astype(values.dtype)
+
+
 def _chunks(hidden: jax.Array, labels: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
     """Hidden states and labels with the chunks in front, [chunks, batch, columns, ...].
 
     Chunks are as equal as can be; the last may end with a few columns whose labels do not count.
     """
-    batch, length = labels.shape
+    return _split(hidden, 0, head), _split(labels, -1, head)
+
+
+def _split(x: jax.Array, padding: int, head: Head) -> jax.Array:
+    """[batch, length, ...] -> [chunks, batch, columns, ...]."""
+    batch, length = x.shape[:2]
     rows = batch
     for axis in head.layout.mesh_axes("batch"):
         rows //= head.layout.size(axis)
     columns = chunk_columns(head.chunk, rows, length)
     chunks = -(-length // columns)
-
-    def split(x: jax.Array, padding: int) -> jax.Array:
-        if extra := chunks * columns - length:
-            x = jnp.pad(x, ((0, 0), (0, extra), *[(0, 0)] * (x.ndim - 2)), constant_values=padding)
-        return jnp.moveaxis(x.reshape(batch, chunks, columns, *x.shape[2:]), 1, 0)
-
-    return split(hidden, 0), split(labels, -1)
+    if extra := chunks * columns - length:
+        x = jnp.pad(x, ((0, 0), (0, extra), *[(0, 0)] * (x.ndim - 2)), constant_values=padding)
+    return jnp.moveaxis(x.reshape(batch, chunks, columns, *x.shape[2:]), 1, 0)
 
 
 def chunk_columns(tokens: int, rows: int, length: int) -> int:
@@ -250,6 +308,10 @@ def _zero_sums() -> Sums:
 
 def _add(left: Sums, right: Sums) -> Sums:
     return jax.tree.map(jnp.add, left, right)
+
+
+def _bias_spec(layout: Layout) -> P | None:
+    return None if layout.trivial else P(*layout.whole_spec(("vocab",)), unreduced=layout.replicas)
 
 
 def _cotangent_spec(table: jax.Array, layout: Layout) -> P | None:

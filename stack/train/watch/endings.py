@@ -38,6 +38,14 @@ def show_held_out(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": [("held-out", known)]}
 
 
+def show_preferences(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The held-out loss over pairs, and how many are told apart."""
+    if "loss" not in summary:
+        return {}
+    known = f"{summary['loss']:.4f} nats per pair, {summary['accuracy']:.1%} right"
+    return {"rows": [("held-out", f"{known}, margin {summary['margin']:.3g}")]}
+
+
 def show_task(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
     """All that a task's metrics tell of the held-out records."""
     told = [f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)]
@@ -98,6 +106,7 @@ def printable(text: str) -> str:
 
 ENDINGS: Mapping[str, Ending] = {
     "held_out": Ending(show=show_held_out),
+    "preferences": Ending(show=show_preferences),
     "task": Ending(show=show_task),
     "trigram": Ending(show=show_trigram),
     "tables": Ending(show=show_tables),
