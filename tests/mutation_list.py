@@ -2,9 +2,11 @@
 
 from mutation import Mutation
 from mutation_fp8 import FP8
+from mutation_preference import PREFERENCE
 
 MUTATIONS = (
     *FP8,
+    *PREFERENCE,
     Mutation(
         "what is given is predicted too",
         "stack/objectives/records.py",

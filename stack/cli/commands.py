@@ -127,6 +127,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from stack.evaluation.files import evaluate_file
     from stack.evaluation.texts import last_words, word_perplexity
     from stack.parallel.processes import first, together
+    from stack.train.reference import completed
     from stack.train.trainer import Trainer
 
     asked = {word_perplexity: arguments.words, last_words: arguments.last_words}
@@ -143,7 +144,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         metrics = {} if given else trainer.evaluate()
         if arguments.data:
             run = trainer.program, trainer.trained, trainer.words
-            metrics = evaluate_file(*run, arguments.data, answers=arguments.answers, task=arguments.head)
+            metrics = evaluate_file(
+                *run,
+                arguments.data,
+                answers=arguments.answers,
+                task=arguments.head,
+                complete=partial(completed, trainer),
+            )
         for evaluation, path in asked.items():
             if path is not None:
                 metrics |= evaluation(trainer.program, trainer.trained, trainer.words, path)

@@ -25,6 +25,7 @@ from stack.data.tokenizer import Tokenizer
 from stack.evaluation.evaluate import evaluate
 from stack.evaluation.predict import Given, asked_task, predict
 from stack.objectives.multi_task import MixedExamples
+from stack.objectives.protocol import Referenced
 from stack.parallel import mesh as meshes
 from stack.parallel.messages import from_first
 from stack.parallel.processes import first
@@ -42,6 +43,7 @@ def evaluate_file(
     *,
     answers: bool = False,
     task: str | None = None,
+    complete: Callable[[Dataset], Dataset] | None = None,
 ) -> dict[str, float]:
     """What the objective tells of all of a file, as of held-out text.
 
@@ -53,9 +55,12 @@ def evaluate_file(
       answers: compare what is predicted of each record as well, where the objective does: texts that are
         written, extracts with summaries.
       task: of several, the one that the records are of.
+      complete: adds to rows what the model that the run began with tells of them, as
+        `stack.train.reference.completed` does; objectives that compare with it need that.
 
     Raises:
-      StackError: the file cannot be read, a record has not what is asked for, or nothing more is compared.
+      StackError: the file cannot be read, a record has not what is asked for, nothing more is compared, or
+        what completes rows is needed and missing.
     """
     config, objective = program.config, program.objective
     source = _source(path, reads_records=config.objective.reads_records)
@@ -75,6 +80,13 @@ def evaluate_file(
     whole = Dataset(
         parts=(rows,), weights=(1.0,), tokenizer=tokenizer, examples=made, is_lossless=corpus.changed == 0
     )
+    if complete is not None:
+        whole = complete(whole)
+    elif isinstance(objective, Referenced):
+        raise StackError(
+            f"objective.kind={config.objective.kind} compares with the model that the run began with; ask"
+            f" for: stack eval RUN --data {path}"
+        )
     with meshes.use(program.mesh):
         step = jax.jit(partial(eval_step, program))
         told = evaluate(program, step, params, whole, every_batch=True)
@@ -162,14 +174,20 @@ def _check_done(part: Path, source: Path) -> int:
     if whole < len(content):
         os.truncate(part, whole)
     lines = content[:whole].splitlines()
-    for number, (line, given) in enumerate(zip(lines, read_given(str(source)), strict=False), start=1):
-        before = json.loads(line)
-        before.pop("prediction", None)
-        if before != {name: value for name, value in given.record.items() if name != "prediction"}:
-            raise StackError(
-                f"{part}:{number} is of another record than {given.text.place}; "  # pyrefly: ignore[missing-attribute]
-                f"remove {part.name}, or give --output another name"
-            )
+    remedy = f"remove {part.name}, or give --output another name"
+    given = itertools.islice(read_given(str(source)), len(lines))
+    number = 0
+    for number, (line, each) in enumerate(zip(lines, given, strict=False), start=1):
+        try:
+            before = json.loads(line)
+            before.pop("prediction", None)
+        except (ValueError, AttributeError):
+            raise StackError(f"{part}:{number} is no record; {remedy}") from None
+        if before != {name: value for name, value in each.record.items() if name != "prediction"}:
+            place = each.text.place  # pyrefly: ignore[missing-attribute]
+            raise StackError(f"{part}:{number} is of another record than {place}; {remedy}")
+    if number < len(lines):
+        raise StackError(f"{part} has {len(lines):,} records and {source} {number:,}; {remedy}")
     return len(lines)
 
 

@@ -98,10 +98,11 @@ def sizes(linear: Linear) -> tuple[int, int]:
 
 
 def use_adapters(model: nnx.Module, adapters: Mapping[str, Adapter], *, seed: int) -> None:
-    """Adds adapters to products of a model, which is changed in place; they change no result yet.
+    """Adds adapters to products of a model, which is changed in place.
 
-    A is normal with deviation 1 / sqrt(inputs), B zero, and a magnitude what the matrix has now. What each
-    draws depends on the seed and its own name alone.
+    A is normal with deviation 1 / sqrt(inputs) and B zero, so that nothing is added yet; what each draws
+    depends on the seed and its own name alone. A magnitude is 1 until it is set to what the matrix has, of
+    `stack.layers.adapter.magnitudes`: the matrices of a run with an adapter are read from elsewhere.
 
     Args:
         model: whole.
@@ -121,20 +122,9 @@ def use_adapters(model: nnx.Module, adapters: Mapping[str, Adapter], *, seed: in
         module.lora_a = nnx.data(parameter(a, axes=(*axes[:last], "rank"), role="matrix"))
         module.lora_b = nnx.data(parameter(b, axes=(*axes[:stack], "rank", *axes[last:]), role="matrix"))
         if adapter.has_magnitude:
-            length = magnitudes(kernel[...], stack=stack, inputs=module.num_inputs)
+            ones = jnp.ones((*shape[:stack], *shape[last:]), jnp.float32)
             outputs = (*axes[:stack], *axes[last:])
-            module.dora_magnitude = nnx.data(parameter(length, axes=outputs, role="vector"))
-
-
-def magnitudes(kernel: jax.Array, *, stack: int, inputs: int) -> jax.Array:
-    """The length of what a matrix has for each output, float32.
-
-    Args:
-        kernel: [layers, inputs, outputs] or [inputs, outputs].
-        stack: 1 where layers are in front, else 0.
-        inputs: how many axes they are.
-    """
-    return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(tuple(range(stack, stack + inputs))))
+            module.dora_magnitude = nnx.data(parameter(ones, axes=outputs, role="vector"))
 
 
 def _bias(outputs: Axes) -> nnx.Param:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stack.config import StackError
+from stack.data import packing
 from stack.data.atomic import cache_folder
 from stack.data.dataset import Data, Dataset, digest
 from stack.data.entry import EntryWriter, log, open_entry, read_entry, remove_entry
@@ -25,6 +26,9 @@ from stack.step import state as states
 from stack.step.program import Program
 from stack.train import starting
 from stack.train.ledger import Ledger
+
+if TYPE_CHECKING:
+    from stack.train.trainer import Trainer
 
 _FORMAT = 1  # Raise it when what is computed changes: old entries are then not found.
 _AS_IT_RUNS = {"scan_unroll"}
@@ -54,18 +58,48 @@ def with_reference(
       StackError: it is computed, and the first parameters are not there, or give no finite numbers; the cache
         cannot be written.
     """
-    objective = program.objective
-    if not isinstance(objective, Referenced):
+    if not isinstance(program.objective, Referenced):
         return data
+    sides = {"train": data.train, "heldout": data.heldout}
+    told = _completed(program, sides, data.fingerprint, tokenizer, ledger, state)
+    return replace(data, train=told["train"], heldout=told["heldout"])
+
+
+def completed(trainer: "Trainer", dataset: Dataset) -> Dataset:
+    """The same of rows that are none of a run's data, for a trainer that has parameters.
+
+    Raises:
+      StackError: see `with_reference`.
+    """
+    program, state = trainer.program, trainer.state
+    if not isinstance(program.objective, Referenced):
+        return dataset
+    assert state is not None, "it is opened from a run"
+    data = program.config.data
+    keys = [part.corpus.key for part in dataset.parts]
+    content = [packing.VERSION, keys, data.sequence_length, data.packed, dataset.examples.packing]
+    sides = {"rows": dataset}
+    return _completed(program, sides, content, trainer.words, trainer.ledger, lambda: state)["rows"]
+
+
+def _completed(
+    program: Program,
+    sides: Mapping[str, Dataset],
+    content: object,
+    tokenizer: Tokenizer,
+    ledger: Ledger,
+    state: Callable[[], states.State],
+) -> dict[str, Dataset]:
+    """Rows with what the reference tells of them; `content` names what they are."""
     now, origin = state(), ledger.origin  # Which restoring the state may tell.
-    folder = cache_folder(program.config.data.cache_dir) / f"reference-{_key(program, data, origin)}"
+    folder = cache_folder(program.config.data.cache_dir) / f"reference-{_key(program, content, origin)}"
     entry = read_entry(folder, warn=log)
     if not all_say(entry is not None):
         remove_entry(folder)  # Of another time, and perhaps of another mesh: the others' would differ.
         with meshes.use(program.mesh):
             is_first = not int(now["step"])
             params = states.join(now) if is_first else starting.again(program, tokenizer, origin)
-            values = _compute(program, objective, data, params)
+            values = _compute(program, sides, params)
         if not all(np.isfinite(some).all() for some in values.values()):
             raise StackError(
                 f"init_from: {origin['source']} gives log-probabilities that are not finite; give weights"
@@ -79,8 +113,7 @@ def with_reference(
 
         entry = open_entry(folder, write, warn=log)
     assert entry is not None
-    _, told = entry
-    return replace(data, train=_with(data.train, told["train"]), heldout=_with(data.heldout, told["heldout"]))
+    return {name: _with(side, entry[1][name]) for name, side in sides.items()}
 
 
 def _with(dataset: Dataset, values: Any) -> Dataset:
@@ -88,19 +121,16 @@ def _with(dataset: Dataset, values: Any) -> Dataset:
     return replace(dataset, examples=examples.with_reference(values))
 
 
-def _key(program: Program, data: Data, origin: Mapping[str, Any]) -> str:
+def _key(program: Program, content: object, origin: Mapping[str, Any]) -> str:
     config = program.config
     model = config.model.model_dump(mode="json", exclude=_AS_IT_RUNS)
     # What of the first parameters was not taken came from the seed.
-    return digest([_FORMAT, data.fingerprint, origin["digest"], config.seed, model])
+    return digest([_FORMAT, content, origin["digest"], config.seed, model])
 
 
-def _compute(
-    program: Program, objective: Referenced, data: Data, params: dict[str, Any]
-) -> dict[str, np.ndarray]:
-    """Of both sides: log-probabilities of the texts of their rows, one row after another, float32."""
+def _compute(program: Program, sides: Mapping[str, Dataset], params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Log-probabilities of the texts of all rows, one row after another, float32."""
     score = jax.jit(partial(_score, program))
-    sides = {"train": data.train, "heldout": data.heldout}
     with _progress(show=jax.process_index() == 0) as progress:
         task = progress.add_task("reference", total=sum(side.num_rows for side in sides.values()))
         return {
@@ -108,7 +138,6 @@ def _compute(
                 program,
                 side,
                 lambda batch: score(params, batch),
-                objective.reference,
                 lambda rows: progress.advance(task, rows),
             )
             for name, side in sides.items()
@@ -119,11 +148,11 @@ def _of_rows(
     program: Program,
     dataset: Dataset,
     score: Callable[[dict[str, jax.Array]], jax.Array],
-    reference: str,
     advance: Callable[[int], None],
 ) -> np.ndarray:
     config = program.config
     size = config.eval.batch_size or config.train.batch_size
+    reference = cast("Referenced", program.objective).reference
     fields = tuple(field for field in program.objective.fields if field.name != reference)
     make, number = heldout_batches(dataset, fields=fields, batch_size=size, layout=program.layout)
 

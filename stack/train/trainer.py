@@ -20,7 +20,7 @@ from stack import environment
 from stack.config import Config, StackError
 from stack.config.arguments import check_type
 from stack.config.paths import expand
-from stack.data.dataset import Data, open_data
+from stack.data.dataset import Data, Dataset, open_data
 from stack.data.entry import DamagedEntryError
 from stack.data.loader import Batch, prefetch, save_batch, timed
 from stack.data.tokenizer import Tokenizer
@@ -55,6 +55,7 @@ from stack.train.stragglers import Stragglers
 from stack.train.watch.announce import introduce
 from stack.train.watch.audit import Audit
 from stack.train.watch.bad_steps import BadStepsError
+from stack.train.watch.domains import Domains
 from stack.train.watch.late import LateReader
 from stack.train.watch.listeners import Listener, Listeners
 from stack.train.watch.metrics import History
@@ -104,7 +105,7 @@ class Trainer:
         self.best = Best(config.eval)
         standard = standard_listeners(self.program, devices, self.folder, self.best, resolved=resolved)
         self._audit = Audit(self.folder) if config.train.audit else None
-        self._given = [*standard, *([self._audit] if self._audit else []), *listeners]
+        self._given = [*standard, Domains(self), *([self._audit] if self._audit else []), *listeners]
         self._listeners = Listeners(self._given)
 
     @classmethod
@@ -232,15 +233,15 @@ class Trainer:
             if failure := self._hear(checkpoints, wait=True):
                 raise StackError(failure)
 
-    def evaluate(self, *, batches: int | None = None) -> dict[str, float]:
-        """What the objective tells of the held-out set, or of so many batches of it, each label once.
+    def evaluate(self, heldout: Dataset | None = None, *, batches: int | None = None) -> dict[str, float]:
+        """What the objective tells of the held-out set, or of some of it or so many batches, each label once.
 
         Raises:
           StackError: nothing is held out.
         """
         self.ledger.check_data(self.data.fingerprint)
         with meshes.use(self.mesh):
-            heldout = self.compared.heldout
+            heldout = heldout or self.compared.heldout
             return evaluate(self.program, self._eval_step, self.trained, heldout, batches=batches)
 
     def generate(self, prompts: str | Sequence[str], *, seed: int | None = None) -> list[str]:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -12,10 +14,13 @@ import pytest
 from tiny_runs import config, records, run, saved_state, trainer
 
 from stack import StackError, Trainer
+from stack.cli import main
+from stack.evaluation.files import evaluate_file
 from stack.parallel import mesh as meshes
 from stack.train import reference
 
 STEPS = 24
+SIDES = "train", "heldout"
 MESH = ("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2")
 
 
@@ -106,6 +111,24 @@ def test_an_evaluation_of_a_run_has_the_same_numbers(folder, computed):
     assert not computed
 
 
+def test_a_file_of_ones_own_is_compared_too(folder, computed, capsys, tmp_path):
+    lines = (folder / "pairs.jsonl").read_text().splitlines()[:9]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    arguments = ["eval", str(folder / "runs" / "pairs"), "--data", str(tmp_path / "mine.jsonl")]
+    cache = f"data.cache_dir={tmp_path}/cache"
+    shown = []
+    for _ in range(2):
+        assert main([*arguments, cache]) == 0
+        shown.append(dict(line.split() for line in capsys.readouterr().out.splitlines()))
+    assert shown[0] == shown[1]
+    assert len(computed) == 1
+    assert float(shown[0]["pairs"]) == 9
+    assert float(shown[0]["accuracy"]) > 0.95
+    opened = Trainer.from_run(folder / "runs" / "pairs", devices=jax.devices()[:1])
+    with pytest.raises(StackError, match=r"objective\.kind=preference compares .*: stack eval RUN --data"):
+        evaluate_file(opened.program, opened.trained, opened.words, str(tmp_path / "mine.jsonl"))
+
+
 def test_a_damaged_reference_is_computed_again(folder, computed, caplog):
     (entry,) = entries(folder)
     before = (entry / "train.bin").read_bytes()
@@ -146,7 +169,7 @@ def test_the_reference_is_the_same_on_a_mesh(folder, tmp_path):
     )
     made.fit(progress=False)
     (other,) = entries(tmp_path)
-    for side in ("train", "heldout"):
+    for side in SIDES:
         one, two = (np.fromfile(where / f"{side}.bin", np.float32) for where in (entry, other))
         np.testing.assert_allclose(two, one, rtol=2e-6)
     ours, theirs = (
@@ -155,6 +178,41 @@ def test_the_reference_is_the_same_on_a_mesh(folder, tmp_path):
     for one, two in zip(ours, theirs, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
         assert one["pairs"] == two["pairs"]
+
+
+def fit_here(folder: str) -> tuple[int, list[float], bytes]:
+    """A run whose processes each have a home: how often it computed its reference, losses, the reference."""
+    where = Path(folder)
+    home = where / f"home-{jax.process_index()}"
+    os.environ["HOME"] = str(home)
+    options = overrides(where, "data.cache_dir=~/cache", *MESH, "train.steps=4", "checkpoint.every=0")
+    with patch.object(reference, "_compute", wraps=reference._compute) as computes:
+        Trainer(config(where, "two", *options)).fit(progress=False)
+    (entry,) = (home / "cache").glob("reference-*")
+    history = [record["loss"] for record in records(where, "two") if record["kind"] == "train"]
+    return computes.call_count, history, b"".join((entry / f"{side}.bin").read_bytes() for side in SIDES)
+
+
+@pytest.mark.full
+def test_processes_agree_on_the_reference(folder, run_processes):
+    """Each has what it needs; where one has lost it all compute it, so that none keeps another."""
+    (entry,) = entries(folder)
+    first = run_processes(fit_here, str(folder), processes=2, devices=4)
+    shutil.rmtree(folder / "runs" / "two")
+    for lost in (folder / "home-1" / "cache").glob("reference-*"):
+        shutil.rmtree(lost)
+    (kept,) = (folder / "home-0" / "cache").glob("reference-*")
+    stamp = (kept / "train.bin").stat().st_ino
+    second = run_processes(fit_here, str(folder), processes=2, devices=4)
+    for times, losses, values in (*first, *second):
+        assert times == 1
+        assert losses == first[0][1]
+        assert values == first[0][2]
+        one = np.concatenate([np.fromfile(entry / f"{side}.bin", np.float32) for side in SIDES])
+        np.testing.assert_allclose(np.frombuffer(values, np.float32), one, rtol=2e-6)
+    assert (kept / "train.bin").stat().st_ino != stamp, "that of the other is new too"
+    theirs = [record["loss"] for record in records(folder, "pairs") if record["kind"] == "train"]
+    np.testing.assert_allclose(first[0][1], theirs[:4], rtol=1e-4)
 
 
 def test_batches_can_be_asked_for_only_with_a_reference(folder):
