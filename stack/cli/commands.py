@@ -223,8 +223,10 @@ def search(arguments: argparse.Namespace) -> None:
             print(text, file=sys.stderr, flush=True)
 
     with together():
-        options = {name: value for name, value in vars(arguments).items() if name not in ("run", "version")}
-        for line in run(**options, tell=tell):
+        which = _which(arguments)
+        others = ("run", "version", "adapter", "best")
+        options = {name: value for name, value in vars(arguments).items() if name not in others}
+        for line in run(**options, which=which, tell=tell):
             if first():
                 print(line, flush=True)
 
