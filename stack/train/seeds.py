@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,8 @@ def _read(file: Path) -> Sequence[SeedRun]:
 
 
 def _run(values: Mapping[str, Any]) -> SeedRun:
-    metrics = {name: float(value) for name, value in values["metrics"].items()}
-    return SeedRun(**{**values, "metrics": metrics})
+    run = SeedRun(**values)
+    return replace(run, metrics={name: float(value) for name, value in run.metrics.items()})
 
 
 def _plain(values: Mapping[str, float | None]) -> dict[str, Any]:
