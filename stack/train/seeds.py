@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,9 @@ def _read(file: Path) -> Sequence[SeedRun]:
 
 
 def _run(values: Mapping[str, Any]) -> SeedRun:
-    run = SeedRun(**values)
-    return replace(run, metrics={name: float(value) for name, value in run.metrics.items()})
+    read: dict[str, Any] = dict(values)
+    read["metrics"] = {name: float(value) for name, value in values["metrics"].items()}
+    return SeedRun(**read)
 
 
 def _plain(values: Mapping[str, float | None]) -> dict[str, Any]:

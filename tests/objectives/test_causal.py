@@ -84,8 +84,7 @@ def test_smoothed_labels_are_trained_for_and_not_told():
         params, batch = states.init_params(program), jax.tree.map(jnp.asarray, rows(6))
         _, sums = jax.jit(partial(loss_gradient, program))(params, jnp.int32(0), batch)
         output = program.merge(params)(batch, program.execution())
-    hidden, table = (np.asarray(array, np.float64) for array in (output.hidden, output.table))
-    scores = hidden @ table[:61].T
+    scores = np.asarray(output.hidden, np.float64) @ np.asarray(output.table, np.float64)[:61].T
     logs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     nll = -np.take_along_axis(logs, batch["labels"][..., None], -1).sum()
     assert float(sums["nll"]) == pytest.approx(nll, rel=1e-5)
