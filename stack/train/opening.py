@@ -64,8 +64,13 @@ def _open_adapter[T: "Trainer"](
     if found.tokenizer.is_file():
         trainer.tokenizer = load_tokenizer(str(found.tokenizer))
     program = trainer.program
+
+    def warn(text: str) -> None:  # What the base has not, the adapter has.
+        if not text.startswith("init_from: left as initialised: "):
+            logging.getLogger("stack").warning(text)
+
     try:
-        state, origin = starting.begin(program, trainer.tokenizer, logging.getLogger("stack").warning)
+        state, origin = starting.begin(program, trainer.tokenizer, warn)
     except StackError as error:
         told = str(error).removeprefix("init_from: ")
         raise StackError(f"{found.name}: {told}") from error
