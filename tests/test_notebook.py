@@ -1,6 +1,7 @@
 """The notebook runs from top to bottom, and is kept without what it printed."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def test_what_notebook_and_pages_import_is_there() -> None:
     }
     assert len(imports) >= 4
     for line in imports:
-        exec(line, {})
+        if "harness" not in line or find_spec("lm_eval"):  # It needs an extra; `.ci/run` has it in a step.
+            exec(line, {})
 
 
 @pytest.mark.full

@@ -102,7 +102,21 @@ def _letters(words: Sequence[Token], place: int, short: str) -> list[str]:
     return ["none"]
 
 
-def fit(examples: Iterable[tuple[list[list[str]], list[str]]], *, rounds: int) -> Any:
+class Field:
+    """A field that is fitted."""
+
+    def __init__(self, content: bytes) -> None:
+        """What CRFsuite wrote; it is kept, as the library reads it where it lies."""
+        self._content = content
+        self._tagger = _CRFSUITE.Tagger()
+        self._tagger.open_inmemory(self._content)
+
+    def tag(self, features: list[list[str]]) -> list[str]:
+        """A tag of each word."""
+        return self._tagger.tag(features)
+
+
+def fit(examples: Iterable[tuple[list[list[str]], list[str]]], *, rounds: int) -> Field:
     """A field fitted by L-BFGS with an elastic penalty (both 0.1) for at most so many rounds."""
     trainer = _CRFSUITE.Trainer(verbose=False)
     for rows, found in examples:
@@ -111,6 +125,4 @@ def fit(examples: Iterable[tuple[list[list[str]], list[str]]], *, rounds: int) -
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         trainer.train(str(path))
-        tagger = _CRFSUITE.Tagger()
-        tagger.open_inmemory(path.read_bytes())
-    return tagger
+        return Field(path.read_bytes())

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stack.config import Config, PreferredConfig
@@ -16,6 +17,7 @@ from stack.objectives.words import EXAMPLE, PACKED, Words
 if TYPE_CHECKING:
     import jax
 
+    from stack.kernels.linear_cross_entropy import Head
     from stack.models.protocol import Model
     from stack.models.stack import Execution
     from stack.objectives.protocol import Sums
@@ -68,6 +70,10 @@ class Preferences(Words, ABC):
     def divisor(self, batch: "Mapping[str, jax.Array]") -> "jax.Array":
         """Pairs of a batch, float32, at least 1."""
         return _pairs(batch).clip(1.0)
+
+    def head(self, run: "Execution") -> "Head":
+        """That of words, whose labels are not smoothed: `label_smoothing` is of preferences here."""
+        return replace(super().head(run), smoothing=0.0)
 
     def log_probs(
         self, model: "Model", batch: "Mapping[str, jax.Array]", run: "Execution"
