@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from stack.config import load as load
     from stack.planner.plan import Plan as Plan
     from stack.planner.plan import plan as plan
+    from stack.search.index import Index as Index
     from stack.train.trainer import Trainer as Trainer
 
-__all__ = ["Config", "ConfigError", "Plan", "StackError", "Trainer", "dump", "load", "plan"]
+__all__ = ["Config", "ConfigError", "Index", "Plan", "StackError", "Trainer", "dump", "load", "plan"]
 
 _HOME = {
     "Config": "stack.config",
     "ConfigError": "stack.config",
+    "Index": "stack.search.index",
     "Plan": "stack.planner.plan",
     "StackError": "stack.config",
     "Trainer": "stack.train.trainer",
@@ -45,7 +47,7 @@ def __getattr__(name: str) -> Any:
     from stack import environment
 
     environment.prepare()
-    if name in ("Plan", "Trainer", "plan"):
+    if name in ("Index", "Plan", "Trainer", "plan"):
         from stack.hardware import defaults
 
         defaults.import_jax()

@@ -63,8 +63,8 @@ def test_the_version_names_jax(capsys):
 
 
 VERBS = (
-    "train, launch, plan, kernels, eval, predict, sample, show, import, export, checkpoint, config, data,"
-    " doctor, bench"
+    "train, launch, plan, kernels, eval, predict, search, sample, show, import, export, checkpoint, config,"
+    " data, doctor, bench"
 )
 
 

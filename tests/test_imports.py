@@ -22,7 +22,7 @@ FLOORS = (
     ("evaluation",),
     ("planner", "interop"),
     ("train",),
-    ("doctor", "launch", "report", "transfer"),
+    ("doctor", "launch", "report", "search", "transfer"),
     ("bench",),
     ("cli",),
     ("__init__", "__main__"),

@@ -42,7 +42,7 @@ ELSEWHERE = {
 README, DATA, PLANNER = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "planner.md"
 INIT_FROM = ROOT / "docs" / "init_from.md"
 LAUNCH, WEIGHTS = ROOT / "docs" / "launch.md", ROOT / "docs" / "hugging_face.md"
-HEADS = ROOT / "docs" / "heads.md"
+HEADS, SEARCH = ROOT / "docs" / "heads.md", ROOT / "docs" / "search.md"
 OBJECTIVES, FINE_TUNING = ROOT / "docs" / "objectives.md", ROOT / "docs" / "fine_tuning.md"
 
 EVALUATION = ROOT / "docs" / "evaluation.md"
@@ -224,6 +224,16 @@ def test_the_page_on_heads_runs_from_top_to_bottom(folder) -> None:
     assert "macro_f1" in printed
     assert "20 records in predicted.jsonl" in printed
     assert "20 records in several.jsonl" in printed
+
+
+@pytest.mark.full
+def test_the_page_on_search_runs_from_top_to_bottom(folder) -> None:
+    printed = run_page(SEARCH, folder, "stack train find.yaml")
+    assert (
+        len(re.findall(r"^   [123]  0\.\d{4}  library/\w+\.py:\d+  \[\d+:\d+\]$", printed, re.MULTILINE)) == 6
+    )
+    assert "3 queries in found.jsonl" in printed
+    assert len(re.findall(r"^0\.\d+ \w+\.py \d+ ", printed, re.MULTILINE)) == 3
 
 
 @pytest.mark.full

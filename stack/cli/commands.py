@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stack import environment
 from stack.config.errors import ConfigError, StackError
@@ -30,6 +30,8 @@ def train(arguments: argparse.Namespace) -> None:
     from stack.config.reading import load
 
     config = load(arguments.config, arguments.rest)  # what is wrong is told before anything heavy is loaded
+    if arguments.seeds is not None and arguments.replay is not None:
+        raise ConfigError("--seeds trains runs, and --replay does a step of one again; give one of them")
     if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"start     {config.name}: loading JAX, then its data", flush=True)
 
@@ -39,6 +41,13 @@ def train(arguments: argparse.Namespace) -> None:
     from stack.train.trainer import Trainer
 
     with together():
+        if arguments.seeds is not None:
+            from stack.train.seeds import fit_seeds
+
+            spread = fit_seeds(config, arguments.seeds, accept=arguments.accept)
+            if first():
+                print("\n".join(spread.lines()), flush=True)
+            return
         trainer = Trainer(config, accept=arguments.accept)
         if arguments.replay is None:
             trainer.fit()
@@ -128,18 +137,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise ConfigError("--head is of a file: give --data FILE.jsonl")
     with together():
         ask = None if arguments.tasks is None else _tasks(arguments)
-        trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
+        trainer = Trainer.from_run(
+            arguments.config, arguments.rest, accept=arguments.accept, **_which(arguments)
+        )
         given = ask or arguments.data or any(asked.values())
         metrics = {} if given else trainer.evaluate()
         if arguments.data:
             run = trainer.program, trainer.trained, trainer.words
-            metrics = evaluate_file(
-                *run,
-                arguments.data,
-                answers=arguments.answers,
-                task=arguments.head,
-                complete=partial(completed, trainer),
-            )
+            options = {"answers": arguments.answers, "task": arguments.head}
+            metrics = evaluate_file(*run, arguments.data, complete=partial(completed, trainer), **options)
         for evaluation, path in asked.items():
             if path is not None:
                 metrics |= evaluation(trainer.program, trainer.trained, trainer.words, path)
@@ -178,6 +184,11 @@ def _tasks(arguments: argparse.Namespace) -> "Callable[[Trainer], None]":
     return ask
 
 
+def _which(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Which parameters of a run are asked for."""
+    return {"adapter": arguments.adapter, "step": "best" if arguments.best else None}
+
+
 def predict(arguments: argparse.Namespace) -> None:
     """Writes what a run makes of each record of a file."""
     defaults.import_jax()
@@ -186,12 +197,30 @@ def predict(arguments: argparse.Namespace) -> None:
     from stack.train.trainer import Trainer
 
     with together():
-        trainer = Trainer.from_run(arguments.config, arguments.rest)
-        name = f"{trainer.folder} {trainer.ledger.position.step} {arguments.rest}"
+        which = _which(arguments)
+        trainer = Trainer.from_run(arguments.config, arguments.rest, **which)
+        name = f"{trainer.folder} {trainer.ledger.position.step} {arguments.rest} {which}"
         run = trainer.program, trainer.trained, trainer.words
         number = predict_file(*run, (arguments.input, arguments.output), name=name, task=arguments.head)
         if first():
             print(f"{number:,} records in {arguments.output}", flush=True)
+
+
+def search(arguments: argparse.Namespace) -> None:
+    """Prints the passages of documents that answer queries, or writes them."""
+    defaults.import_jax()
+    from stack.parallel.processes import first, together
+    from stack.search.command import run
+
+    def tell(text: str) -> None:
+        if first():
+            print(text, file=sys.stderr, flush=True)
+
+    with together():
+        options = {name: value for name, value in vars(arguments).items() if name not in ("run", "version")}
+        for line in run(**options, tell=tell):
+            if first():
+                print(line, flush=True)
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -209,7 +238,7 @@ def sample(arguments: argparse.Namespace) -> None:
     overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
     with together():
         prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
-        trainer = Trainer.from_run(arguments.config, overrides)
+        trainer = Trainer.from_run(arguments.config, overrides, **_which(arguments))
         prompts = prompts or [trainer.config.sample.prompt]
         between = trainer.program.objective.between
         if len(prompts) == 1:
@@ -270,16 +299,21 @@ def import_weights(arguments: argparse.Namespace) -> None:
 def export_run(arguments: argparse.Namespace) -> None:
     """Writes a run as others read it."""
     form, folder = arguments.to
-    if form != "hf":
-        raise ConfigError(f"--to {form}: there is only hf, as in --to hf FOLDER")
+    if form not in ("hf", "adapter"):
+        raise ConfigError(f"--to {form}: there is only hf and adapter, as in --to hf FOLDER")
+    if form == "adapter" and arguments.dtype != "float32":
+        raise ConfigError(f"--dtype {arguments.dtype} is of --to hf; an adapter is written in float32")
     defaults.import_jax()
     from stack.parallel.processes import first, together
     from stack.train.trainer import Trainer
+    from stack.transfer.adapter import export_adapter
     from stack.transfer.exporting import export
 
     with together():
-        trainer = Trainer.from_run(arguments.config, arguments.rest, accept=arguments.accept)
-        for line in export(trainer, folder, dtype=arguments.dtype):
+        step = "best" if arguments.best else None
+        trainer = Trainer.from_run(arguments.config, arguments.rest, step=step, accept=arguments.accept)
+        export_dtype = partial(export, dtype=arguments.dtype)
+        for line in {"hf": export_dtype, "adapter": export_adapter}[form](trainer, folder):
             if first():
                 print(line, flush=True)
 

@@ -1,11 +1,11 @@
 """The verbs of the command line, with their arguments."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import NoReturn
 
 from stack.cli import commands
+from stack.cli.verbs import Parser, add_accept, add_adapter, add_best, add_overrides, verb
 from stack.config.errors import ConfigError
 
 EPILOG = """\
@@ -25,13 +25,6 @@ examples:
 exit status: 0 done, 1 error while running, 2 bad command line or config, 75 asked to stop (SIGTERM,
 SIGUSR1, train.stop_after_minutes) and saved, to be started again, 130 interrupted
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad command line as a ConfigError instead of leaving the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -72,9 +65,9 @@ def _unknown_verb(word: str, verbs: Sequence[str]) -> str:
 
 
 @cache
-def _parser() -> tuple[_Parser, list[str]]:
+def _parser() -> tuple[Parser, list[str]]:
     """The parser and its verbs."""
-    parser = _Parser(
+    parser = Parser(
         prog="stack",
         description="Plan, train and trust large models in JAX.",
         epilog=EPILOG,
@@ -86,23 +79,27 @@ def _parser() -> tuple[_Parser, list[str]]:
     )
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    train = _verb(verbs, "train", commands.train, "train a config, or go on with a run")
+    train = verb(verbs, "train", commands.train, "train a config, or go on with a run")
     train.add_argument("config", metavar="CONFIG_OR_RUN", help="a YAML file, or the folder of a run")
-    _add_overrides(train)
-    _add_accept(train)
+    add_overrides(train)
+    add_accept(train)
     train.add_argument(
         "--replay",
         type=int,
         metavar="STEP",
         help="do this step of a run once more and compare it bit for bit; nothing is written",
     )
+    text = (
+        "train it from this many seeds, each a run of its own, and print mean and spread of what they reach"
+    )
+    train.add_argument("--seeds", type=int, metavar="N", help=text)
 
     _add_launch(verbs)
     _add_plan(verbs)
 
     _add_kernels(verbs)
 
-    evaluate = _verb(verbs, "eval", commands.evaluate, "evaluate a run on its held-out text")
+    evaluate = verb(verbs, "eval", commands.evaluate, "evaluate a run on its held-out text")
     evaluate.add_argument("config", metavar="RUN", help="the folder of a run")
     evaluate.add_argument(
         "--data", metavar="FILE", help="all that the objective tells of a file of your own, .jsonl or a text"
@@ -122,20 +119,26 @@ def _parser() -> tuple[_Parser, list[str]]:
         help="how often it writes the last word of passages, one a line (LAMBADA)",
     )
     _add_tasks(evaluate)
-    _add_overrides(evaluate)
-    _add_accept(evaluate)
+    add_adapter(evaluate)
+    add_overrides(evaluate)
+    add_accept(evaluate)
+    add_best(evaluate)
 
     text = "write what a run makes of each record of a file; goes on where it was ended"
-    predict = _verb(verbs, "predict", commands.predict, text)
+    predict = verb(verbs, "predict", commands.predict, text)
     predict.add_argument("config", metavar="RUN", help="the folder of a run")
-    _add_overrides(predict)
+    add_overrides(predict)
     text = "a .jsonl with a record in each line"
     predict.add_argument("--input", required=True, metavar="FILE", help=text)
+    add_adapter(predict)
+    add_best(predict)
     predict.add_argument("--head", metavar="NAME", help="of several tasks the one that is asked")
     text = "the .jsonl to write: each record with its `prediction`"
     predict.add_argument("--output", required=True, metavar="FILE", help=text)
 
-    sample = _verb(verbs, "sample", commands.sample, "generate text with a run")
+    _add_search(verbs)
+
+    sample = verb(verbs, "sample", commands.sample, "generate text with a run")
     sample.add_argument("config", metavar="RUN", help="the folder of a run")
     text = "what the text starts with; - reads it from standard input; after -- it may begin with a dash"
     sample.add_argument("rest", metavar="PROMPT", nargs="*", default=(), help=text)
@@ -153,72 +156,73 @@ def _parser() -> tuple[_Parser, list[str]]:
         ("top-p", float, "sample among the likeliest tokens that hold this probability"),
     ):
         sample.add_argument(f"--{option}", type=kind, help=f"{text} (default: the run's)")
+    add_adapter(sample)
+    add_best(sample)
     sample.add_argument("--seed", type=int, help="another seed gives another text (default: the run's)")
 
-    show_runs = _verb(
-        verbs, "show", commands.show_runs, "look at runs: where they stand, and how they differ"
-    )
+    show_runs = verb(verbs, "show", commands.show_runs, "look at runs: where they stand, and how they differ")
     show_runs.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a run")
     show_runs.add_argument("--base", metavar="FILE_OR_RUN", help="compare their configs with this one's")
     show_runs.add_argument("--plot", metavar="FILE", help="draw their losses: .png, .svg, .pdf or .html")
     show_runs.add_argument("--json", action="store_true", help="print JSON")
 
-    incoming = _verb(verbs, "import", commands.import_weights, "make a run of a Hugging Face model")
+    incoming = verb(verbs, "import", commands.import_weights, "make a run of a Hugging Face model")
     text = "with config.json, safetensors files and tokenizer.json"
     incoming.add_argument("folder", metavar="FOLDER", help=text)
-    _add_overrides(incoming)
+    add_overrides(incoming)
     incoming.add_argument("--to", required=True, metavar="RUN", help="the folder of the run, a new one")
 
-    outgoing = _verb(
+    outgoing = verb(
         verbs, "export", commands.export_run, "write a run as Hugging Face's transformers reads it"
     )
     outgoing.add_argument("config", metavar="RUN", help="the folder of a run")
-    _add_overrides(outgoing)
-    _add_accept(outgoing)
+    add_overrides(outgoing)
+    add_accept(outgoing)
+    add_best(outgoing)
     outgoing.add_argument(
-        "--to", required=True, nargs=2, metavar=("FORMAT", "FOLDER"), help="hf, and a new folder"
+        "--to", required=True, nargs=2, metavar=("FORMAT", "FOLDER"), help="hf or adapter, and a new folder"
     )
     text = "of the weights: float32 (default), bfloat16 or float16"
     outgoing.add_argument("--dtype", default="float32", help=text)
 
-    checkpoint = _verb(verbs, "checkpoint", None, "look at the checkpoints of a run")
+    checkpoint = verb(verbs, "checkpoint", None, "look at the checkpoints of a run")
     checkpoint_verbs = checkpoint.add_subparsers(metavar="COMMAND", required=True)
     for name, text in (
         ("list", "list them"),
         ("verify", "read them and compare every byte with its digest"),
         ("show", "print what one holds"),
     ):
-        verb = _verb(checkpoint_verbs, name, commands.show_checkpoints, text)
-        verb.set_defaults(verb=name, step=None)
-        verb.add_argument("run_folder", metavar="RUN", help="the folder of a run")
+        one = verb(checkpoint_verbs, name, commands.show_checkpoints, text)
+        one.set_defaults(verb=name, step=None)
+        one.add_argument("run_folder", metavar="RUN", help="the folder of a run")
         if name != "list":
-            verb.add_argument("--step", type=int, metavar="N", help="of this step alone (show: the newest)")
+            one.add_argument("--step", type=int, metavar="N", help="of this step alone (show: the newest)")
 
-    configs = _verb(verbs, "config", None, "show a config, or what a config may hold")
+    configs = verb(verbs, "config", None, "show a config, or what a config may hold")
     config_verbs = configs.add_subparsers(metavar="COMMAND", required=True)
-    show = _verb(config_verbs, "show", commands.show_config, "print a config with every field")
+    show = verb(config_verbs, "show", commands.show_config, "print a config with every field")
     show.add_argument("config", metavar="FILE_OR_RUN", help="a YAML file, or the folder of a run")
-    _add_overrides(show)
+    add_overrides(show)
     show.add_argument("--sharding", action="store_true", help="print how each parameter is laid out instead")
     show.add_argument(
         "--devices", type=int, metavar="N", help="devices to lay out over (default: those here)"
     )
-    listed = _verb(config_verbs, "fields", commands.show_fields, "explain the fields of a config")
+    listed = verb(config_verbs, "fields", commands.show_fields, "explain the fields of a config")
     listed.add_argument("pattern", metavar="PATTERN", nargs="?", default="", help="a part of their names")
     listed.add_argument("--markdown", action="store_true", help="print all of them as a page")
-    _verb(config_verbs, "schema", commands.show_schema, "print the JSON schema of config files")
+    verb(config_verbs, "schema", commands.show_schema, "print the JSON schema of config files")
 
-    data = _verb(verbs, "data", None, "prepare data")
+    data = verb(verbs, "data", None, "prepare data")
     data_verbs = data.add_subparsers(metavar="COMMAND", required=True)
-    tokenizer = _verb(
+    tokenizer = verb(
         data_verbs, "tokenizer", commands.train_tokenizer, "train a BPE tokenizer on a config's sources"
     )
     tokenizer.add_argument("config", metavar="CONFIG", help="a YAML file")
-    _add_overrides(tokenizer)
+    add_overrides(tokenizer)
     tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="words to learn")
     tokenizer.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
 
-    extend = _verb(
+    extend = verb(
         data_verbs, "extend", commands.extend_tokenizer, "add words to a tokenizer, after those it has"
     )
     extend.add_argument("tokenizer", metavar="TOKENIZER", help="a tokenizer.json, or bytes")
@@ -229,11 +233,11 @@ def _parser() -> tuple[_Parser, list[str]]:
         extend.add_argument(f"--{option}", action="append", default=[], metavar="WORD", help=text)
     extend.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
 
-    prepare = _verb(
+    prepare = verb(
         data_verbs, "prepare", commands.prepare_data, "tokenize and pack a config's sources before a run"
     )
     prepare.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of a run")
-    _add_overrides(prepare)
+    add_overrides(prepare)
     prepare.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -241,17 +245,15 @@ def _parser() -> tuple[_Parser, list[str]]:
         " ray://HOST:PORT, or local, which starts one on this machine",
     )
 
-    report = _verb(
+    report = verb(
         data_verbs, "report", commands.report_data, "show what a run would read, as its model sees it"
     )
     report.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of a run")
-    _add_overrides(report)
+    add_overrides(report)
     report.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
     report.add_argument("--html", metavar="FILE", help="write a page instead of printing")
 
-    doctor = _verb(
-        verbs, "doctor", commands.examine, "print what this machine has and what stack makes of it"
-    )
+    doctor = verb(verbs, "doctor", commands.examine, "print what this machine has and what stack makes of it")
     doctor.add_argument("--numerics", action="store_true", help="print the numerics contract instead")
     doctor.add_argument(
         "--calibrate",
@@ -275,21 +277,51 @@ def _parser() -> tuple[_Parser, list[str]]:
     return parser, list(verbs.choices)
 
 
-def _add_kernels(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    kernels = _verb(verbs, "kernels", None, "tell what runs the operations of a step, and tune it")
+def _add_search(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    text = "find the passages of documents that answer a query; keeps their index"
+    search = verb(verbs, "search", commands.search, text)
+    search.add_argument("config", metavar="RUN", help="the folder of a run of objective.kind=retrieval")
+    add_overrides(search)
+    text = "a folder of texts and code, one text, or a .jsonl with a document in the `text` of each line"
+    search.add_argument("--documents", required=True, metavar="PATH", help=text)
+    text = "what to look for; may be repeated (without it and --queries: each line of standard input)"
+    search.add_argument("--query", action="append", default=[], metavar="TEXT", help=text)
+    text = "a .jsonl with a query in the field objective.query of each line"
+    search.add_argument("--queries", metavar="FILE", help=text)
+    text = "--queries: the .jsonl to write: each record with its `hits`"
+    search.add_argument("--output", metavar="FILE", help=text)
+    text = "passages to show of each query (default: 5)"
+    search.add_argument("--top", type=int, default=5, metavar="N", help=text)
+    text = "a run of objective.kind=reranking that reads these with the query, and orders them"
+    search.add_argument("--rerank", metavar="RUN", help=text)
+    text = "where the index is kept (default: in the run's folder)"
+    search.add_argument("--index", metavar="FOLDER", help=text)
+    text = "compare the first so many numbers of vectors, one of objective.widths (default: all)"
+    search.add_argument("--width", type=int, metavar="N", help=text)
+    text = "tokens of a passage at most (default: 256, or what fits data.sequence_length)"
+    search.add_argument("--passage", type=int, metavar="N", help=text)
+    text = "tokens that a passage begins before the one before it ends (default: an eighth of it, at most 32)"
+    search.add_argument("--overlap", type=int, metavar="N", help=text)
+    text = "do not compare all passages, but walk a graph of neighbours by FAISS (extra search)"
+    search.add_argument("--approximate", action="store_true", help=text)
+    search.add_argument("--head", metavar="NAME", help="of a run of several tasks, the one that retrieves")
+
+
+def _add_kernels(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    kernels = verb(verbs, "kernels", None, "tell what runs the operations of a step, and tune it")
     kernel_verbs = kernels.add_subparsers(metavar="COMMAND", required=True)
     text = "what runs each operation of a config, why, and what keeps the others from it"
-    explained = _verb(kernel_verbs, "explain", commands.explain_kernels, text)
+    explained = verb(kernel_verbs, "explain", commands.explain_kernels, text)
     explained.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of a run")
-    _add_overrides(explained)
+    add_overrides(explained)
     text = "a chip as `stack plan` knows it (default: target.hardware, else the device here)"
     explained.add_argument("--hardware", metavar="CHIP", help=text)
     explained.add_argument("--json", action="store_true", help="print JSON")
 
     text = "time tiles of a config's attention on this machine, and keep the fastest for runs like it"
-    tuned = _verb(kernel_verbs, "tune", commands.tune_kernels, text)
+    tuned = verb(kernel_verbs, "tune", commands.tune_kernels, text)
     tuned.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of a run")
-    _add_overrides(tuned)
+    add_overrides(tuned)
     text = "times that each is timed, in turns with the others (default: 7)"
     tuned.add_argument("--rounds", type=int, default=7, metavar="N", help=text)
     text = "of each part of an implementation at most (default: 300)"
@@ -299,8 +331,8 @@ def _add_kernels(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     tuned.add_argument("--json", metavar="FILE", help="write all that is measured")
 
 
-def _add_bench(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    bench = _verb(verbs, "bench", commands.bench, "measure kernels and whole steps on this machine")
+def _add_bench(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    bench = verb(verbs, "bench", commands.bench, "measure kernels and whole steps on this machine")
     text = "attention, step, cross_entropy, parity, matmul, grouped_matmul, embedding (default: all)"
     bench.add_argument("suites", metavar="SUITE", nargs="*", help=text)
     bench.add_argument("--list", action="store_true", help="tell the cases for this machine and run none")
@@ -321,19 +353,19 @@ def _add_bench(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     bench.add_argument("--torch-python", metavar="PYTHON", help="an interpreter that has PyTorch")
 
 
-def _add_launch(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    launch = _verb(verbs, "launch", None, "start a run on a cluster, or write the job that does")
+def _add_launch(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    launch = verb(verbs, "launch", None, "start a run on a cluster, or write the job that does")
     launch_verbs = launch.add_subparsers(metavar="COMMAND", required=True)
-    render = _verb(launch_verbs, "render", None, "write the job of a config for a cluster")
+    render = verb(launch_verbs, "render", None, "write the job of a config for a cluster")
     targets = render.add_subparsers(metavar="TARGET", required=True)
     for target, text in (
         ("kubernetes", "a JobSet, and a ConfigMap with the config"),
         ("azureml", "a command job of Azure ML"),
         ("slurm", "a batch script of Slurm"),
     ):
-        _add_target(_verb(targets, target, commands.render_job, text), target)
+        _add_target(verb(targets, target, commands.render_job, text), target)
 
-    ray = _verb(
+    ray = verb(
         launch_verbs,
         "ray",
         commands.launch_ray,
@@ -341,7 +373,7 @@ def _add_launch(verbs: "argparse._SubParsersAction[_Parser]") -> None:
         " all start again",
     )
     ray.add_argument("config", metavar="CONFIG_OR_RUN", help="a YAML file, or the folder of a run")
-    _add_overrides(ray)
+    add_overrides(ray)
     ray.add_argument("--workers", type=int, required=True, metavar="N", help="processes")
     ray.add_argument(
         "--gpus-per-worker", type=int, default=0, metavar="G", help="GPUs of each (default: 0, on the CPU)"
@@ -362,10 +394,10 @@ def _add_launch(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     )
 
 
-def _add_plan(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    plan = _verb(verbs, "plan", commands.plan, "tell memory, step time and the best layout before a run")
+def _add_plan(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    plan = verb(verbs, "plan", commands.plan, "tell memory, step time and the best layout before a run")
     plan.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, or the folder of a run")
-    _add_overrides(plan)
+    add_overrides(plan)
     plan.add_argument(
         "--hardware",
         metavar="CHIP",
@@ -395,11 +427,11 @@ def _add_plan(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     plan.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_target(parser: _Parser, target: str) -> None:
+def _add_target(parser: Parser, target: str) -> None:
     """What all platforms need, and what this one does; any other option is unknown to it."""
     parser.set_defaults(target=target)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of a run")
-    _add_overrides(parser)
+    add_overrides(parser)
     parser.add_argument(
         "--nodes", type=int, metavar="N", help="default: what target.devices or the mesh take"
     )
@@ -436,7 +468,7 @@ def _add_target(parser: _Parser, target: str) -> None:
         parser.add_argument("--partition", metavar="NAME", help="one or several (default: Slurm's)")
 
 
-def _add_tasks(parser: _Parser) -> None:
+def _add_tasks(parser: Parser) -> None:
     """Of the lm-evaluation-harness."""
     tasks = parser.add_argument_group("tasks of the lm-evaluation-harness (extra lm-eval)")
     tasks.add_argument(
@@ -454,27 +486,3 @@ def _add_tasks(parser: _Parser) -> None:
     text = "begin every text with the token that begins a document (default: as the tokenizer says)"
     tasks.add_argument("--add-bos-token", action="store_true", default=None, help=text)
     tasks.add_argument("--json", metavar="FILE", help="write all that the harness tells")
-
-
-def _verb(
-    verbs: "argparse._SubParsersAction[_Parser]",
-    name: str,
-    run: Callable[[argparse.Namespace], None] | None,
-    text: str,
-) -> _Parser:
-    parser = verbs.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
-    )
-    if run:
-        parser.set_defaults(run=run)
-    return parser
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    text = "fields to change, for example train.steps=100"
-    parser.add_argument("rest", metavar="NAME=VALUE", nargs="*", default=(), help=text)
-
-
-def _add_accept(parser: argparse.ArgumentParser) -> None:
-    text = "go on although this field is not what the run began with; may be repeated"
-    parser.add_argument("--accept", action="append", default=[], metavar="FIELD", help=text)

@@ -1,5 +1,6 @@
 """The config tree and its readers."""
 
+from stack.config.adapter import AdapterConfig, AdapterTargetConfig
 from stack.config.data import DataConfig, SourceConfig, Weight, weight_at
 from stack.config.errors import ConfigError, StackError
 from stack.config.kernels import Fp8Config, KernelsConfig
@@ -44,6 +45,8 @@ from stack.config.tree import Config
 
 __all__ = [
     "AXES",
+    "AdapterConfig",
+    "AdapterTargetConfig",
     "BlockConfig",
     "CausalConfig",
     "ChatConfig",

@@ -89,6 +89,14 @@ class OptimizerConfig(Section):
     have no gradient and no moments."""
     groups: tuple[GroupConfig, ...] = Field(default=(), strict=False)
     """Some parameters with a learning rate and a decay of their own; the others have those above."""
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """What the learning rate is multiplied by from each layer to the one below it, as in ELECTRA (arXiv
+    2003.10555) and BEiT (2106.08254): with 0.8 the head's is whole, that of the top layer 0.8 of it, of the
+    next 0.64, and that of embeddings the least. Each stack is counted from its own top."""
+    unfreeze_every: PositiveInt | None = None
+    """Steps after which one more layer is trained, from the top down and embeddings last (gradual unfreezing,
+    arXiv 1801.06146): at first the top layer and what is above it. Until then a layer stays bit for bit as it
+    was, and its moments follow its gradient. Null: all from the start."""
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Decay of a moving average of the weights, as 0.999, which is evaluated, sampled and exported in their
     place; null: none. After t steps it is at most (1 + t) / (10 + t)."""

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from stack.config.condition import Condition
 from stack.config.section import Section
@@ -62,6 +62,13 @@ class TrainConfig(Section):
         return self
 
 
+BETTER = {
+    **dict.fromkeys(("loss", "perplexity", "nats_per_byte"), "min"),
+    **dict.fromkeys(("accuracy", "macro_f1", "f1", "exact_match", "mcc", "auroc"), "max"),
+}
+"""Which way some metrics of evaluations are better; of others a config says it."""
+
+
 class EvalConfig(Section):
     """Held-out evaluation: the whole held-out set, each token once, unless `batches` says less."""
 
@@ -74,6 +81,38 @@ class EvalConfig(Section):
     baselines: bool = False
     """Print beside it, as a yardstick, what simple counts of the training text reach on the same text: of a
     causal objective an interpolated trigram model of bytes, of masked words tables of words and of pairs."""
+    metric: str | None = None
+    """What an evaluation tells, as `loss` or `accuracy`, that picks the best checkpoint, which is kept, and
+    evaluated and sampled at the end; null: the last one is."""
+    mode: Literal["min", "max"] | None = None
+    """Whether less of the metric is better, or more; null: as is known of loss, accuracy and their like."""
+    patience: PositiveInt | None = None
+    """Evaluations in a row without a gain in the metric after which the run ends; null: it goes on to
+    train.steps."""
+    min_gain: NonNegativeFloat = 0.0
+    """By how much more than this an evaluation betters the last gain to be one, in units of the metric."""
+
+    @property
+    def sign(self) -> int:
+        """-1 where less of the metric is better, else 1."""
+        return 1 if (self.mode or BETTER.get(self.metric or "")) == "max" else -1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, other, is_read in (
+            ("metric", "every=0", self.every > 0),
+            ("mode", "metric=null", self.metric is not None),
+            ("patience", "metric=null", self.metric is not None),
+            ("min_gain", "patience=null", self.patience is not None),
+        ):
+            if getattr(self, name) != type(self).model_fields[name].default and not is_read:
+                told = f"{name}={getattr(self, name)} is not read with {other}; remove it, or set"
+                raise ValueError(f"{told} {other.partition('=')[0]}")
+        if self.metric is not None and self.mode is None and self.metric not in BETTER:
+            raise ValueError(
+                f"metric={self.metric}: it is not known whether more of it is better; set mode=max, or min"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from typing import Any, Self
 
 from pydantic import NonNegativeInt, model_validator
 
+from stack.config.adapter import AdapterConfig
 from stack.config.condition import Condition, describe_changes
 from stack.config.data import RECORDS, DataConfig
 from stack.config.explain import kind_of
@@ -68,6 +69,8 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     kernels: KernelsConfig = KernelsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig | None = None
+    """What is trained in place of the weights of `init_from`; null: they are themselves."""
     train: TrainConfig = TrainConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     stability: StabilityConfig = StabilityConfig()
@@ -107,6 +110,7 @@ class Config(Section):
             if size >= 2**59:  # Bytes of it are still counted in 64 bits.
                 raise ValueError(f"{name} = {size:.3g} is more than any array may hold; lower one of them")
         self._check_objective()
+        self._check_adapter()
         steps, shape = self.train.steps, self.optimizer.schedule
         warmup = shape.warmup(steps)
         if shape.kind != "constant" and shape.start_step + warmup >= steps:
@@ -114,11 +118,34 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.schedule.warmup_steps={warmup}{after} leaves nothing of train.steps={steps}"
             )
+        self._check_unfreezing()
         if self.train.profile_steps and self.train.profile_steps[1] > steps:
             raise ValueError(
                 f"train.profile_steps={list(self.train.profile_steps)} goes beyond train.steps={steps}"
             )
         return self
+
+    def _check_adapter(self) -> None:
+        if self.adapter is None:
+            return
+        if self.init_from is None:
+            raise ValueError(
+                "adapter: it is trained beside weights that are there, and init_from names none; set"
+                " init_from to a run or a folder of them, or remove adapter"
+            )
+        if self.kernels.matmul == "fp8":
+            raise ValueError("kernels.matmul=fp8 knows no adapter; set it to xla, or remove adapter")
+
+    def _check_unfreezing(self) -> None:
+        every, steps, model = self.optimizer.unfreeze_every, self.train.steps, self.model
+        number = max(model.num_layers, getattr(model, "decoder_layers", 0))
+        if every is not None and every * number >= steps:
+            raise ValueError(
+                f"optimizer.unfreeze_every={every} trains what is below {number} layers from step"
+                f" {every * number:,} on, and train.steps={steps} ends before; set it to"
+                f" {max(1, (steps - 1) // number)} or less"
+                + ("" if steps > number else f", and train.steps above {number}")
+            )
 
     def _check_records(self) -> None:
         objective = self.objective

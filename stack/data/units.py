@@ -45,6 +45,8 @@ class Part(NamedTuple):
     """The value of its last token."""
     is_apart: bool = True
     """Whether the end of a text stands behind it; the part after that is of another type."""
+    are_apart: bool = False
+    """Whether no token may have values of two spans."""
 
 
 class Unit(NamedTuple):
@@ -134,7 +136,12 @@ class UnitEncoder:
         """The same, and whether something was left out."""
         places = [getattr(record, "place", "a record") for record in records]
         units = [self._units(record, place) for record, place in zip(records, places, strict=True)]
-        parts = [part for some in units for unit in some for part in unit.parts]
+        parts = [
+            (part, place)
+            for some, place in zip(units, places, strict=True)
+            for unit in some
+            for part in unit.parts
+        ]
         tokens = iter(tokenize(self.tokenizer, parts))
         made = []
         for some, place in zip(units, places, strict=True):
@@ -147,8 +154,16 @@ class UnitEncoder:
     def _units(self, record: str, place: str) -> Sequence[Unit]:
         fields = json.loads(str(json_text(record, None, lambda: place)))
         units = self.reader(fields, place, labelled=self.labelled)
-        if any(not part.text.strip() for unit in units for part in unit.parts):
-            raise StackError(f"{place}: one of its texts is empty; write one, or remove the line")
+        for part in (part for unit in units for part in unit.parts):
+            if not part.text.strip():
+                raise StackError(f"{place}: one of its texts is empty; write one, or remove the line")
+            try:
+                part.text.encode()
+            except UnicodeEncodeError as error:
+                raise StackError(
+                    f"{place}: one of its texts holds half of a surrogate pair at character {error.start};"
+                    " mend the line"
+                ) from error
         return units
 
     def _join(self, units: Sequence[Read]) -> Encoded:
@@ -175,24 +190,50 @@ def stored(unit: Read) -> int:
     return 1 + sum(len(part.ids) + (part.is_apart or part is unit.parts[-1]) for part in unit.parts)
 
 
-def tokenize(tokenizer: Tokenizer, parts: Sequence[Part]) -> list[Tokens]:
-    """Ids of parts, and the values of their spans."""
-    plain = [part.text for part in parts if not part.spans]
+def tokenize(tokenizer: Tokenizer, parts: Sequence[tuple[Part, str]]) -> list[Tokens]:
+    """Ids of parts, and the values of their spans.
+
+    Args:
+      tokenizer: of the run.
+      parts: each with the place of its record.
+
+    Raises:
+      StackError: a part, or a span of it, has no token, or one token is of two spans that are apart.
+    """
+    plain = [part.text for part, _ in parts if not part.spans]
     simple = iter(tokenizer.encode_batch(plain) if plain else [])
     made = []
-    for part in parts:
+    for part, place in parts:
         if part.spans:
             ids, offsets = tokenizer.encode_with_offsets(part.text)
+            marks = _marks(part, offsets, place)
         else:
-            ids, offsets = next(simple), None
-        marks = np.zeros(len(ids), np.int32)
-        for span in part.spans:
-            assert offsets is not None
-            within = np.flatnonzero((offsets[:, 0] < span.end) & (offsets[:, 1] > span.start))
-            marks[within[1:]] |= span.rest
-            marks[within[:1]] |= span.first
+            ids = next(simple)
+            marks = np.zeros(len(ids), np.int32)
+        if not len(ids):
+            raise StackError(
+                f"{place}: the tokenizer reads nothing in the text {part.text!r}; write another, or remove"
+                " the line"
+            )
         made.append(Tokens(ids, marks, part.last, part.is_apart))
     return made
+
+
+def _marks(part: Part, offsets: Integer[np.ndarray, "tokens 2"], place: str) -> Int32[np.ndarray, " tokens"]:
+    marks = np.zeros(len(offsets), np.int32)
+    for span in part.spans:
+        within = np.flatnonzero((offsets[:, 0] < span.end) & (offsets[:, 1] > span.start))
+        told = f"{part.text[span.start : span.end]!r} at character {span.start}"
+        if not len(within):
+            raise StackError(f"{place}: the tokenizer reads nothing in {told}; mend or remove the line")
+        if part.are_apart and marks[within].any():
+            raise StackError(
+                f"{place}: {told} begins in the token in which another ends, and a token has one tag; join"
+                " both, or leave one out"
+            )
+        marks[within[1:]] |= span.rest
+        marks[within[:1]] |= span.first
+    return marks
 
 
 def shorten(units: Sequence[Read], beyond: int) -> list[Read]:

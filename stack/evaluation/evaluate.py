@@ -25,6 +25,7 @@ def evaluate(
     heldout: Dataset,
     *,
     every_batch: bool = False,
+    batches: int | None = None,
 ) -> dict[str, float]:
     """What the program's objective tells of the held-out set, or of `eval.batches` of it.
 
@@ -34,6 +35,7 @@ def evaluate(
       params: that lie as `program.parameters`.
       heldout: the rows; the last batch is filled up with rows of padding.
       every_batch: whatever `eval.batches` says.
+      batches: of it at most; None: `eval.batches`.
 
     Raises:
       StackError: nothing is held out.
@@ -41,7 +43,7 @@ def evaluate(
     if not heldout.num_rows:
         raise StackError("no text is held out to evaluate on; set data.heldout_fraction above 0")
     config, objective = program.config, program.objective
-    size, chosen = heldout_numbers(config, heldout)
+    size, chosen = heldout_numbers(config, heldout, batches)
     make, number = heldout_batches(heldout, fields=objective.fields, batch_size=size, layout=program.layout)
     chosen = list(range(number)) if every_batch else chosen
     parts, outputs = zip(
@@ -58,11 +60,11 @@ def evaluate(
     )
 
 
-def heldout_numbers(config: Config, heldout: Dataset) -> tuple[int, list[int]]:
-    """Rows of a batch, and the numbers of the batches that are evaluated."""
+def heldout_numbers(config: Config, heldout: Dataset, batches: int | None = None) -> tuple[int, list[int]]:
+    """Rows of a batch, and the numbers of the batches that are evaluated, at most so many."""
     size = config.eval.batch_size or config.train.batch_size
     number = -(-heldout.num_rows // size)
-    return size, spread(number, config.eval.batches or number)
+    return size, spread(number, batches or config.eval.batches or number)
 
 
 def spread(number: int, most: int) -> list[int]:

@@ -174,14 +174,20 @@ def _check_done(part: Path, source: Path) -> int:
     if whole < len(content):
         os.truncate(part, whole)
     lines = content[:whole].splitlines()
-    for number, (line, given) in enumerate(zip(lines, read_given(str(source)), strict=False), start=1):
-        before = json.loads(line)
-        before.pop("prediction", None)
-        if before != {name: value for name, value in given.record.items() if name != "prediction"}:
-            raise StackError(
-                f"{part}:{number} is of another record than {given.text.place}; "  # pyrefly: ignore[missing-attribute]
-                f"remove {part.name}, or give --output another name"
-            )
+    remedy = f"remove {part.name}, or give --output another name"
+    given = itertools.islice(read_given(str(source)), len(lines))
+    number = 0
+    for number, (line, each) in enumerate(zip(lines, given, strict=False), start=1):
+        try:
+            before = json.loads(line)
+            before.pop("prediction", None)
+        except (ValueError, AttributeError):
+            raise StackError(f"{part}:{number} is no record; {remedy}") from None
+        if before != {name: value for name, value in each.record.items() if name != "prediction"}:
+            place = each.text.place  # pyrefly: ignore[missing-attribute]
+            raise StackError(f"{part}:{number} is of another record than {place}; {remedy}")
+    if number < len(lines):
+        raise StackError(f"{part} has {len(lines):,} records and {source} {number:,}; {remedy}")
     return len(lines)
 
 

@@ -49,8 +49,8 @@ type _Scored = Callable[[int, Likelihood], None]
 class StackLM(TemplateLM):
     """A decoder and its tokenizer, asked for likelihoods and texts; batches use the whole mesh of the run.
 
-    Every process of a run calls it with the same requests and gets all answers. Rows of like length share a
-    batch of `eval.batch_size`.
+    Every process of a run calls it with the same requests and gets all answers; the harness's own cache of
+    answers (`use_cache`) is a file for one process. Rows of like length share a batch of `eval.batch_size`.
 
     Text is tokenized as the tokenizer's post-processor says, which may begin it with a token of its own
     (Llama's) or not (GPT-2's); where there is none, a text begins with the token that begins a document, as

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
@@ -41,7 +41,8 @@ def evaluate_tasks(
       bootstrap_iters: of the standard errors that need resampling.
 
     Returns:
-      The harness's own results: `results` has the metrics of each task.
+      The harness's own results: `results` has the metrics of each task. Every process of a run gets them;
+      the harness gives nothing to one whose LOCAL_RANK is set and not 0.
 
     Raises:
       StackError: see `load_tasks` and `check_options`; or the tokenizer has no chat template.
@@ -55,7 +56,7 @@ def evaluate_tasks(
     if not chosen:
         raise StackError("no task is given; name one or several, as in --tasks lambada_openai,my_tasks/")
     try:
-        return simple_evaluate(
+        results = simple_evaluate(
             model=model,
             tasks=chosen,
             limit=limit,
@@ -67,6 +68,7 @@ def evaluate_tasks(
         )
     except jinja2.TemplateError as error:
         raise StackError(f"a template of a task fails: {error}; mend the task") from error
+    return cast("dict[str, Any]", results or {})
 
 
 def table(results: dict[str, Any]) -> str:

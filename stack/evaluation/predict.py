@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -10,9 +11,10 @@ import jax
 import numpy as np
 
 from stack.config.errors import StackError
+from stack.data.examples import Encoded
 from stack.data.records import Record
 from stack.data.tokenizer import Tokenizer
-from stack.data.units import Row, UnitEncoder, UnitExamples, lay_out
+from stack.data.units import Row, UnitExamples, fitting, lay_out
 from stack.objectives.completion import Completion
 from stack.objectives.multi_task import MultiTask
 from stack.objectives.task import Answer, Asked, Task
@@ -67,7 +69,7 @@ def predict(
             f"objective.kind={program.config.objective.kind} has no answers to records; ask for texts with:"
             " stack sample RUN PROMPT"
         )
-    return _scored(program, params, tokenizer, given, size, objective)
+    return _scored(Scorer(program, params, tokenizer, objective), tokenizer, given)
 
 
 def _given(number: int, record: Given | Mapping[str, Any]) -> Given:
@@ -91,83 +93,115 @@ def asked_task(program: Program, task: str | None) -> Any:
     return objective
 
 
-def _scored(
-    program: Program,
-    params: dict[str, Any],
-    tokenizer: Tokenizer,
-    records: Iterable[Given],
-    size: int,
-    objective: Task,
-) -> Iterator[Answer]:
-    encoder = objective.encoder(tokenizer, labelled=False)
-    examples = UnitExamples(encoder, objective.label, sizes=objective.sizes, least=1)
-    score = jax.jit(partial(_score, program, objective))
-    for some in itertools.batched(records, size * CHUNK):
-        rows, cut = _rows(encoder, tokenizer, some)
-        flat = [(number, row) for number, each in enumerate(rows) for row in each]
-        order = sorted(range(len(flat)), key=lambda place: -len(flat[place][1].tokens))
+class Scored(NamedTuple):
+    """What a task's model makes of a record."""
+
+    asked: Asked
+    """Its rows, none where it is left out, and their scores."""
+    is_cut: bool
+    """Whether some of it is read nowhere, or in parts."""
+
+
+class Scorer:
+    """Reads records and scores them, in batches of rows of like length on the whole mesh."""
+
+    def __init__(
+        self,
+        program: Program,
+        params: dict[str, Any],
+        tokenizer: Tokenizer,
+        objective: Task,
+        *,
+        cuts: bool = False,
+    ) -> None:
+        """The model.
+
+        Args:
+          program: of the run.
+          params: that lie as `program.parameters`.
+          tokenizer: of the run.
+          objective: of the run, or one of its tasks.
+          cuts: a record that is too long is cut, whatever `objective.too_long` says.
+        """
+        self.program = program
+        self.objective = objective
+        self.size = program.config.eval.batch_size or program.config.train.batch_size
+        self.encoder = self.objective.encoder(tokenizer, labelled=False)
+        if cuts:
+            fit = fitting("cut", self.encoder.sequence_length)
+            self.encoder = replace(self.encoder, fit=fit, fit_key="cut")
+        self.examples = UnitExamples(self.encoder, self.objective.label, sizes=self.objective.sizes, least=1)
+        self._bos, self._eos = np.array([tokenizer.bos]), np.array([tokenizer.eos])
+        self._params = params
+        self._score = jax.jit(partial(_score, program, objective))
+
+    @property
+    def chunk(self) -> int:
+        """Records that are best given together."""
+        return self.size * CHUNK
+
+    def __call__(self, some: Sequence[Given]) -> list[Scored]:
+        """The scores of records, in order.
+
+        Raises:
+          StackError: a record that cannot be read; with its place.
+        """
+        fitted = self.encoder.encode([given.text for given in some])
+        rows = [[self._row(part) for part in each.parts] for each in fitted]
+        flat = [row for each in rows for row in each]
+        outputs = iter(self._outputs(flat))
+        return [
+            Scored(
+                Asked(record=given.record, rows=own, outputs=list(itertools.islice(outputs, len(own)))),
+                each.is_cut,
+            )
+            for given, own, each in zip(some, rows, fitted, strict=True)
+        ]
+
+    def _row(self, part: Encoded) -> Row:
+        return lay_out([np.concatenate([self._bos, part.tokens, self._eos])], [part.marks])
+
+    def _outputs(self, rows: Sequence[Row]) -> list[Mapping[str, np.ndarray]]:
+        """Of each row, without padding."""
+        order = sorted(range(len(rows)), key=lambda place: -len(rows[place].tokens))
         outputs: dict[int, Mapping[str, np.ndarray]] = {}
-        with meshes.use(program.mesh):
-            for places in itertools.batched(order, size):
-                here = [flat[place][1] for place in places]
-                made = jax.device_get(score(params, _batch(program, objective, examples, here, size)))
+        with meshes.use(self.program.mesh):
+            for places in itertools.batched(order, self.size):
+                here = [rows[place] for place in places]
+                made = jax.device_get(self._score(self._params, self._batch(here)))
                 for number, place in enumerate(places):
-                    row = flat[place][1]
-                    length = row.num_units if objective.axis == "units" else len(row.tokens)
+                    row = rows[place]
+                    length = row.num_units if self.objective.axis == "units" else len(row.tokens)
                     outputs[place] = {name: values[number, :length] for name, values in made.items()}
-        of = _places(flat, len(some))
-        for given, places, is_cut in zip(some, of, cut, strict=True):
-            if not places:
+        return [outputs[place] for place in range(len(rows))]
+
+    def _batch(self, rows: Sequence[Row]) -> dict[str, jax.Array]:
+        longest = max(len(row.tokens) for row in rows)
+        most = self.program.config.data.sequence_length
+        sizes = dict(self.objective.sizes) | {
+            "length": min(max(SHORTEST_ROW, 1 << (longest - 1).bit_length()), most),
+            "units": 1 << (max(row.num_units for row in rows) - 1).bit_length(),
+        }
+        filled = [*rows, *[lay_out([], [])] * (self.size - len(rows))]
+        fields = {field.name: field for field in self.objective.fields}
+        batch = self.examples.batch(filled, self.objective.fields, sizes)
+        batch |= {"example": np.zeros(self.size, np.int32)}
+        return {
+            name: jax.make_array_from_callback(
+                values.shape, self.program.layout.sharding(*fields[name].axes), values.__getitem__
+            )
+            for name, values in batch.items()
+        }
+
+
+def _scored(scorer: Scorer, tokenizer: Tokenizer, records: Iterable[Given]) -> Iterator[Answer]:
+    for some in itertools.batched(records, scorer.chunk):
+        for asked, is_cut in scorer(some):
+            if not asked.rows:
                 yield {"left_out": "it is too long"}
                 continue
-            asked = Asked(
-                record=given.record,
-                rows=[flat[place][1] for place in places],
-                outputs=[outputs[place] for place in places],
-            )
-            answer = objective.answer(asked, tokenizer)
-            yield answer | {"cut": True} if is_cut and len(places) == 1 else answer
-
-
-def _places(flat: Sequence[tuple[int, Row]], number: int) -> list[list[int]]:
-    """The rows of each record, in order."""
-    found: list[list[int]] = [[] for _ in range(number)]
-    for place, (record, _) in enumerate(flat):
-        found[record].append(place)
-    return found
-
-
-def _rows(
-    encoder: UnitEncoder, tokenizer: Tokenizer, some: Sequence[Given]
-) -> tuple[list[list[Row]], list[bool]]:
-    """The rows of each record, and whether it is cut."""
-    bos, eos = np.array([tokenizer.bos]), np.array([tokenizer.eos])
-    made = encoder.encode([given.text for given in some])
-    rows = [
-        [lay_out([np.concatenate([bos, part.tokens, eos])], [part.marks]) for part in each.parts]
-        for each in made
-    ]
-    return rows, [each.is_cut for each in made]
-
-
-def _batch(
-    program: Program, objective: Task, examples: UnitExamples, rows: Sequence[Row], size: int
-) -> dict[str, jax.Array]:
-    longest = max(len(row.tokens) for row in rows)
-    most = program.config.data.sequence_length
-    sizes = dict(objective.sizes) | {
-        "length": min(max(SHORTEST_ROW, 1 << (longest - 1).bit_length()), most),
-        "units": 1 << (max(row.num_units for row in rows) - 1).bit_length(),
-    }
-    filled = [*rows, *[lay_out([], [])] * (size - len(rows))]
-    fields = {field.name: field for field in objective.fields}
-    batch = examples.batch(filled, objective.fields, sizes) | {"example": np.zeros(size, np.int32)}
-    return {
-        name: jax.make_array_from_callback(
-            values.shape, program.layout.sharding(*fields[name].axes), values.__getitem__
-        )
-        for name, values in batch.items()
-    }
+            answer = scorer.objective.answer(asked, tokenizer)
+            yield answer | {"cut": True} if is_cut and len(asked.rows) == 1 else answer
 
 
 def _score(

@@ -48,6 +48,11 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def open_file(path: Path) -> dict[str, np.ndarray]:
+    """The same of one file."""
+    return dict(_open(path))
+
+
 def write_folder(
     folder: Path,
     tensors: Iterable[tuple[str, tuple[int, ...]]],

@@ -1,6 +1,8 @@
 """Affine maps between named axes."""
 
-from collections.abc import Mapping
+import math
+import zlib
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from stack.kernels.matmul import Fp8, fp8
+from stack.layers.adapter import Adapter, adapt
 from stack.layers.parameter import parameter
 from stack.parallel.rules import Layout
 from stack.parallel.zero import project
@@ -29,6 +32,10 @@ class Linear(nnx.Module):
         self.bias = _bias(outputs) if bias else None
         self.fp8: Fp8 | None = None
         self.amax: nnx.Variable | None = None
+        self.adapter: Adapter | None = None
+        self.lora_a: nnx.Variable | None = None
+        self.lora_b: nnx.Variable | None = None
+        self.dora_magnitude: nnx.Variable | None = None
 
     def __call__(
         self, x: Float[Array, "batch length *inputs"], layout: Layout, names: tuple[str, ...]
@@ -41,6 +48,12 @@ class Linear(nnx.Module):
             y = fp8.project(
                 x, self.kernel, layout, names, contracted=self.num_inputs, how=self.fp8, amax=amax
             )
+        if self.adapter is not None:
+            assert self.lora_a is not None
+            assert self.lora_b is not None
+            both, contracted = (self.lora_a, self.lora_b), self.num_inputs
+            how = self.adapter, layout, names
+            y = adapt(y, x, self.kernel, both, self.dora_magnitude, *how, contracted=contracted)
         return y if self.bias is None else add_bias(y, self.bias[...])
 
 
@@ -68,6 +81,60 @@ def without_float8(model: nnx.Module) -> None:
         if isinstance(module, Linear) and module.fp8 is not None:
             module.fp8, module.amax = None, None
             module.kernel = module.kernel.replace(role="matrix")
+
+
+def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    """The `Linear` modules of a model, each of all layers of a stack, by path, as `layers.mlp.up`."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            yield ".".join(map(str, path)), module
+
+
+def sizes(linear: Linear) -> tuple[int, int]:
+    """Inputs and outputs, in numbers, of one layer."""
+    first = int(linear.kernel.axes[0] == "layers")
+    shape, last = linear.kernel.shape, first + linear.num_inputs
+    return math.prod(shape[first:last]), math.prod(shape[last:])
+
+
+def use_adapters(model: nnx.Module, adapters: Mapping[str, Adapter], *, seed: int) -> None:
+    """Adds adapters to products of a model, which is changed in place.
+
+    A is normal with deviation 1 / sqrt(inputs) and B zero, so that nothing is added yet; what each draws
+    depends on the seed and its own name alone. A magnitude is 1 until it is set to what the matrix has, of
+    `magnitudes`: the matrices of a run with an adapter are read from elsewhere.
+
+    Args:
+        model: whole.
+        adapters: of each `Linear` that is to have one, by its path.
+        seed: of the run.
+    """
+    for name, module in linears(model):
+        if name not in adapters:
+            continue
+        adapter, kernel = adapters[name], module.kernel
+        stack = int(kernel.axes[0] == "layers")
+        axes, shape, last = kernel.axes, kernel.shape, stack + module.num_inputs
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        a = jax.random.normal(key, (*shape[:last], adapter.rank), jnp.float32) / math.sqrt(sizes(module)[0])
+        b = jnp.zeros((*shape[:stack], adapter.rank, *shape[last:]), jnp.float32)
+        module.adapter = adapter
+        module.lora_a = nnx.data(parameter(a, axes=(*axes[:last], "rank"), role="matrix"))
+        module.lora_b = nnx.data(parameter(b, axes=(*axes[:stack], "rank", *axes[last:]), role="matrix"))
+        if adapter.has_magnitude:
+            ones = jnp.ones((*shape[:stack], *shape[last:]), jnp.float32)
+            outputs = (*axes[:stack], *axes[last:])
+            module.dora_magnitude = nnx.data(parameter(ones, axes=outputs, role="vector"))
+
+
+def magnitudes(kernel: jax.Array, *, inputs: int) -> jax.Array:
+    """The length of what a matrix has for each output, [outputs] float32.
+
+    Args:
+        kernel: [inputs, outputs].
+        inputs: how many axes they are.
+    """
+    return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(tuple(range(inputs))))
 
 
 def _bias(outputs: Axes) -> nnx.Param:

@@ -90,7 +90,7 @@ def _found(config: Config, objective: Any, task: str | None) -> Any:
                 f"objective.class_weights=balanced: no record has the label {absent[0]!r}; give numbers"
             )
         changed["class_weights"] = tuple(total / (len(names) * found[name]) for name in names)
-    return type(objective).model_validate(objective.model_dump() | changed)
+    return type(objective)(**(objective.model_dump() | changed))
 
 
 def _count(config: Config, objective: Any, task: str | None) -> tuple[Counter[str], dict[str, str]]:
@@ -104,7 +104,7 @@ def _count(config: Config, objective: Any, task: str | None) -> tuple[Counter[st
             continue
         for record in read_documents(source, seed=config.seed):
             place = getattr(record, "place", "a record")
-            for name in reader.names(_fields(record), place):
+            for name in set(reader.names(_fields(record), place)):
                 found[name] += 1
                 places[name] = place
     return found, places

@@ -55,7 +55,11 @@ class Lists:
         states = dict.fromkeys(order, _UNKNOWN)
         if labelled:
             relevant = value_at(record, options.relevant, lambda: place, setting="objective.relevant")
-            if not isinstance(relevant, list) or not relevant or not set(relevant) <= set(order):
+            if (
+                not isinstance(relevant, list)
+                or not relevant
+                or any(type(number) is not int or number not in states for number in relevant)
+            ):
                 raise StackError(
                     f"{place}: field {options.relevant!r} is no list of numbers of passages, from 0 to"
                     f" {len(passages) - 1}, one at least; mend or remove the line"

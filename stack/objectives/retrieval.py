@@ -51,7 +51,7 @@ class Pairs:
         text = partial(text_at, record, where=lambda: place)
         if not labelled:
             names = {options.query: QUERY, options.passage: PASSAGE}
-            there = [(text(name) or "", kind) for name, kind in names.items() if name in record]
+            there = [(text(name) or "", kind) for name, kind in names.items() if _begins(name, record)]
             if not there:
                 raise StackError(
                     f"{place}: neither field {options.query!r} nor {options.passage!r}; give it one of them"
@@ -69,8 +69,12 @@ class Pairs:
         return units
 
 
+def _begins(path: str, record: Mapping[str, Any]) -> bool:
+    return path in record or path.split(".", maxsplit=1)[0] in record
+
+
 def _unit(text: str, kind: int) -> Unit:
-    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=4).digest()
     return Unit([Part(text)], value=int.from_bytes(digest) % (1 << _NAMED) << 2 | kind)
 
 

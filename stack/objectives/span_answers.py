@@ -64,6 +64,7 @@ class Questions:
         if not isinstance(found, list) or any(
             not isinstance(each, dict)
             or any(not isinstance(each.get(name), kind) for name, kind in wanted.items())
+            or isinstance(each["start"], bool)
             for each in found
         ):
             raise StackError(
@@ -143,6 +144,11 @@ class SpanAnswers(Task):
                 state = value & 3 if value & 3 != _SOME or whole & 1 else _NONE
                 part = context._replace(ids=context.ids[start : start + room], marks=marks & whole)
                 made.append([Read([question, part], value & ~3 | state)])
+            if value & 3 == _SOME and all(each[0].value & 3 != _SOME for each in made):
+                raise StackError(
+                    f"{place}: its first answer of {(context.marks & 1).sum():,} tokens lies whole in no"
+                    f" window; raise objective.stride={stride}, or data.sequence_length={length}"
+                )
             return made
 
         return fit, json.dumps(["windows", stride])

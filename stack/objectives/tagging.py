@@ -64,11 +64,15 @@ class Entities:
                     f"{place}: the entity at character {begin} begins before the one before it ends; a token"
                     " has one tag: leave one of them out"
                 )
+            if not text[begin:after].strip():
+                raise StackError(
+                    f"{place}: the entity at character {begin} is white space alone; mend or remove the line"
+                )
             name = label_name(entity["label"], place, f"{self.options.entities}.label")
             number = label_number(name, labels, place)
             spans.append(Span(begin, after, 1 + 2 * number, 2 + 2 * number))
             end = after
-        return [Unit([Part(text, spans)], value=1)]
+        return [Unit([Part(text, spans, are_apart=True)], value=1)]
 
     def names(self, record: dict[str, Any], place: str) -> list[str]:
         """Labels of its entities."""
@@ -82,6 +86,7 @@ class Entities:
         if not isinstance(found, list) or any(
             not isinstance(each, dict)
             or any(not isinstance(each.get(name), kind) for name, kind in wanted.items())
+            or any(isinstance(each[name], bool) for name in ("start", "end"))
             for each in found
         ):
             raise StackError(

@@ -33,6 +33,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "layers": (),
     "amax": (),
+    "rank": (),
 }
 """Logical axis -> mesh axes. Parameters are split over `fsdp` besides: see `parameter_spec`."""
 

@@ -1,12 +1,16 @@
 """What `stack checkpoint` tells: of each checkpoint what it holds, and whether it is sound. Loads no JAX."""
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from stack.config import StackError, load
 from stack.config.paths import expand
 from stack.storage.store import Store
+from stack.train.best import best_step, read_values
+from stack.train.best import describe as describe_best
 from stack.train.checkpoint.manifest import (
     DamagedError,
     Manifest,
@@ -43,16 +47,19 @@ def lines(verb: str, run: str, step: int | None) -> Iterator[str]:
 
 
 def list_lines(run: str) -> Iterator[str]:
-    """A line for each checkpoint: its step, size and time; files are not read, only counted."""
+    """A line for each checkpoint: its step, size and time, which is best; files are only counted."""
     store = store_of(run)
-    for step in _steps(store):
+    steps = _steps(store)
+    best, told = _best(run, store, steps)
+    for step in steps:
         try:
             manifest = _manifest(store, step)
         except DamagedError as error:
             yield f"step {step:<10,} damaged: {error}"
             continue
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.time))
-        yield f"step {step:<10,} {_bytes(manifest.size):>9} in {len(manifest.files):,} files, saved {saved}"
+        size = f"{_bytes(manifest.size):>9} in {len(manifest.files):,} files"
+        yield f"step {step:<10,} {size}, saved {saved}{told if step == best else ''}"
 
 
 def verify_lines(run: str, step: int | None = None) -> Iterator[str]:
@@ -95,6 +102,20 @@ def show_lines(run: str, step: int | None = None) -> Iterator[str]:
     width = max(map(len, manifest.leaves), default=0)
     for name, (dtype, shape) in manifest.leaves.items():
         yield f"{name:<{width}}  {dtype}{list(shape)}, {math.prod(shape):,}"
+
+
+def _best(run: str, store: Store, steps: list[int]) -> tuple[int | None, str]:
+    """The best of the steps by the run's metric, and what to say of it; None if it picks none."""
+    folder = expand(run)
+    config = load(folder).eval
+    kept: Mapping[str, Any] = {}
+    for step in steps[::-1]:
+        with contextlib.suppress(DamagedError):
+            kept = _manifest(store, step).extra.get("listeners", {})
+            break
+    values = read_values(folder, kept, config.metric)
+    best = best_step(values, config, steps)
+    return best, "" if best is None else f", the best: {describe_best(values, config, best)}"
 
 
 def _steps(store: Store, step: int | None = None) -> list[int]:

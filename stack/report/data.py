@@ -17,6 +17,8 @@ from stack.data.mixture import Schedule, training_order
 from stack.data.tokenizer import Tokenizer
 from stack.objectives import build
 from stack.objectives.labels import with_labels
+from stack.objectives.task import Task
+from stack.report import tasks
 from stack.storage import durable
 
 Kind = Literal["read", "predicted", "hidden"]
@@ -35,7 +37,7 @@ class Span(NamedTuple):
     place, where the model sees something else."""
     text: str
     label: str = ""
-    """Of what is hidden: what stands behind it."""
+    """Of what is hidden: what stands behind it; of a task: the name of its label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Text:
 
     spans: tuple[Span, ...]
     note: str = ""
-    """How it is read, where texts differ in that."""
+    """How it is read, where texts differ in that; of a task: what it is, or its label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,8 @@ def examine(config: Config, *, rows: int = 3) -> DataReport:
     made = partial(_make, data, config.seed, objective.fields)
     some = np.unique(np.linspace(0, len(numbers) - 1, min(MOST_ROWS, len(numbers))).astype(np.int64))
     batch = made(numbers[some], some)
-    labels = (batch["labels"] >= 0).sum(1)
+    labels = tasks.count(batch)
+    task = objective if isinstance(objective, Task) else None
     names = [_name(source) for source in config.data.read_sources]
     bounds = np.cumsum([0, *(part.num_rows for part in train.parts)])
     show = np.arange(min(rows, len(numbers)))
@@ -133,7 +136,9 @@ def examine(config: Config, *, rows: int = 3) -> DataReport:
             Row(
                 place=int(place),
                 source=names[int(np.searchsorted(bounds, numbers[place], side="right")) - 1],
-                texts=tuple(_texts({name: values[place] for name, values in shown.items()}, data.tokenizer)),
+                texts=tuple(
+                    _texts({name: values[place] for name, values in shown.items()}, data.tokenizer, task)
+                ),
             )
             for place in show
         ),
@@ -177,10 +182,14 @@ def _sources(data: Data, names: Sequence[str], drawn: np.ndarray) -> Iterator[So
         )
 
 
-def _texts(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> Iterator[Text]:
+def _texts(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, task: Task | None) -> Iterator[Text]:
     for number in range(1, int(row["segments"].max(initial=0)) + 1):
         places = np.flatnonzero(row["segments"] == number)
         tokens = row["tokens"][places].tolist()
+        if task is not None:
+            told = tasks.tell(task, row, number - 1, places)
+            yield Text(spans=tuple(_labelled(told, tokens, tokenizer)), note=told.note)
+            continue
         spans: list[tuple[Kind, int, int]]
         note = ""
         if "types" in row:
@@ -212,6 +221,18 @@ def _texts(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> Iterator[Text
                 for token, predicted in zip(tokens, was[: len(tokens)], strict=True)
             ]
         yield Text(spans=tuple(_joined(spans, tokenizer)), note=note)
+
+
+def _labelled(told: tasks.Told, tokens: Sequence[int], tokenizer: Tokenizer) -> Iterator[Span]:
+    """The text of a task, with what has a label of its own."""
+    end = 0
+    for start, after, label in told.labelled:
+        if start > end:
+            yield Span(kind="read", text=tokenizer.decode(tokens[end:start], marks=True))
+        yield Span(kind="predicted", text=tokenizer.decode(tokens[start:after], marks=True), label=label)
+        end = after
+    if tokens[end:]:
+        yield Span(kind="read", text=tokenizer.decode(tokens[end:], marks=True))
 
 
 def _joined(tokens: Sequence[tuple[Kind, int, int]], tokenizer: Tokenizer) -> Iterator[Span]:
@@ -259,7 +280,7 @@ def as_text(report: DataReport) -> Iterator[str]:
             yield "  " + (f"({text.note}) " if text.note else "") + "".join(map(_marked, text.spans))
     if report.rows:
         yield ""
-        yield "what is predicted stands in ⟦ ⟧; what is hidden as ⟦seen → label⟧"
+        yield "what is predicted stands in ⟦ ⟧; what is hidden, or has a label, as ⟦seen → label⟧"
 
 
 _LENGTHS = ("fewest", "median", "90%", "99%", "most")
@@ -277,7 +298,7 @@ def _packing(report: DataReport) -> Iterator[str]:
 
 
 def _marked(span: Span) -> str:
-    if span.kind == "hidden":
+    if span.kind == "hidden" or span.label:
         return f"⟦{_visible(span.text)} → {_visible(span.label)}⟧"
     text = _visible(span.text)
     return f"⟦{text}⟧" if span.kind == "predicted" else text
@@ -339,14 +360,14 @@ th:first-child,td:first-child{text-align:left}
 .text i{display:block;opacity:.7}
 .predicted{background:#2a9d5c2e}
 .hidden{background:#d9822b38;border-radius:3px;padding:0 2px}
-.hidden b{background:#2a9d5c4d;margin-left:2px;padding:0 2px}
+.hidden b,.predicted b{background:#2a9d5c4d;margin-left:2px;padding:0 2px}
 .note{opacity:.8}
 """
 
 
 def _span(span: Span) -> str:
     text, label = (html.escape(_printable(part, kept="\n\t")) for part in (span.text, span.label))
-    label = f"<b>{label}</b>" if span.kind == "hidden" else ""
+    label = f"<b>{label}</b>" if span.kind == "hidden" or span.label else ""
     return f'<span class="{span.kind}">{text}{label}</span>'
 
 

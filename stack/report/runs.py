@@ -13,6 +13,7 @@ from stack.config import Config, StackError, load
 from stack.config.fields import flatten
 from stack.config.paths import expand
 from stack.storage.store import Store
+from stack.train.best import ended, values_of
 from stack.train.checkpoint.manifest import DamagedError, place, read_manifest, saved_steps, unreadable
 from stack.train.watch.metrics import FILE, History
 from stack.train.weights import origin
@@ -48,12 +49,20 @@ class Run:
         steps = self.config.train.steps
         if self.checkpoints and self.checkpoints[-1] >= steps:
             return f"done, {steps:,} steps"
+        if self.checkpoints and self.checkpoints[-1] == self.step and (why := self.ended):
+            return f"ended early {why}"
         saved = f"newest checkpoint {self.checkpoints[-1]:,}" if self.checkpoints else "no checkpoint yet"
         if self.idle_seconds is None:
             return f"not begun; {saved}"
         if self.idle_seconds < _ALIVE_SECONDS:
             return f"at step {self.step:,} of {steps:,}, last heard of {self.idle_seconds:.0f} s ago; {saved}"
         return f"stopped at step {self.step:,} of {steps:,}; {saved}"
+
+    @property
+    def ended(self) -> str | None:
+        """Why it ended early, by its evaluations; None: it did not."""
+        logged = [record for record in self.history.records if record["kind"] == "heldout"]
+        return ended(values_of({}, logged, self.config.eval.metric), self.config.eval)
 
     @property
     def loss(self) -> float | None:

@@ -26,18 +26,26 @@ def apply_by_layer(
     """
     config = program.config
     (axes, _), (roles, _) = program.split(program.axes), program.split(program.roles)
-    clip, rest = optimizers.parts(config.optimizer, steps=config.train.steps, axes=axes, roles=roles)
-    rule, before, state = optax.chain(*rest), opt_state[: len(clip)], opt_state[len(clip) :]
+    parts = partial(
+        optimizers.parts,
+        config.optimizer,
+        steps=config.train.steps,
+        axes=axes,
+        roles=roles,
+        depths=program.depths,
+    )
+    clip, _ = parts()
+    before, state = opt_state[: len(clip)], opt_state[len(clip) :]
     for transformation, nothing in zip(clip, before, strict=True):
         gradient, _ = transformation.update(gradient, nothing)
 
-    def update(gradient: Any, params: Any, state: Any) -> tuple[Any, Any]:
-        updates, after = rule.update(gradient, state, params)
+    def update(gradient: Any, params: Any, state: Any, *, number: Any = None) -> tuple[Any, Any]:
+        updates, after = optax.chain(*parts(layer=number)[1]).update(gradient, state, params)
         return guard.choose(is_good, (optax.apply_updates(params, updates), after), (params, state))
 
     def layer(number: jax.Array, whole: tuple[Any, Any], within: Within) -> tuple[Any, Any]:
         params, state = whole
-        after = update(*_layer((gradient, params, state), number, within))
+        after = update(*_layer((gradient, params, state), number, within), number=number)
         return _with_layer(whole, after, number, within)
 
     depths = _depths(program)

@@ -17,7 +17,13 @@ Roles = Any
 
 
 def build(
-    config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles, dtype: str = "float32"
+    config: OptimizerConfig,
+    *,
+    steps: int,
+    axes: Axes,
+    roles: Roles,
+    depths: Any = None,
+    dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """Clipping, the optimizer's rule, weight decay of matrices, the learning rate: in that order.
 
@@ -26,26 +32,42 @@ def build(
       steps: of the whole run, which the schedule may end with.
       axes: the logical axes of every parameter.
       roles: the role of every parameter.
+      depths: how many layers are above each, of `groups.depths`; None: nothing depends on it.
       dtype: what products of matrices are computed in.
 
     Raises:
       ConfigError: a group that names none of them, or one of another group.
     """
-    clip, rule = parts(config, steps=steps, axes=axes, roles=roles, dtype=dtype)
+    clip, rule = parts(config, steps=steps, axes=axes, roles=roles, depths=depths, dtype=dtype)
     return optax.chain(*clip, *rule)
 
 
 def parts(
-    config: OptimizerConfig, *, steps: int, axes: Axes, roles: Roles, dtype: str = "float32"
+    config: OptimizerConfig,
+    *,
+    steps: int,
+    axes: Axes,
+    roles: Roles,
+    depths: Any = None,
+    dtype: str = "float32",
+    layer: jax.Array | None = None,
 ) -> tuple[list, list]:
-    """What of it looks at the whole gradient, and what at each layer and parameter by itself."""
+    """What of it looks at the whole gradient, and what at each layer and parameter by itself.
+
+    With a `layer`, int32 scalar, the latter is for updates of that one, [1, ...] of each stack.
+    """
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     rule = [_rule(config, axes, roles, dtype)]
     rates, decays = groups.rates_and_decays(config, roles)
     if any(jax.tree.leaves(decays)):
         rule.append(groups.add_decay(decays))
     rule.append(optax.scale_by_learning_rate(schedule(config, steps=steps)))
-    return clip, [*rule, groups.multiply(rates)]
+    if config.layer_decay != 1:
+        rates = groups.layer_rates(config.layer_decay, rates, depths)
+    rule.append(groups.multiply(rates, layer))
+    if config.unfreeze_every is not None:
+        rule.append(groups.unfreeze(config.unfreeze_every, depths, layer))
+    return clip, rule
 
 
 def schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:

@@ -16,15 +16,18 @@ from stack.config.layout import check_divides
 from stack.data.fields import abstract_batch
 from stack.kernels.attention import Choice
 from stack.kernels.matmul import Choice as MatmulChoice
+from stack.layers.adapter import Adapter
+from stack.layers.linear import linears, sizes, use_adapters
 from stack.models import model_class
 from stack.models.stack import Execution
 from stack.objectives import build as build_objective
 from stack.objectives.protocol import Objective
 from stack.parallel import mesh as meshes
-from stack.parallel.rules import Layout, Role
+from stack.parallel.rules import ELEMENTWISE, Layout, Role
 from stack.parallel.zero import is_variable
+from stack.step import adapter as adapters
+from stack.step import groups
 from stack.step import optimizer as optimizers
-from stack.step.groups import matching
 from stack.step.kernels import choose_attention, choose_matmul, platform_of
 
 Path = tuple[str, ...]
@@ -53,10 +56,29 @@ class Program:
 
     def make_model(self) -> Any:
         """Builds the model with its initial parameters, from the seed."""
+        model = self._make_base()
+        if self.adapters:
+            use_adapters(model, self.adapters, seed=self.config.seed)
+        return model
+
+    def _make_base(self) -> Any:
         rngs = nnx.Rngs(self.config.seed)
         model = model_class(self.config.model)(self.config.model, rngs=rngs)
         self.objective.equip(model, rngs)
         return model
+
+    @cached_property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapter of each `Linear` that has one, by its path, as `layers.mlp.up`.
+
+        Raises:
+          ConfigError: see `stack.step.adapter.choose`.
+        """
+        if self.config.adapter is None:
+            return {}
+        base: Any = nnx.eval_shape(self._make_base)
+        own = {name: sizes(one) for name, one in linears(base) if not adapters.is_of_task(name)}
+        return adapters.choose(self.config.adapter, own)
 
     @cached_property
     def axes(self) -> dict[str, Any]:
@@ -77,7 +99,21 @@ class Program:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
 
         shapes = nnx.to_pure_dict(nnx.state(self.model))
-        return jax.tree.map(abstract, self.axes, self.roles, shapes, is_leaf=optimizers.is_names)
+        leaves = jax.tree.map(abstract, self.axes, self.roles, shapes, is_leaf=optimizers.is_names)
+        return self._narrowed(leaves)
+
+    def _narrowed(self, leaves: dict[str, Any]) -> dict[str, Any]:
+        """The same with what an adapter leaves as it is in the dtype it is kept in."""
+        adapter = self.config.adapter
+        if adapter is None or adapter.base_dtype == "float32":
+            return leaves
+        roles: dict[Path, Any] = flatten_dict(self.roles)
+        flat: dict[Path, Any] = flatten_dict(leaves)
+        for path in self.frozen:
+            if roles[path] not in ELEMENTWISE:
+                leaf = flat[path]
+                flat[path] = jax.ShapeDtypeStruct(leaf.shape, adapter.base_dtype, sharding=leaf.sharding)
+        return unflatten_dict(flat)
 
     @cached_property
     def frozen(self) -> frozenset[Path]:
@@ -86,10 +122,12 @@ class Program:
         Raises:
           ConfigError: a pattern that fits no parameter, or patterns that leave none to train.
         """
-        paths = {".".join(path): path for path in flatten_dict(self.parameters)}
+        paths = {".".join(path): path for path in flatten_dict(self.axes)}
         frozen: set[Path] = set()
+        if self.config.adapter is not None:
+            frozen |= {paths[name] for name in adapters.frozen(self.config.adapter, paths)}
         for pattern in self.config.optimizer.frozen:
-            frozen |= {paths[name] for name in matching(pattern, paths, field="optimizer.frozen")}
+            frozen |= {paths[name] for name in groups.matching(pattern, paths, field="optimizer.frozen")}
         if len(frozen) == len(paths):
             raise ConfigError("optimizer.frozen leaves nothing to train; remove a pattern")
         return frozenset(frozen)
@@ -114,7 +152,7 @@ class Program:
         }
         plain: set[str] = set()
         for pattern in options.exclude:
-            plain |= set(matching(pattern, layers, field="kernels.fp8.exclude"))
+            plain |= set(groups.matching(pattern, layers, field="kernels.fp8.exclude"))
         chosen = {name: number for name, number in layers.items() if name not in plain}
         if options.first_layers + options.last_layers >= max(chosen.values(), default=0):
             raise ConfigError("kernels.fp8 leaves no product in 8 bits; set kernels.matmul=xla instead")
@@ -136,7 +174,14 @@ class Program:
         """Clipping, rule, decay and schedule."""
         (axes, _), (roles, _) = self.split(self.axes), self.split(self.roles)
         steps, dtype = self.config.train.steps, self.config.model.dtype
-        return optimizers.build(self.config.optimizer, steps=steps, axes=axes, roles=roles, dtype=dtype)
+        return optimizers.build(
+            self.config.optimizer, steps=steps, axes=axes, roles=roles, depths=self.depths, dtype=dtype
+        )
+
+    @cached_property
+    def depths(self) -> dict[str, Any]:
+        """Of the parameters that are trained, how many layers are above each; see `groups.depths`."""
+        return self.split(groups.depths(self.axes, self.parameters))[0]
 
     @cached_property
     def graph(self) -> nnx.GraphDef:
@@ -155,6 +200,18 @@ class Program:
         sizes = zip(axes, jax.tree.leaves(self.parameters), strict=True)
         padded, used = model.padded_vocab_size, model.vocab_size
         return sum(leaf.size // padded * used if "vocab" in names else leaf.size for names, leaf in sizes)
+
+    @property
+    def num_base_parameters(self) -> int:
+        """The same without those of adapters."""
+        leaves: dict[Path, Any] = flatten_dict(self.parameters)
+        adapted = sum(leaf.size for path, leaf in leaves.items() if adapters.is_of_adapter(path))
+        return self.num_parameters - adapted
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that are trained, padding and all."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.split(self.parameters)[0]))
 
     def execution(self, *, keys: jax.Array | None = None) -> Execution:
         """How the step runs the model.
@@ -206,7 +263,7 @@ def on_mesh(
         matmul=choose_matmul(config, platform=platform, compute_capability=compute_capability),
     )
     _check_rows(program)
-    if config.optimizer.frozen or config.optimizer.groups:
+    if config.optimizer.frozen or config.optimizer.groups or config.adapter:
         _ = program.optimizer  # Refused now, not when the text is tokenized.
     _ = program.float8
     return program

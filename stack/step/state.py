@@ -67,13 +67,13 @@ def init_params(program: Program, some: Collection[Path] | None = None) -> dict:
     before it is split, here the compiler makes only the shard that is asked for.
     """
     auto = automatic(concrete(program))
-    likes = flatten_dict(program.parameters)
+    likes: dict[Path, Any] = flatten_dict(program.parameters)
     wanted = unflatten_dict({path: like for path, like in likes.items() if some is None or path in some})
     shardings = jax.tree.map(lambda leaf: NamedSharding(auto, leaf.sharding.spec), wanted)
 
     def init() -> dict:
-        params = flatten_dict(nnx.to_pure_dict(nnx.state(program.make_model())))
-        return unflatten_dict({path: params[path] for path in flatten_dict(wanted)})
+        params: dict[Path, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(program.make_model())))
+        return unflatten_dict({path: params[path].astype(likes[path].dtype) for path in flatten_dict(wanted)})
 
     # It runs once: on a CPU, LLVM would optimise for longer (3.8 s) than the whole thing takes (0.8 s).
     on_cpu = auto.devices.flat[0].platform == "cpu"

@@ -1,10 +1,12 @@
 """Where a run stands: in its steps, in its data, and in what it was when its checkpoints were made."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,13 +16,15 @@ from stack.config.paths import expand
 from stack.config.reading import RUN_CONFIG
 from stack.data.dataset import digest
 from stack.data.position import Position
-from stack.data.tokenizer import Tokenizer, load_tokenizer
+from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokenizer
 from stack.hardware.defaults import Setting
 from stack.step.state import MAY_BE_NEW, State
 from stack.storage import durable
 from stack.train import record as records
+from stack.train.best import find_best
+from stack.train.checkpoint.agreement import text_of_first
 from stack.train.checkpoint.checkpoints import Checkpoints
-from stack.train.checkpoint.manifest import DamagedError, place
+from stack.train.checkpoint.manifest import DamagedError, place, saved_steps
 from stack.train.record import Record
 from stack.train.weights import origin
 
@@ -81,6 +85,7 @@ class Ledger:
         data: Callable[[], Mapping[str, str]] | None,
         warn: Callable[[str], None],
         below: int | None = None,
+        of: int | Literal["best"] | None = None,
     ) -> State | None:
         """The state of the newest sound checkpoint, if it is of this run; None if there is no checkpoint.
 
@@ -90,14 +95,15 @@ class Ledger:
           data: what it would go on with; None: it is read, not gone on with.
           warn: told what a person should know.
           below: only checkpoints of steps before this one; None: of all.
+          of: only the checkpoint of this step, or the best by `eval.metric`.
 
         Raises:
-          StackError: it is of another run, or none is sound.
+          StackError: it is of another run, none is sound, or there is none of that step.
         """
         damaged: list[str] = []
         for note in checkpoints.notes:
             warn(note)
-        for step in checkpoints.newest_first():
+        for step in self._steps(checkpoints, of):
             if below is not None and step >= below:
                 continue
             try:
@@ -128,6 +134,32 @@ class Ledger:
             )
         self.position = self._without(Position())
         return None
+
+    def parameters(self, checkpoints: Checkpoints, step: int, abstract: State) -> State:
+        """The parts of a state that hold parameters, of one checkpoint of this run.
+
+        Args:
+          checkpoints: of the run.
+          step: of it.
+          abstract: the whole state.
+
+        Raises:
+          DamagedError: it is not as it was written.
+        """
+        wanted = {name: part for name, part in abstract.items() if name != "opt_state"}
+        return checkpoints.restore(step, self._parts(checkpoints, step, wanted))
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's own, once it has a checkpoint; before that the one the config names.
+
+        Raises:
+          StackError: there is none, or its vocabulary is larger than the model's.
+        """
+        own = self._folder / TOKENIZER / FILE
+        kept = own.is_file() and bool(saved_steps(self.store))
+        tokenizer = load_tokenizer(str(own) if kept else self._config.data.tokenizer)
+        check_vocabulary(tokenizer, self._config.model.vocab_size)
+        return tokenizer
 
     def check_own_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Refuses a config that names another tokenizer than the run's own; its file may be gone.
@@ -213,6 +245,21 @@ class Ledger:
         low, high = (int(place) for place in self.position.places(rows))
         self._left_out.append((low, high + 1))
         return len(self._left_out)
+
+    def _steps(self, checkpoints: Checkpoints, of: int | Literal["best"] | None) -> list[int]:
+        """Those that may be restored, the first that is sound."""
+        steps = checkpoints.newest_first()
+        if of is None or not steps:
+            return steps
+        if of != "best":
+            return [of]
+        kept: Mapping[str, Any] = {}
+        for step in steps:
+            with contextlib.suppress(DamagedError):  # What it knew the history knows, too.
+                kept = checkpoints.extra(step)["listeners"]
+                break
+        find = partial(find_best, self._folder, kept, self._config.eval, steps)
+        return [int(text_of_first(lambda: str(find())))]
 
     def _without(self, position: Position) -> Position:
         for first, last in self._left_out:

@@ -12,13 +12,13 @@ from stack.step.optimizer import schedule
 from stack.versions import RECORDED, installed_version
 
 _IDENTITY = (
-    *("seed", "init_from", "model", "objective", "optimizer", "data"),
+    *("seed", "init_from", "model", "objective", "optimizer", "adapter", "data"),
     *("train.batch_size", "train.grad_reduce_dtype", "kernels.matmul"),
     *(f"kernels.fp8.{name}" for name in Fp8Config.model_fields),
     *("stability.spike_deviations", "stability.spike_window"),
 )
 """What changes the function that is trained, or the order of its data."""
-_READ = ("seed", "model", "objective", "data")
+_READ = ("seed", "model", "objective", "adapter", "data")
 """What of it changes the meaning of an evaluation or a sample."""
 _FREE = (
     # How a model runs, and nothing of what it is.
@@ -42,7 +42,7 @@ _CONTENT = {
 }
 """What a fingerprint's parts are called: rows and order are how this version of Stack makes rows of documents
 and orders them; records is how an objective reads them, a chat template among it."""
-_BEFORE = {"init_from": None, "kernels": {"matmul": "xla"}}
+_BEFORE = {"init_from": None, "adapter": None, "kernels": {"matmul": "xla"}}
 """What a config that does not say it began with."""
 _DROPOUT = "attention dropout"
 _DRAWS = {_DROPOUT: "2"}

@@ -7,6 +7,7 @@ from stack.config import StackError
 from stack.data.tokenizer import Tokenizer
 from stack.parallel import mesh as meshes
 from stack.step import state as states
+from stack.step.adapter import is_of_adapter
 from stack.step.program import Program
 from stack.storage.store import Store
 from stack.train.bits import fingerprint
@@ -62,11 +63,12 @@ def begin_with(
     found: Match = match(program, source, tokenizer)
     with meshes.use(states.concrete(program)):
         params = load(program, found, source)
-    flat = named_leaves(params)
+    flat = {name: leaf for name, leaf in named_leaves(params).items() if not is_of_adapter(name)}
+    taken = flat.keys() & {*found.loaded, *found.tables, *found.longer}
     told = lines(found, program, source)
     origin = {
         "source": source.name,
-        "taken": found.num_taken,
+        "taken": len(taken),
         "parameters": len(flat),
         "notes": told,
         "digest": _digest(found, params),

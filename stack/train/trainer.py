@@ -6,25 +6,24 @@ asks for checkpoints. Features are in the step, in the data or in a listener.
 
 import logging
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from stack import environment
-from stack.config import Config, StackError, load
+from stack.config import Config, StackError
 from stack.config.arguments import check_type
 from stack.config.paths import expand
-from stack.data.dataset import Data, open_data
+from stack.data.dataset import Data, Dataset, open_data
 from stack.data.entry import DamagedEntryError
 from stack.data.loader import Batch, prefetch, save_batch, timed
-from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokenizer
+from stack.data.tokenizer import Tokenizer
 from stack.evaluation.evaluate import evaluate
 from stack.hardware.defaults import variable_settings
 from stack.inference.text import generate_texts, stream_text
@@ -40,12 +39,12 @@ from stack.step.guard import all_finite
 from stack.step.options import compiler_options, compiler_settings
 from stack.step.step import eval_step, train_step
 from stack.step.tiles import tile_settings, with_tuned
-from stack.train import record as records
-from stack.train import starting
+from stack.train import opening, starting
+from stack.train.best import Best
 from stack.train.checkpoint.checkpoints import Checkpoints
-from stack.train.checkpoint.manifest import saved_steps
+from stack.train.conclusion import conclude, endings_of
 from stack.train.heartbeat import Heartbeat
-from stack.train.ledger import TOKENIZER, Ledger
+from stack.train.ledger import Ledger
 from stack.train.lock import only_writer
 from stack.train.recompute import Recompute
 from stack.train.reference import with_reference
@@ -56,7 +55,7 @@ from stack.train.stragglers import Stragglers
 from stack.train.watch.announce import introduce
 from stack.train.watch.audit import Audit
 from stack.train.watch.bad_steps import BadStepsError
-from stack.train.watch.endings import ENDINGS, Ending
+from stack.train.watch.domains import Domains
 from stack.train.watch.late import LateReader
 from stack.train.watch.listeners import Listener, Listeners
 from stack.train.watch.metrics import History
@@ -103,27 +102,32 @@ class Trainer:
         self._heartbeat = Heartbeat(config.train)
         self._stragglers = Stragglers(list(self.mesh.devices.flat))
         self.ledger = Ledger(config, self.folder, accept, settings)
-        standard = standard_listeners(self.program, devices, self.folder, resolved=resolved)
+        self.best = Best(config.eval)
+        standard = standard_listeners(self.program, devices, self.folder, self.best, resolved=resolved)
         self._audit = Audit(self.folder) if config.train.audit else None
-        self._given = [*standard, *([self._audit] if self._audit else []), *listeners]
+        self._given = [*standard, Domains(self), *([self._audit] if self._audit else []), *listeners]
         self._listeners = Listeners(self._given)
 
     @classmethod
-    def from_run(cls, folder: str | os.PathLike[str], overrides: Sequence[str] = (), **options: Any) -> Self:
-        """The trainer of a run folder, with the parameters of its newest checkpoint.
+    def from_run(
+        cls,
+        folder: str | os.PathLike[str],
+        overrides: Sequence[str] = (),
+        *,
+        step: int | Literal["best"] | None = None,
+        **options: Any,
+    ) -> Self:
+        """The trainer of a run folder, with the parameters of its newest checkpoint, or that of `step`.
+
+        `step="best"` is the best one by `eval.metric`.
+
+        With `adapter`, a run that has one or an exported one, it is that beside the run's weights: all but
+        these is the adapter's, its config and objective too.
 
         Raises:
-          StackError: the folder holds no run, or no checkpoint.
+          StackError: the folder holds no run, or no such checkpoint, or the adapter is of another base.
         """
-        trainer = cls(load(os.fspath(folder), overrides), **options)
-        parts = {name: part for name, part in states.abstract(trainer.program).items() if name != "opt_state"}
-        with Checkpoints(trainer.ledger.store) as checkpoints:
-            warn = logging.getLogger("stack").warning
-            trainer.state = trainer.ledger.restore(checkpoints, parts, data=None, warn=warn)
-        if trainer.state is None:
-            command = shlex.join(["stack", "train", os.fspath(folder), *overrides])
-            raise StackError(f"{trainer.folder} holds no checkpoint yet; train it first: {command}")
-        return trainer
+        return opening.open_run(cls, os.fspath(folder), overrides, step=step, **options)
 
     @cached_property
     def data(self) -> Data:
@@ -143,11 +147,7 @@ class Trainer:
         Raises:
           StackError: there is none, or its vocabulary is larger than the model's.
         """
-        own = self.folder / TOKENIZER
-        kept = (own / FILE).is_file() and bool(saved_steps(self.ledger.store))
-        tokenizer = load_tokenizer(str(own / FILE) if kept else self.config.data.tokenizer)
-        check_vocabulary(tokenizer, self.config.model.vocab_size)
-        return tokenizer
+        return self.ledger.tokenizer()
 
     @property
     def history(self) -> History:
@@ -210,7 +210,7 @@ class Trainer:
             Checkpoints(self.ledger.store, self.config.checkpoint) as checkpoints,
             self._concluding() as summary,
         ):
-            for ending in self._endings:
+            for ending in endings_of(self):
                 ending.check(self)
             notes = self._begin(checkpoints)
             first = self.ledger.position.step
@@ -225,21 +225,24 @@ class Trainer:
                 and _due(first, self.config.eval.every)
             ):
                 self._listeners.on_eval(first, self.evaluate())
+            self.best.check_before(partial(self.evaluate, batches=1))
             with stop.training(), self._heartbeat.training(first):
-                self._train(checkpoints, stop)
-            summary.update(self._finish(is_new=evaluated < self.config.train.steps))
+                reached = self._train(checkpoints, stop)
+            tell = self._listeners.on_eval if evaluated < reached else None
+            summary.update(conclude(self, checkpoints, reached=reached, tell=tell))
             if failure := self._hear(checkpoints, wait=True):
                 raise StackError(failure)
 
-    def evaluate(self) -> dict[str, float]:
-        """What the objective tells of the whole held-out set, each of its labels once.
+    def evaluate(self, heldout: Dataset | None = None, *, batches: int | None = None) -> dict[str, float]:
+        """What the objective tells of the held-out set, or of some of it or so many batches, each label once.
 
         Raises:
           StackError: nothing is held out.
         """
         self.ledger.check_data(self.data.fingerprint)
         with meshes.use(self.mesh):
-            return evaluate(self.program, self._eval_step, self.trained, self.compared.heldout)
+            heldout = heldout or self.compared.heldout
+            return evaluate(self.program, self._eval_step, self.trained, heldout, batches=batches)
 
     def generate(self, prompts: str | Sequence[str], *, seed: int | None = None) -> list[str]:
         """Continues each prompt, or the one, as `config.sample` says; see `generate_texts`."""
@@ -268,10 +271,6 @@ class Trainer:
     def _eval_step(self) -> Any:
         return jax.jit(partial(eval_step, self.program), compiler_options=self._compiler_options)
 
-    @property
-    def _endings(self) -> list[Ending]:
-        return [ENDINGS[name] for name in self.program.objective.endings]
-
     def _begin(self, checkpoints: Checkpoints) -> list[str]:
         """Brings the state to where the run stands; returns what a person should know of that."""
         notes: list[str] = []
@@ -290,10 +289,11 @@ class Trainer:
             self.ledger.write(self.data.fingerprint, self.tokenizer)
         return notes
 
-    def _train(self, checkpoints: Checkpoints, stop: Stop) -> None:
-        config = self.config
-        late = LateReader(self._told)
-        steps = range(self.ledger.position.step, config.train.steps)
+    def _train(self, checkpoints: Checkpoints, stop: Stop) -> int:
+        """To the last step; returns it."""
+        config, best = self.config, self.best
+        late, reached = LateReader(self._told), self.ledger.position.step
+        steps = range(reached, reached if best.ended else config.train.steps)
         audit = self._audit.note if self._audit else None
         with (
             Trace(self.folder / "profile", config.train.profile_steps) as trace,
@@ -308,9 +308,15 @@ class Trainer:
                 self._heartbeat.beat(step + 1, waited)
                 late.push(step + 1, metrics | {"data_wait_seconds": waited, "checkpoint_seconds": saving})
                 saving = 0.0
-                last = step + 1 == config.train.steps
+                reached, last = step + 1, step + 1 == config.train.steps
                 stops = stop.reached(step + 1) and not last
-                if last or stops or _due(step + 1, config.checkpoint.every):
+                evaluates = not stops and (last or _due(step + 1, config.eval.every))
+                is_best = False
+                if evaluates and best.is_asked_for:  # First, as the best is saved.
+                    late.flush()
+                    self._listeners.on_eval(step + 1, self.evaluate())
+                    is_best, last = best.step == step + 1, last or best.ended is not None
+                if last or stops or is_best or _due(step + 1, config.checkpoint.every):
                     late.flush()
                     begin = time.perf_counter()
                     self._warn(self._stragglers.look())
@@ -319,11 +325,14 @@ class Trainer:
                 failure = self._hear(checkpoints, wait=stops)
                 if stops:
                     raise StackError(failure) if failure else stop.error(step + 1, str(self.folder))
-                if not last and _due(step + 1, config.eval.every):
+                if last:
+                    break
+                if evaluates and not best.is_asked_for:
                     late.flush()
                     self._listeners.on_eval(step + 1, self.evaluate())
             late.flush()
             jax.block_until_ready(self.state)  # A trace may end here.
+        return reached
 
     def _told(self, step: int, metrics: dict[str, float]) -> None:
         if metrics["skipped"] and self.config.stability.save_batches:
@@ -334,7 +343,8 @@ class Trainer:
         record = self.ledger.record(step, self.data.fingerprint, self._listeners.on_save(step)).as_dict()
         state, sync = self._trained(), self._listeners.sync
         is_finite = all_finite(state["params"])
-        checkpoints.save(step, state, record, is_finite=is_finite, before_commit=sync)
+        best = self.best.among
+        checkpoints.save(step, state, record, is_finite=is_finite, before_commit=sync, best=best)
 
     def _hear(self, checkpoints: Checkpoints, *, wait: bool = False) -> str | None:
         """Tells of the saves that have ended; why the last one failed, if it did, told before or not."""
@@ -347,21 +357,6 @@ class Trainer:
             else:
                 self._listeners.on_warning(f"{saved.error}; it is tried again with the next one")
         return checkpoints.failure
-
-    def _finish(self, *, is_new: bool) -> dict[str, Any]:
-        """The last evaluation, and what the objective shows."""
-        summary: dict[str, Any] = {"folder": str(self.folder), "longer": records.extension(self.config)}
-        if self.data.heldout.num_rows:
-            metrics = self.evaluate()
-            if is_new:  # Else it was told when the run got here.
-                self._listeners.on_eval(self.config.train.steps, metrics)
-            summary |= metrics
-        rows = []
-        for ending in self._endings:
-            more = ending.show(self, summary)
-            rows += more.pop("rows", [])
-            summary |= more
-        return summary | {"rows": rows}
 
     def _warn(self, notes: Iterable[str]) -> None:
         for note in notes:

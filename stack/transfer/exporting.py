@@ -4,7 +4,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from stack.config.paths import expand
 from stack.interop.hugging_face import tensors
 from stack.interop.hugging_face_files import write_files
 from stack.interop.safetensors_folder import write_folder
+from stack.layers.adapter import merged
 from stack.step import state as states
 from stack.storage import durable
 from stack.train.trainer import Trainer
@@ -50,8 +51,8 @@ def export(
 
     Raises:
         ConfigError: no such dtype.
-        StackError: the folder exists or cannot be written, transformers has no such model, or a weight does
-            not fit the dtype.
+        StackError: the folder exists or cannot be written, transformers has no such model, the run is of a
+            task, or a weight does not fit the dtype.
     """
     target = expand(folder)
     if dtype not in DTYPES:
@@ -61,10 +62,15 @@ def export(
     config = trainer.config
     if not isinstance(config.model, DecoderConfig | EncoderConfig | EncoderDecoderConfig):
         raise StackError(f"model.kind={config.model.kind} has no counterpart in transformers")
+    if not config.objective.scores_words:
+        raise StackError(
+            f"objective.kind={config.objective.kind}: the head of a task is not exported; use the run itself,"
+            " with: stack predict RUN --input FILE.jsonl --output FILE.jsonl"
+        )
     plan = {tensor.name: tensor for tensor in tensors(config.model)}
     assert trainer.state is not None, "a run that was opened has parameters"
     trainer.ledger.check_tokenizer(trainer.tokenizer)
-    arrays: dict[str, Any] = dict(flatten_dict(states.join(trainer.state), sep="/"))
+    read, merged_into = reader(trainer), len(trainer.program.adapters)
     is_first = jax.process_index() == 0
     notes: list[str] = []
     hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -76,7 +82,7 @@ def export(
             hidden,
             [(name, tensor.shape) for name, tensor in plan.items()],
             DTYPES[dtype],
-            lambda name: plan[name].make(partial(_read, arrays)),
+            lambda name: plan[name].make(read),
             most_bytes=most_bytes,
             write=is_first,
         )
@@ -91,14 +97,42 @@ def export(
         shutil.rmtree(hidden, ignore_errors=True)
     number = "1 file" if len(files) == 1 else f"{len(files)} files"
     step = int(trainer.state["step"])
-    yield f"exported  {trainer.folder} at step {step:,}: {trainer.program.num_parameters:,} parameters"
+    yield f"exported  {trainer.folder} at step {step:,}: {trainer.program.num_base_parameters:,} parameters"
     yield f"folder    {target}: {number} of {dtype}"
+    if merged_into:
+        notes.append(f"the adapter is merged into the {merged_into} matrices it was trained beside")
     yield from (f"note      {note}" for note in notes)
+
+
+def reader(trainer: Trainer) -> Callable[[str, int | None], np.ndarray]:
+    """Reads a parameter of a trainer, or what one layer has of it, by path; with adapters merged into it.
+
+    Args:
+        trainer: with parameters.
+    """
+    assert trainer.state is not None, "a run that was opened has parameters"
+    arrays: dict[str, Any] = dict(flatten_dict(states.join(trainer.state), sep="/"))
+    adapters = {name.replace(".", "/"): one for name, one in trainer.program.adapters.items()}
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        owner, _, last = path.rpartition("/")
+        if last != "kernel" or owner not in adapters:
+            return _read(arrays, path, layer).astype(np.float32, copy=False)
+        kernel, a, b = (_read(arrays, f"{owner}/{name}", layer) for name in ("kernel", "lora_a", "lora_b"))
+        adapter = adapters[owner]
+        magnitude = _read(arrays, f"{owner}/dora_magnitude", layer) if adapter.has_magnitude else None
+        return merged(kernel, a, b, magnitude, adapter.scale)
+
+    return read
 
 
 def _read(arrays: dict[str, Any], path: str, layer: int | None) -> np.ndarray:
     """A parameter, or what one layer has of it, whole on this host."""
-    array = arrays[path]
+    return read_whole(arrays[path], layer)
+
+
+def read_whole(array: Any, layer: int | None = None) -> np.ndarray:
+    """An array of a mesh, or one of its layers, whole on this host; every process calls."""
     auto = states.automatic(array.sharding.mesh)
     array, whole = states.retype(array, NamedSharding(auto, array.sharding.spec)), NamedSharding(auto, P())
     return np.asarray(_gather(whole)(array) if layer is None else _gather_layer(whole)(array, layer))

@@ -27,11 +27,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # Read when its library is imported: nothing
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
-from tiny_runs import run
 
 from stack.evaluation import harness
 from stack.evaluation.harness import StackLM
 from stack.evaluation.harness_tasks import evaluate_tasks
+from stack.inference.generate import stream
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -161,6 +161,27 @@ def test_texts_are_sampled_where_that_is_asked_for(golden, model):
     assert ask(model, "generate_until", cold) == golden.told["likeliest"]
 
 
+@pytest.mark.parametrize("golden", ["gpt2"], indirect=True)
+def test_no_more_is_written_once_every_text_has_stopped(golden, model, monkeypatch):
+    turns = []
+
+    def counted(*given, **options):
+        for more in stream(*given, **options):
+            turns.append(len(more))
+            yield more
+
+    monkeypatch.setattr(harness, "stream", counted)
+    contexts = [context for context, _ in golden.asked["generate_until"][:3]]
+    options = {"max_gen_toks": 36, "do_sample": False}
+    whole = ask(model, "generate_until", [(context, options | {"until": []}) for context in contexts])
+    assert len(turns) == 1
+    turns.clear()
+    stops = {"until": [text[3:5] for text in whole]}
+    stopped = ask(model, "generate_until", [(context, options | stops) for context in contexts])
+    assert len(turns) == 1, "of the three that there would be"
+    assert all(text.startswith(start) for text, start in zip(whole, stopped, strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -196,11 +217,10 @@ def test_a_text_begins_as_its_tokenizer_says_or_as_is_asked(golden, model):
     assert told.tok_encode("the model", add_special_tokens=False) == plain
 
 
-def test_bytes_begin_as_the_rows_of_training_do(tmp_path):
-    made = run(tmp_path, "tiny", "train.steps=1")
-    told = StackLM(made.program, made.trained, made.words)
-    assert told.tok_encode("é") == [256, *"é".encode()]
-    never = StackLM(made.program, made.trained, made.words, add_bos_token=False)
+def test_bytes_begin_as_the_rows_of_training_do():
+    program = programs.build(Config.model_validate({"model": {"vocab_size": 384}}), jax.devices()[:1])
+    assert StackLM(program, {}, ByteTokenizer()).tok_encode("é") == [256, *"é".encode()]
+    never = StackLM(program, {}, ByteTokenizer(), add_bos_token=False)
     assert never.tok_encode("é") == [*"é".encode()]
 
 

@@ -277,7 +277,10 @@ def test_what_cannot_be_asked_for_is_refused(saved, tmp_path, capsys) -> None:
         (["import", str(saved), "--to", run, "model.rope.theta=3"], "model.rope is what "),
         (["import", str(saved), "--to", run, "name=x"], "name and output_dir are those of --to"),
         (["import", str(tmp_path / "no"), "--to", run], "no is no folder; give one with a config.json"),
-        (["export", run, "--to", "onnx", str(tmp_path / "out")], "--to onnx: there is only hf, as in"),
+        (
+            ["export", run, "--to", "onnx", str(tmp_path / "out")],
+            "--to onnx: there is only hf and adapter",
+        ),
         (["export", run, "--to", "hf", str(tmp_path / "out")], "run"),
     ):
         assert main(words) in (1, 2), words

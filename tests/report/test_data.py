@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from task_cases import tree, write
 
 from stack.cli import main
 from stack.config import Config
@@ -169,3 +170,61 @@ def test_the_command_prints_it_or_writes_the_page(folder, tmp_path, capsys):
     assert "--rows -1 is below 0" in capsys.readouterr().err
     assert main(["data", "report", str(file), "objective.mask_token=[HIDE]"]) == 2
     assert "the tokenizer has no word '[HIDE]'" in capsys.readouterr().err
+
+
+SHOWN = {
+    "classification": [("red cat", "a"), ("dog runs", "b")],
+    "multi_label": [("red cat", "a, b"), ("dog runs", "no label")],
+    "tagging": [("red ⟦cat → X⟧", ""), ("⟦dog → Y⟧ runs", "")],
+    "span_answers": [("who?⏎red ⟦cat → answer⟧", ""), ("who?⏎dog runs", "no answer")],
+    "key_sentences": [("red cat.⟦ It runs. → in the summary⟧", ""), ("⟦dog. → in the summary⟧ far.", "")],
+    "retrieval": [
+        ("red", "query of record 1"),
+        ("red cat", "passage of record 1"),
+        ("dog", "negative of record 1"),
+    ],
+    "reranking": [
+        ("red⏎cat", "passage of record 1: does not answer"),
+        ("red⏎dog", "passage of record 1: answers"),
+    ],
+}
+RECORDS = {
+    "classification": [{"text": "red cat", "label": "a"}, {"text": "dog runs", "label": "b"}],
+    "multi_label": [{"text": "red cat", "label": ["b", "a"]}, {"text": "dog runs", "label": []}],
+    "tagging": [
+        {"text": "red cat", "entities": [{"start": 4, "end": 7, "label": "X"}]},
+        {"text": "dog runs", "entities": [{"start": 0, "end": 3, "label": "Y"}]},
+    ],
+    "span_answers": [
+        {"question": "who?", "context": "red cat", "answers": [{"start": 4, "text": "cat"}]},
+        {"question": "who?", "context": "dog runs", "answers": []},
+    ],
+    "key_sentences": [
+        {"sentences": ["red cat.", "It runs."], "labels": [0, 1]},
+        {"sentences": ["dog.", "far."], "labels": [1, 0]},
+    ],
+    "retrieval": [{"query": "red", "passage": "red cat", "negatives": ["dog"]}],
+    "reranking": [{"query": "red", "passages": ["cat", "dog"], "relevant": [1]}],
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_labels_of_tasks_are_shown_by_name(name, tmp_path):
+    write(tmp_path / f"{name}.jsonl", RECORDS[name] * 2)
+    objective = {"class_weights": "balanced"} if name == "classification" else {}
+    made = tree(name, tmp_path, objective=objective, train={"batch_size": 1})
+    report = examine(Config(**made), rows=2)
+    lines = list(as_text(report))
+    end = "<|endoftext|>"
+    for text, note in SHOWN[name]:
+        parts = [*text.split("⏎"), ""] if "⏎" in text else [text, ""]
+        wanted = f"  {f'({note}) ' if note else ''}{end}{end.join(parts)}"
+        assert wanted in lines, (wanted, lines)
+    number = {"tagging": 7, "key_sentences": 2, "retrieval": 1, "reranking": 2}.get(name, 1)
+    assert report.labels_per_row >= number
+    assert report.without_labels == 0
+    page = as_html(report)
+    for text, note in SHOWN[name]:
+        assert not note or f"<i>{note}</i>" in page
+        for label in re.findall(r"→ ([^⟧]*)⟧", text):
+            assert f"<b>{label}</b></span>" in page

@@ -44,18 +44,19 @@ def _of(scores: np.ndarray, right: np.ndarray, start: int) -> np.ndarray:
 
 
 def measure_lists(
-    scores: Sequence[Float[np.ndarray, " passages"]], relevant: Sequence[np.ndarray]
+    scores: Sequence[Float[np.ndarray, " _"]], relevant: Sequence[np.ndarray]
 ) -> dict[str, float]:
     """Tells mrr and ndcg_at_10 (scikit-learn's) over lists of passages, some of which are relevant.
 
+    Of passages that score the same those that are relevant count as the last, and of gains their mean.
+
     Args:
-      scores: of each list.
+      scores: of each list, the higher the better.
       relevant: [passages] bool of each list, at least one true.
     """
     reciprocal, gains = [], []
     for mine, true in zip(scores, relevant, strict=True):
-        order = np.argsort(-mine, kind="stable")
-        reciprocal.append(1 / (1 + int(true[order].argmax())))
+        reciprocal.append(1 / (1 + int((mine[~true] >= mine[true].max()).sum())))
         if len(mine) > 1:
             gains.append(scikit_learn().ndcg_score(true[None].astype(float), mine[None], k=10))
     return {"mrr": float(np.mean(reciprocal)), **({"ndcg_at_10": float(np.mean(gains))} if gains else {})}

@@ -167,6 +167,8 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         )
     if config.optimizer.frozen:
         raise ConfigError("optimizer.frozen: the planner counts every parameter as trained; plan without it")
+    if config.adapter is not None:
+        raise ConfigError("adapter: the planner counts every parameter as trained; plan without it")
     if model.shape == "encoder_decoder":
         raise ConfigError(
             "model.kind=encoder_decoder: the planner does not know two rows of two lengths yet;"

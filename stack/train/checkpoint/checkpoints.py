@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -85,6 +85,7 @@ class Checkpoints:
         *,
         is_finite: jax.Array | None = None,
         before_commit: Callable[[], None] = lambda: None,
+        best: Callable[[Collection[int]], int | None] = lambda _: None,
     ) -> None:
         """Saves the state as the checkpoint of a step, in the background; `poll` tells how it went.
 
@@ -97,6 +98,7 @@ class Checkpoints:
             extra: what JSON can hold: the record of the run.
             is_finite: bool scalar; where it is false the checkpoint is not committed.
             before_commit: called in the background before the checkpoint counts.
+            best: picks of the saved steps one that is kept besides; called in the background.
         """
         if self._config is None:
             raise ValueError(
@@ -113,7 +115,7 @@ class Checkpoints:
         name = f"save/{self._run}/{next(self._saves)}"
 
         def finish() -> Saved:
-            error = self._commit(name, step, about, record, files, is_finite, before_commit)
+            error = self._commit(name, step, about, record, files, is_finite, before_commit, best)
             return Saved(step=step, seconds=time.monotonic() - start, error=error)
 
         self._saved_step = step
@@ -274,6 +276,7 @@ class Checkpoints:
         files: Callable[[], dict[str, File]],
         is_finite: jax.Array | None,
         before_commit: Callable[[], None],
+        best: Callable[[Collection[int]], int | None],
     ) -> str | None:
         """Gathers what all have written and commits it; runs in the background. Why it failed, if it did."""
         try:
@@ -304,7 +307,7 @@ class Checkpoints:
             except Exception as error:
                 problem = _reason(error)
         try:
-            problem = self._give_up(step, problem) if problem else self._delete_old(step)
+            problem = self._give_up(step, problem) if problem else self._delete_old(step, best)
         except StackError as error:  # What is saved is saved; the store fails after it.
             problem = str(error)
         return messages.broadcast(f"{name}/end", problem) or None
@@ -324,7 +327,7 @@ class Checkpoints:
             else f"{told}; there is no earlier one"
         )
 
-    def _delete_old(self, saved_step: int) -> str:
+    def _delete_old(self, saved_step: int, best: Callable[[Collection[int]], int | None]) -> str:
         """Deletes what the checkpoint just committed and read back replaces; why that failed, if it did.
 
         Later ones than it are of a way that was left: they were damaged, or the run went back.
@@ -332,7 +335,7 @@ class Checkpoints:
         assert self._config is not None
         steps = self.steps()
         earlier = [step for step in steps if step <= saved_step]
-        keep = {saved_step, *earlier[-self._config.keep_last :]}
+        keep = {saved_step, best(earlier), *earlier[-self._config.keep_last :]}
         if self._config.keep_every is not None:
             keep |= {step for step in earlier if step % self._config.keep_every == 0}
         for step in steps:

@@ -25,6 +25,7 @@ def introduce(program: Program, data: Data, folder: Path, ledger: Ledger) -> dic
         "rows": ledger.position.rows,
         "steps": config.train.steps,
         "parameters": program.num_parameters,
+        **({"trained": program.num_trained} if program.frozen else {}),
         "weights": describe(ledger.origin),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device",
@@ -41,9 +42,10 @@ def introduce(program: Program, data: Data, folder: Path, ledger: Ledger) -> dic
 def introduction(info: Mapping[str, Any]) -> Text:
     """What runs, on what and where, from what the trainer and its listeners tell at the start."""
     taken = f" ({info['step']:,} taken)" if info["step"] else ""
+    some = f", {info['trained']:,} of them trained" if "trained" in info else ""
     rows = {
         "run": f"{info['name']}, {info['steps']:,} steps{taken} of {info['batch_tokens']:,} tokens",
-        "model": f"{info['parameters']:,} parameters; {info['attention']}",
+        "model": f"{info['parameters']:,} parameters{some}; {info['attention']}",
         "products": _in_8_bits(info["products"]),
         "weights": info.get("weights"),
         "data": f"{info['train_tokens']:,} tokens, {info['heldout_tokens']:,} held out",

@@ -69,7 +69,7 @@ class MetricsLog(Listener):
             _summary_writer()
 
     def on_start(self, info: dict[str, Any]) -> dict[str, Any] | None:
-        """Opens the history to go on after `step` of `info`; tells the last one that is `evaluated`.
+        """Opens the history to go on after `step` of `info`; tells `evaluations`, and the step of the last.
 
         Raises:
             StackError: the history cannot be read or written.
@@ -85,13 +85,15 @@ class MetricsLog(Listener):
             recent = [{name: _decode(v) for name, v in one.items()} for one in kept.get("history", [])]
             records = self._mend(step, recent)
             self._digest = xxhash.xxh3_64()
+            # An evaluation comes after its save, unless the save waited to know whether it is the best.
+            is_before = kept.get("evaluated_before", False)
             for record in records:
-                if record["step"] < step or record["kind"] == "train":  # An evaluation comes after its save.
+                if record["step"] < step or record["kind"] == "train" or is_before:
                     self._digest.update(_encode(record).encode())
             if kept.get("history_digest", self._digest.hexdigest()) != self._digest.hexdigest():
                 self.warn(f"{self.path}: records up to step {step:,} are not those that were written")
             for record in records:
-                if record["step"] == step and record["kind"] != "train":
+                if record["step"] == step and record["kind"] != "train" and not is_before:
                     self._digest.update(_encode(record).encode())
             self._file = self.path.open("ab", buffering=0)
             durable.sync(self.path.parent)  # Its name, too.
@@ -101,7 +103,8 @@ class MetricsLog(Listener):
                 self._events = _summary_writer()(folder, purge_step=step + 1)
         except OSError as error:
             raise _unwritable(self.path, error) from error
-        return {"evaluated": max((r["step"] for r in records if r["kind"] == "heldout"), default=-1)}
+        evaluations = [record for record in records if record["kind"] == "heldout"]
+        return {"evaluated": max((r["step"] for r in evaluations), default=-1), "evaluations": evaluations}
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Writes a record of kind `train`, if one is due or the step was not applied."""
@@ -114,7 +117,9 @@ class MetricsLog(Listener):
 
     def on_save(self, step: int) -> dict[str, Any]:
         """Has the records since the last checkpoint kept with this one."""
-        return {"history": list(self._recent), "history_digest": self._digest.hexdigest()}
+        kept = {"history": list(self._recent), "history_digest": self._digest.hexdigest()}
+        is_before = any(one["kind"] == "heldout" and one["step"] == step for one in self._recent)
+        return kept | {"evaluated_before": True} if is_before else kept
 
     def sync(self) -> None:
         """Waits until the records are on the disk."""

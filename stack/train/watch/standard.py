@@ -10,6 +10,7 @@ from stack import environment
 from stack.config import Config
 from stack.step import state as states
 from stack.step.program import Program
+from stack.train.best import Best
 from stack.train.watch.bad_steps import BadSteps
 from stack.train.watch.goodput import Goodput
 from stack.train.watch.kernel_trial import KernelTrial
@@ -28,7 +29,7 @@ def show_progress(listeners: Sequence[Listener]) -> Listeners:
 
 
 def standard_listeners(
-    program: Program, devices: Sequence[jax.Device], folder: Path, *, resolved: bool
+    program: Program, devices: Sequence[jax.Device], folder: Path, best: Best, *, resolved: bool
 ) -> tuple[Listener, ...]:
     """Each adds to what the next hears.
 
@@ -36,6 +37,7 @@ def standard_listeners(
       program: of the run.
       devices: it runs on.
       folder: of the run.
+      best: of its evaluations.
       resolved: whether the planner has chosen the layout.
     """
     config: Config = program.config
@@ -46,5 +48,6 @@ def standard_listeners(
         BadSteps(config),
         Goodput(folder, time.time() - (time.monotonic() - environment.STARTED)),
         MetricsLog(folder, every=config.train.log_every, tensorboard=config.train.tensorboard),
+        best,
         Tracking(config, folder),
     )

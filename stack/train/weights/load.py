@@ -1,13 +1,18 @@
 """Weights onto the mesh: every process reads what lies on its devices."""
 
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from stack.layers.linear import magnitudes
+from stack.parallel import mesh as meshes
 from stack.step import state as states
 from stack.step.program import Program
 from stack.train.checkpoint.agreement import all_or_none
@@ -31,7 +36,7 @@ def load(program: Program, match: Match, source: Source) -> dict[str, Any]:
     """
     paths = {".".join(path): path for path in flatten_dict(program.parameters)}
     likes = named_leaves(program.parameters)
-    arrays = source.read({name: likes[name] for name in match.loaded})
+    arrays = _read(source, {name: likes[name] for name in match.loaded})
     initial = {paths[name] for name in (*match.missing, *match.longer)}
     others = named_leaves(states.init_params(program, initial)) if initial else {}
     arrays |= {name: others[name] for name in match.missing}
@@ -44,7 +49,57 @@ def load(program: Program, match: Match, source: Source) -> dict[str, Any]:
             arrays[name] = _with_rows(source, name, others[name])
 
     all_or_none(resize)
+    for name in (*match.tables, *match.longer):
+        arrays[name] = _cast(arrays[name], likes[name])
+    arrays |= _magnitudes(program, match, arrays)
     return unflatten_dict({path: arrays[name] for name, path in paths.items()})
+
+
+def _read(source: Source, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Parameters as they are wanted; those that are to be narrower one after another."""
+    arrays = source.read({name: like for name, like in wanted.items() if like.dtype == np.float32})
+    for name, like in wanted.items():
+        if like.dtype != np.float32:
+            wide = jax.ShapeDtypeStruct(like.shape, np.float32, sharding=like.sharding)
+            arrays[name] = _cast(source.read({name: wide})[name], like)
+    return arrays
+
+
+def _cast(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return array if array.dtype == like.dtype else jax.jit(lambda wide: wide.astype(like.dtype))(array)
+
+
+def _magnitudes(program: Program, match: Match, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The lengths that adapters begin with: those of the weights, in the dtype of their products.
+
+    Each layer's matrix is whole on every device while its own are summed, so that they are the same bits on
+    any mesh.
+    """
+    axes: dict[str, Any] = dict(flatten_dict(program.axes, sep="."))
+    mesh = states.automatic(states.concrete(program))
+    likes, found = named_leaves(program.parameters), {}
+    for name in match.missing:
+        owner, _, last = name.rpartition(".")
+        if last != "dora_magnitude":
+            continue
+        stack = int(axes[name][0] == "layers")
+        one = partial(
+            _lengths,
+            inputs=len(axes[f"{owner}.lora_a"]) - stack - 1,
+            dtype=program.config.model.dtype,
+            whole=NamedSharding(mesh, P()),
+        )
+        there, here = (NamedSharding(mesh, likes[some].sharding.spec) for some in (f"{owner}.kernel", name))
+        with meshes.use(mesh):
+            compute = jax.jit(partial(jax.lax.map, one) if stack else one, out_shardings=here)
+            array = compute(states.retype(arrays[f"{owner}.kernel"], there))
+        found[name] = states.retype(array, likes[name].sharding)
+    return found
+
+
+def _lengths(kernel: jax.Array, *, inputs: int, dtype: str, whole: NamedSharding) -> jax.Array:
+    kernel = jax.lax.with_sharding_constraint(kernel, whole)
+    return magnitudes(kernel.astype(dtype), inputs=inputs)
 
 
 def _mean(source: Source, name: str, rows: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from stack.config import StackError
 from stack.data.tokenizer import Tokenizer
 from stack.data.words import check_same_words
+from stack.step.adapter import is_of_adapter
 from stack.step.program import Program
 from stack.train.checkpoint.checkpoints import named_leaves
 from stack.train.record import differences
@@ -50,11 +51,6 @@ class Match:
     """Ids that begin at the mean of those rows, ascending."""
     notes: tuple[str, ...] = field(default=())
     """What a person should know of it."""
-
-    @property
-    def num_taken(self) -> int:
-        """Parameters with weights, or some."""
-        return len(self.loaded) + len(self.tables) + len(self.longer)
 
 
 def match(program: Program, source: Source, tokenizer: Tokenizer) -> Match:
@@ -115,9 +111,11 @@ def match(program: Program, source: Source, tokenizer: Tokenizer) -> Match:
     if known := [name for name in changed if name not in told_otherwise]:
         notes.append(f"the model is not quite that of the weights: {_told(changed, known)}")
     order = {name: tuple(one for one in likes if one in names) for name, names in groups.items()}
+    missing = tuple(name for name in likes if name not in source.shapes)
+    _check_adapter(program, source, missing)
     return Match(
         **order,
-        missing=tuple(name for name in likes if name not in source.shapes),
+        missing=missing,
         unused=tuple(name for name in source.shapes if name not in likes),
         old_rows=old_rows,
         new_words=new_words,
@@ -138,11 +136,28 @@ def lines(match: Match, program: Program, source: Source) -> list[str]:
     for name in match.longer:
         rows = source.shapes[name][0], named_leaves(program.parameters)[name].shape[0]
         told.append(f"resized {name}: {rows[0]} -> {rows[1]} positions, the later ones left as initialised")
-    if match.missing:
-        told.append(f"left as initialised: {_some(match.missing)}")
+    if missing := [name for name in match.missing if not is_of_adapter(name)]:
+        told.append(f"left as initialised: {_some(missing)}")
     if match.unused:
         told.append(f"not used: {_some(match.unused)}")
     return [*told, *match.notes]
+
+
+def _check_adapter(program: Program, source: Source, missing: Collection[str]) -> None:
+    """Refuses an adapter of the weights that the config has not, and one of its own beside random weights."""
+    likes = named_leaves(program.parameters)
+    if others := [name for name in source.shapes if is_of_adapter(name) and name not in likes]:
+        raise StackError(
+            f"{source.name} holds an adapter that the config has not: {_some(others)}; take what"
+            " `stack export --to hf` makes of both, or the section adapter of its config"
+        )
+    frozen = {".".join(path) for path in program.frozen}
+    random = [name for name in missing if name in frozen and not is_of_adapter(name)]
+    if program.config.adapter is not None and random:
+        raise StackError(
+            f"{source.name} has no {_some(random)}, which an adapter would leave as initialised, at random;"
+            " name it in adapter.train"
+        )
 
 
 def _words(

@@ -22,6 +22,9 @@ from stack.train.ledger import TOKENIZER
 _PARTS = ("params", "frozen", "ema")
 """Of a state, those that hold parameters; a later one goes before an earlier, as in `states.join`."""
 
+_DTYPES = ("float32", "bfloat16")
+"""Of parameters: what an adapter leaves as it is may be narrow."""
+
 
 class Saved:
     """One checkpoint: of parameters that have a moving average, that, as it is what is evaluated."""
@@ -37,7 +40,7 @@ class Saved:
 
         Raises:
             DamagedError: it is not as it was written.
-            StackError: there is none of that step, or it holds parameters that are not float32.
+            StackError: there is none of that step, or it holds parameters of another type than it may.
         """
         manifest = checkpoints.manifest(step)
         self._record = manifest.extra
@@ -47,10 +50,13 @@ class Saved:
         for part in _PARTS:
             names = [name for name in manifest.leaves if name.startswith(f"{part}.")]
             self._leaves |= {name.partition(".")[2]: name for name in names}
-        others = [leaf for leaf in self._leaves.values() if manifest.leaves[leaf][0] != "float32"]
+        self._dtypes = {name: manifest.leaves[leaf][0] for name, leaf in self._leaves.items()}
+        others = [leaf for name, leaf in self._leaves.items() if self._dtypes[name] not in _DTYPES]
         if others:
             dtype = manifest.leaves[others[0]][0]
-            raise StackError(f"{store.name}/{step}: {others[0]} is of {dtype}, but parameters are float32")
+            raise StackError(
+                f"{store.name}/{step}: {others[0]} is of {dtype}, but parameters are {' or '.join(_DTYPES)}"
+            )
         average = ", the average of its weights" if self._averages else ""
         self.name = f"{run or store.name} at step {step:,}{average}"
         self.shapes = {name: manifest.leaves[leaf][1] for name, leaf in self._leaves.items()}
@@ -78,11 +84,17 @@ class Saved:
         arrays: dict[str, jax.Array] = {}
 
         def read() -> None:
-            arrays.update(self._reader.read({self._leaves[name]: like for name, like in wanted.items()}))
+            stored = {self._leaves[name]: self._as_stored(name, like) for name, like in wanted.items()}
+            arrays.update(self._reader.read(stored))
 
         all_or_none(read)
-        return {name: lay_out(arrays[self._leaves[name]], like.sharding) for name, like in wanted.items()}
+        laid_out = {name: lay_out(arrays[self._leaves[name]], like.sharding) for name, like in wanted.items()}
+        return {name: array.astype(np.float32) for name, array in laid_out.items()}
+
+    def _as_stored(self, name: str, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(like.shape, self._dtypes[name], sharding=like.sharding)
 
     def read_box(self, name: str, box: Box) -> np.ndarray:
         """A part of a parameter."""
-        return self._reader.read_box(self._leaves[name], box, np.dtype(np.float32))
+        values = self._reader.read_box(self._leaves[name], box, jax.numpy.dtype(self._dtypes[name]))
+        return values.astype(np.float32, copy=False)

@@ -1,0 +1,1 @@
+"""Search: passages of documents that answer a query, found by a run's vectors."""
