@@ -41,7 +41,7 @@ PREFERENCE = (
     Mutation(
         "the reference of a run that goes on is the run itself",
         "stack/train/reference.py",
-        "is_first = not int(now",
+        "is_first = ledger.begins and not int(now",
         "is_first = True or not int(now",
         "tests/train/test_preference.py",
     ),

@@ -145,13 +145,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         metrics = {} if given else trainer.evaluate()
         if arguments.data:
             run = trainer.program, trainer.trained, trainer.words
-            metrics = evaluate_file(
-                *run,
-                arguments.data,
-                answers=arguments.answers,
-                task=arguments.head,
-                complete=partial(completed, trainer),
-            )
+            options = {"answers": arguments.answers, "task": arguments.head}
+            metrics = evaluate_file(*run, arguments.data, complete=partial(completed, trainer), **options)
         for evaluation, path in asked.items():
             if path is not None:
                 metrics |= evaluation(trainer.program, trainer.trained, trainer.words, path)

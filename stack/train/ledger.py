@@ -53,6 +53,8 @@ class Ledger:
         self.store = place(config, folder)
         self.position = Position()
         self.origin: Mapping[str, Any] = {}
+        self.begins = False
+        """Whether the state is that of `starting.begin`, or comes from it by training."""
         """Of its first parameters; see `Record.origin`."""
         self._config = config
         self._folder = folder

@@ -84,5 +84,5 @@ def _open_adapter[T: "Trainer"](
         arrays = found.read(named_leaves(states.abstract(program)["params"]))
         state["params"] = unflatten_dict({path: arrays[name] for name, path in paths.items()})
     state.pop("ema", None)  # What was kept is the average, where there is one.
-    trainer.state = state
+    trainer.state, trainer.ledger.origin = state, origin
     return trainer

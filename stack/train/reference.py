@@ -97,7 +97,7 @@ def _completed(
     if not all_say(entry is not None):
         remove_entry(folder)  # Of another time, and perhaps of another mesh: the others' would differ.
         with meshes.use(program.mesh):
-            is_first = not int(now["step"])
+            is_first = ledger.begins and not int(now["step"])
             params = states.join(now) if is_first else starting.again(program, tokenizer, origin)
             values = _compute(program, sides, params)
         if not all(np.isfinite(some).all() for some in values.values()):

@@ -282,6 +282,7 @@ class Trainer:
         )
         if self.state is None:
             self.state, self.ledger.origin = starting.begin(self.program, self.tokenizer, warn=notes.append)
+            self.ledger.begins = True
         else:
             self.state = states.completed(self.program, self.state)
         _ = self.compared

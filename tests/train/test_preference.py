@@ -129,6 +129,25 @@ def test_a_file_of_ones_own_is_compared_too(folder, computed, capsys, tmp_path):
         evaluate_file(opened.program, opened.trained, opened.words, str(tmp_path / "mine.jsonl"))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "gone"])
+def test_an_adapter_is_compared_with_its_base(folder, computed, kept, tmp_path):
+    cache = f"data.cache_dir={tmp_path}/cache"
+    adapter = "adapter={targets: [{modules: [layers.*], rank: 4}]}"
+    run(folder, f"adapted-{kept}", *overrides(folder, cache, adapter, "optimizer.learning_rate=2e-2"))
+    told = [record for record in records(folder, f"adapted-{kept}") if record["kind"] == "heldout"][-1]
+    assert told["loss"] < 0.6
+    if not kept:
+        for entry in entries(tmp_path):
+            shutil.rmtree(entry)
+    opened = Trainer.from_run(
+        folder / "runs" / "base", adapter=folder / "runs" / f"adapted-{kept}", devices=jax.devices()[:1]
+    )
+    metrics = opened.evaluate()
+    assert metrics == {name: pytest.approx(told[name], rel=1e-5) for name in metrics}
+    assert len(computed) == (1 if kept else 2)
+
+
 def test_a_damaged_reference_is_computed_again(folder, computed, caplog):
     (entry,) = entries(folder)
     before = (entry / "train.bin").read_bytes()
