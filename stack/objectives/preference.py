@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stack.config import Config, PreferredConfig
@@ -73,7 +72,7 @@ class Preferences(Words, ABC):
 
     def head(self, run: "Execution") -> "Head":
         """That of words, whose labels are not smoothed: `label_smoothing` is of preferences here."""
-        return replace(super().head(run), smoothing=0.0)
+        return super().head(run)._replace(smoothing=0.0)
 
     def log_probs(
         self, model: "Model", batch: "Mapping[str, jax.Array]", run: "Execution"
