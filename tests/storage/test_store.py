@@ -159,7 +159,16 @@ def test_a_run_goes_on_from_a_bucket_bit_for_bit(tmp_path, s3) -> None:
     assert opened.evaluate()["loss"] > 0
 
 
-def test_a_store_that_is_not_reached_is_one_line_and_the_run_goes_on(tmp_path, s3) -> None:
+def test_a_store_that_is_not_reached_is_one_line_and_the_run_goes_on(tmp_path, s3, monkeypatch) -> None:
+    opened: list[Checkpoints] = []
+
+    class Kept(Checkpoints):
+        def __enter__(self):
+            opened.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr("stack.train.trainer.Checkpoints", Kept)
+
     class Cut(Listener):
         """The network is gone between two saves, and back for the last."""
 
@@ -170,6 +179,7 @@ def test_a_store_that_is_not_reached_is_one_line_and_the_run_goes_on(tmp_path, s
             if step == 2:
                 store._keys = Store(f"{s3.replace('bucket', 'nowhere')}/x")._keys
             elif step == 7:
+                opened[-1].wait()  # The save of step 6 finds no store yet, however slow it is.
                 store._keys = Store(f"{s3}/cut/cut")._keys
 
         def on_warning(self, text) -> None:
