@@ -97,7 +97,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def tree(name: str, folder: Path, trunk: str = "encoder", **sections: Any) -> dict[str, Any]:
+def tree(name: str, folder: Path | str, trunk: str = "encoder", **sections: Any) -> dict[str, Any]:
     """A config of a kind of task, as YAML has it; sections are added to what is there."""
     model = {
         "vocab_size": 257,

@@ -200,7 +200,7 @@ def test_the_page_on_evaluation_runs(folder) -> None:
     assert len(run("python likely.py", folder).splitlines()) == 2
 
 
-def run_page(page: Path, folder: Path, train: str) -> str:
+def run_page(page: Path, folder: Path) -> str:
     """What the blocks of a page print, after the README, whose run they begin with; some runs are shorter."""
     if not (folder / "runs" / "quickstart").exists():
         run(_QUICKSTART, folder)
@@ -214,13 +214,13 @@ def run_page(page: Path, folder: Path, train: str) -> str:
             (folder / "snippet.py").write_text(block)
             printed += run("python snippet.py", folder)
         else:
-            printed += run(block.replace(train, f"{train} {_SOME}"), folder)
+            printed += run(re.sub(r"(stack train \w+\.yaml)", rf"\1 {_SOME}", block), folder)
     return printed
 
 
 @pytest.mark.full
 def test_the_page_on_heads_runs_from_top_to_bottom(folder) -> None:
-    printed = run_page(HEADS, folder, "stack train kinds.yaml")
+    printed = run_page(HEADS, folder)
     assert "macro_f1" in printed
     assert "20 records in predicted.jsonl" in printed
     assert "20 records in several.jsonl" in printed
@@ -228,7 +228,7 @@ def test_the_page_on_heads_runs_from_top_to_bottom(folder) -> None:
 
 @pytest.mark.full
 def test_the_page_on_search_runs_from_top_to_bottom(folder) -> None:
-    printed = run_page(SEARCH, folder, "stack train find.yaml")
+    printed = run_page(SEARCH, folder)
     assert (
         len(re.findall(r"^   [123]  0\.\d{4}  library/\w+\.py:\d+  \[\d+:\d+\]$", printed, re.MULTILINE)) == 6
     )
@@ -238,9 +238,11 @@ def test_the_page_on_search_runs_from_top_to_bottom(folder) -> None:
 
 @pytest.mark.full
 def test_the_page_on_fine_tuning_runs_from_top_to_bottom(folder) -> None:
-    printed = run_page(FINE_TUNING, folder, "stack train functions.yaml")
+    printed = run_page(FINE_TUNING, folder)
     assert "):⏎    ⟦" in printed, "what is predicted begins after the prompt"
-    for name in ("functions", "conversations", "preferred"):
+    assert "of them trained" in printed, "the first line of a run with an adapter"
+    assert "domains   perplexity of held-out text, before and after\n          python " in printed
+    for name in ("functions", "conversations", "preferred", "small", "domain"):
         assert (folder / "runs" / name / "metrics.jsonl").is_file()
 
 

@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stack import environment
-from stack.config.errors import ConfigError, StackError
+from stack.cli.prompts import prompt, prompt_in
+from stack.config.errors import ConfigError
 from stack.hardware import defaults
 from stack.interrupt import die_with_launcher
 
@@ -217,8 +218,10 @@ def search(arguments: argparse.Namespace) -> None:
             print(text, file=sys.stderr, flush=True)
 
     with together():
-        options = {name: value for name, value in vars(arguments).items() if name not in ("run", "version")}
-        for line in run(**options, tell=tell):
+        which = _which(arguments)
+        others = ("run", "version", "adapter", "best")
+        options = {name: value for name, value in vars(arguments).items() if name not in others}
+        for line in run(**options, which=which, tell=tell):
             if first():
                 print(line, flush=True)
 
@@ -237,7 +240,7 @@ def sample(arguments: argparse.Namespace) -> None:
     }
     overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
     with together():
-        prompts = [*map(_prompt, arguments.rest), *map(_prompt_file, arguments.file)]
+        prompts = [*map(prompt, arguments.rest), *map(prompt_in, arguments.file)]
         trainer = Trainer.from_run(arguments.config, overrides, **_which(arguments))
         prompts = prompts or [trainer.config.sample.prompt]
         between = trainer.program.objective.between
@@ -251,37 +254,6 @@ def sample(arguments: argparse.Namespace) -> None:
         for piece in pieces:
             if first():
                 print(piece, end="", flush=True)
-
-
-def _prompt(word: str) -> str:
-    """A prompt as it was typed; `-`: what stands on standard input."""
-    from stack.config.section import is_text
-
-    if word != "-":
-        if is_text(word):
-            return word
-        try:  # Python reads arguments in the terminal's encoding; what that lacks is kept as it came.
-            return os.fsencode(word).decode()
-        except UnicodeError:
-            told = "holds bytes that are not UTF-8; give it as UTF-8"
-            raise StackError(f"prompt {word!a} {told}") from None
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise StackError(
-            f"standard input: byte {error.start} is not UTF-8; give the prompt as UTF-8"
-        ) from None
-
-
-def _prompt_file(name: str) -> str:
-    from stack.config.paths import expand
-
-    try:
-        return expand(name).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise StackError(f"{name}: byte {error.start} is not UTF-8; give UTF-8") from None
-    except OSError as error:
-        raise StackError(f"{name}: cannot be read: {error.strerror}; check --file") from None
 
 
 def import_weights(arguments: argparse.Namespace) -> None:

@@ -305,6 +305,8 @@ def _add_search(verbs: "argparse._SubParsersAction[Parser]") -> None:
     text = "do not compare all passages, but walk a graph of neighbours by FAISS (extra search)"
     search.add_argument("--approximate", action="store_true", help=text)
     search.add_argument("--head", metavar="NAME", help="of a run of several tasks, the one that retrieves")
+    add_adapter(search)
+    add_best(search)
 
 
 def _add_kernels(verbs: "argparse._SubParsersAction[Parser]") -> None:

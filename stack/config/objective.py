@@ -25,6 +25,9 @@ class WordsConfig(ObjectiveSection):
 
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-normaliser (arXiv 2204.02311, 1e-4 there)."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the target that is spread evenly over all words (arXiv 1512.00567, section 7; 0.1 in
+    translation, arXiv 1706.03762). The losses that are told are without it, as z-loss."""
     logits_bytes: PositiveInt | None = None
     """Bytes of float32 logits that exist at one time on a device; null: as many as the table's float32
     gradient has, which every chunk of tokens reads and writes, but at least 64 MiB."""

@@ -63,8 +63,9 @@ class TrainConfig(Section):
 
 
 BETTER = {
-    **dict.fromkeys(("loss", "perplexity", "nats_per_byte"), "min"),
-    **dict.fromkeys(("accuracy", "macro_f1", "f1", "exact_match", "mcc", "auroc"), "max"),
+    **dict.fromkeys(("loss", "perplexity", "nats_per_byte", "calibration_error"), "min"),
+    **dict.fromkeys(("accuracy", "f1", "macro_f1", "micro_f1", "entity_f1", "exact_match", "mcc"), "max"),
+    **dict.fromkeys(("auroc", "mrr", "ndcg_at_10", "precision_at_k", "bleu", "chrf"), "max"),
 }
 """Which way some metrics of evaluations are better; of others a config says it."""
 

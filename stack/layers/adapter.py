@@ -146,6 +146,16 @@ def _whole(variable: nnx.Variable, layout: Layout) -> jax.Array:
     return jax.reshard(weight, layout.whole_spec(variable.axes))
 
 
+def magnitudes(kernel: np.ndarray, inputs: tuple[int, ...]) -> np.ndarray:
+    """The length of what a matrix has for each output, [outputs] float32; computed in float64, on the host.
+
+    Args:
+      kernel: [inputs, outputs].
+      inputs: which of its axes they are.
+    """
+    return np.sqrt(np.square(kernel.astype(np.float64)).sum(inputs)).astype(np.float32)
+
+
 def merged(
     kernel: np.ndarray,
     a: np.ndarray,

@@ -102,7 +102,7 @@ def use_adapters(model: nnx.Module, adapters: Mapping[str, Adapter], *, seed: in
 
     A is normal with deviation 1 / sqrt(inputs) and B zero, so that nothing is added yet; what each draws
     depends on the seed and its own name alone. A magnitude is 1 until it is set to what the matrix has, of
-    `magnitudes`: the matrices of a run with an adapter are read from elsewhere.
+    `stack.layers.adapter.magnitudes`: the matrices of a run with an adapter are read from elsewhere.
 
     Args:
         model: whole.
@@ -125,16 +125,6 @@ def use_adapters(model: nnx.Module, adapters: Mapping[str, Adapter], *, seed: in
             ones = jnp.ones((*shape[:stack], *shape[last:]), jnp.float32)
             outputs = (*axes[:stack], *axes[last:])
             module.dora_magnitude = nnx.data(parameter(ones, axes=outputs, role="vector"))
-
-
-def magnitudes(kernel: jax.Array, *, inputs: int) -> jax.Array:
-    """The length of what a matrix has for each output, [outputs] float32.
-
-    Args:
-        kernel: [inputs, outputs].
-        inputs: how many axes they are.
-    """
-    return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(tuple(range(inputs))))
 
 
 def _bias(outputs: Axes) -> nnx.Param:

@@ -190,7 +190,7 @@ class Pairs(Words, ABC):
     def examples(self, tokenizer: Tokenizer) -> PairExamples:
         """How rows are packed, and made of pieces; see `splitter` for errors."""
         # All that may decide how large the parts are.
-        options = self.options.model_dump(exclude={"z_loss", "logits_bytes", "sentinel"})
+        options = self.options.model_dump(exclude={"z_loss", "label_smoothing", "logits_bytes", "sentinel"})
         name = f"{self.name} {self.lengths} {json.dumps(options, sort_keys=True)}"
         return PairExamples(
             self.splitter(tokenizer), self.room, name=name, lengths=self.lengths, start=self.start

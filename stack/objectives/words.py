@@ -35,7 +35,7 @@ PACKED = (
 
 
 class Words:
-    """Mean cross-entropy of labels, with z-loss: a model's hidden states have the labels' shape."""
+    """Mean cross-entropy of labels, with z-loss and smoothing, from hidden states of the labels' shape."""
 
     fields: tuple[Field, ...] = PACKED
     endings: tuple[str, ...] = ("held_out",)
@@ -93,6 +93,7 @@ class Words:
             vocab_size=self.model.vocab_size,
             softcap=self.model.logit_softcap,
             z_loss=self.options.z_loss,
+            smoothing=self.options.label_smoothing,
             chunk=chunk_tokens(
                 self.options.logits_bytes,
                 embed_dim=self.model.embed_dim,
@@ -103,7 +104,7 @@ class Words:
         )
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """`loss` (nats per token, without z-loss), `accuracy` and `tokens` (labels)."""
+        """`loss` (nats per token, without z-loss and smoothing), `accuracy` and `tokens` (labels)."""
         tokens = sums["tokens"]
         divisor = tokens.clip(1.0)
         return {"loss": sums["nll"] / divisor, "accuracy": sums["correct"] / divisor, "tokens": tokens}

@@ -17,7 +17,6 @@ from stack.data.mixture import Schedule, training_order
 from stack.data.tokenizer import Tokenizer
 from stack.objectives import build
 from stack.objectives.labels import with_labels
-from stack.objectives.task import Task
 from stack.report import tasks
 from stack.storage import durable
 
@@ -117,7 +116,6 @@ def examine(config: Config, *, rows: int = 3) -> DataReport:
     some = np.unique(np.linspace(0, len(numbers) - 1, min(MOST_ROWS, len(numbers))).astype(np.int64))
     batch = made(numbers[some], some)
     labels = tasks.count(batch)
-    task = objective if isinstance(objective, Task) else None
     names = [_name(source) for source in config.data.read_sources]
     bounds = np.cumsum([0, *(part.num_rows for part in train.parts)])
     show = np.arange(min(rows, len(numbers)))
@@ -137,7 +135,7 @@ def examine(config: Config, *, rows: int = 3) -> DataReport:
                 place=int(place),
                 source=names[int(np.searchsorted(bounds, numbers[place], side="right")) - 1],
                 texts=tuple(
-                    _texts({name: values[place] for name, values in shown.items()}, data.tokenizer, task)
+                    _texts({name: values[place] for name, values in shown.items()}, data.tokenizer, objective)
                 ),
             )
             for place in show
@@ -182,7 +180,8 @@ def _sources(data: Data, names: Sequence[str], drawn: np.ndarray) -> Iterator[So
         )
 
 
-def _texts(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, task: Task | None) -> Iterator[Text]:
+def _texts(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, objective: object) -> Iterator[Text]:
+    task, row = tasks.of_row(objective, row)
     for number in range(1, int(row["segments"].max(initial=0)) + 1):
         places = np.flatnonzero(row["segments"] == number)
         tokens = row["tokens"][places].tolist()

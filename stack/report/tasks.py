@@ -7,6 +7,7 @@ import numpy as np
 
 from stack.objectives.classification import Classification
 from stack.objectives.key_sentences import KeySentences
+from stack.objectives.multi_task import MultiTask
 from stack.objectives.reranking import Reranking
 from stack.objectives.retrieval import NEGATIVE, PASSAGE, QUERY, Retrieval
 from stack.objectives.span_answers import SpanAnswers
@@ -36,12 +37,29 @@ class Told(NamedTuple):
 
 def count(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """Labels of each row, [rows]: of words, tokens, sentences, texts, passages or queries."""
+    if "task" in batch:
+        names = {name.partition(".")[0] for name in batch if "." in name}
+        return sum((count(_own(batch, name)) for name in names), np.zeros(len(batch["task"]), int))
     if "start" in batch:
         return (batch["start"] >= 0).sum(1)
     if "kinds" in batch:
         return (batch["kinds"] == QUERY).sum(1)
     labels = batch["labels"]
     return ((labels if labels.ndim == 2 else labels[..., 0]) >= 0).sum(1)
+
+
+def of_row(objective: object, row: Mapping[str, np.ndarray]) -> tuple[Task | None, Mapping[str, np.ndarray]]:
+    """The task of a row, and the fields as that has them; None: the objective is no task."""
+    if isinstance(objective, MultiTask):
+        name = list(objective.tasks)[int(row["task"])]
+        return objective.tasks[name], _own(row, name)
+    return objective if isinstance(objective, Task) else None, row
+
+
+def _own(batch: Mapping[str, np.ndarray], task: str) -> dict[str, np.ndarray]:
+    """Fields of one task of several, and those of all."""
+    own = {name.removeprefix(f"{task}."): values for name, values in batch.items()}
+    return {name: values for name, values in own.items() if "." not in name and name != "task"}
 
 
 def tell(task: Task, row: Mapping[str, np.ndarray], unit: int, places: np.ndarray) -> Told:

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -34,7 +35,8 @@ def run(
     passage: int | None,
     overlap: int | None,
     approximate: bool,
-    task: str | None,
+    head: str | None,
+    which: Mapping[str, Any],
     tell: Callable[[str], None],
 ) -> Iterator[str]:
     """Builds the index where it must be, and searches it; yields what was found, as lines.
@@ -53,7 +55,8 @@ def run(
       passage: tokens of a passage.
       overlap: tokens that neighbours share.
       approximate: whether FAISS finds them.
-      task: of a run of several, the one that retrieves.
+      head: of a run of several tasks, the one that retrieves.
+      which: of the run's checkpoints; see `Trainer.from_run`.
       tell: is told what else a person should know.
 
     Raises:
@@ -71,7 +74,7 @@ def run(
         raise ConfigError("several processes share no standard input; give --query or --queries")
     if output is not None and expand(output).exists():
         raise StackError(f"{output} is there already; remove it, or give --output another name")
-    trainer = Trainer.from_run(config, rest)
+    trainer = Trainer.from_run(config, rest, **which)
     second = None if rerank is None else Trainer.from_run(rerank)
     if second is not None:
         reranker(second)
@@ -84,7 +87,7 @@ def run(
         overlap=overlap,
         width=width,
         approximate=approximate,
-        task=task,
+        task=head,
         tell=tell,
     )
     tell(f"index     {len(made):,} passages of {made.num_files:,} files in {made.folder}")

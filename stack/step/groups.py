@@ -101,7 +101,7 @@ def depths(axes: Any, shapes: Any) -> Any:
         if path in stacks:
             return np.arange(stacks[path])[::-1]
         place = next((place for place, module in enumerate(path) if module in BELOW), None)
-        if place is None:
+        if place is None or path[0] == "task":  # A head, whose parts may have any names.
             return -1
         return max((number for other, number in stacks.items() if other[:place] == path[:place]), default=-1)
 

@@ -4,11 +4,13 @@ Nothing is ever whole on one host: abstract shapes first, then shardings, then `
 into place.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
@@ -148,3 +150,29 @@ def retype(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """The same shards on the same devices, under a mesh of other axis types."""
     shards = [shard.data for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+
+
+def to_host(array: Any, layer: int | None = None) -> np.ndarray:
+    """An array of a mesh, or what one layer has of it, whole on this host; every process calls.
+
+    Args:
+      array: of any sharding; with a layer, [layers, ...].
+      layer: its number; None: all of the array.
+    """
+    auto = automatic(array.sharding.mesh)
+    array, whole = retype(array, NamedSharding(auto, array.sharding.spec)), NamedSharding(auto, P())
+    with meshes.use(auto):
+        return np.asarray(_gather(whole)(array) if layer is None else _gather_layer(whole)(array, layer))
+
+
+@cache
+def _gather(whole: NamedSharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=whole)
+
+
+@cache
+def _gather_layer(whole: NamedSharding) -> Callable[..., jax.Array]:
+    def layer(array: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(array, number, keepdims=False)
+
+    return jax.jit(layer, out_shardings=whole)

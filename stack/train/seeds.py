@@ -106,7 +106,7 @@ def fit_seeds(config: Config, number: int, *, progress: bool = True, **options: 
     for seed in range(config.seed, config.seed + number):
         one = config.replace(f"seed={seed}", f"name={config.name}-seed{seed}")
         done = known.get(seed)
-        if done is None or done.config != _digest(one) or not (expand(one.output_dir) / one.name).is_dir():
+        if done is None or done.config != _digest(one):
             done = _fit(one, progress=progress, **options)
         runs.append(done)
         if jax.process_index() == 0:
@@ -136,16 +136,22 @@ def _digest(config: Config) -> str:
 
 
 def _read(file: Path) -> Sequence[SeedRun]:
-    """The runs that a file knows, as process 0 reads it; none if there is no file."""
-    text = text_of_first(lambda: file.read_text("utf-8") if file.is_file() else "")
-    try:
-        runs = json.loads(text)["runs"] if text else []
-        return [
-            SeedRun(**run | {"metrics": {name: float(v) for name, v in run["metrics"].items()}})
-            for run in runs
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StackError(f"{file} is not what was written: {error!r}; delete it") from error
+    """The runs that a file knows and whose folders are there, as process 0 sees them."""
+
+    def tell() -> str:
+        try:
+            runs = json.loads(file.read_text("utf-8"))["runs"] if file.is_file() else []
+            return json.dumps([asdict(_run(one)) for one in runs if (file.parent / one["name"]).is_dir()])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StackError(f"{file} is not what was written: {error!r}; delete it") from error
+
+    return [_run(one) for one in json.loads(text_of_first(tell))]
+
+
+def _run(values: Mapping[str, Any]) -> SeedRun:
+    read: dict[str, Any] = dict(values)
+    read["metrics"] = {name: float(value) for name, value in values["metrics"].items()}
+    return SeedRun(**read)
 
 
 def _plain(values: Mapping[str, float | None]) -> dict[str, Any]:

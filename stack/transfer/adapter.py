@@ -14,11 +14,11 @@ from flax.traverse_util import flatten_dict
 from stack.config import StackError
 from stack.config.paths import expand
 from stack.interop.safetensors_folder import SINGLE, write_folder
+from stack.step import state as states
 from stack.storage import durable
 from stack.train.ledger import TOKENIZER
 from stack.train.trainer import Trainer
 from stack.train.weights.adapter import ABOUT, ARRAYS, FORMAT
-from stack.transfer.exporting import read_whole
 
 
 def export_adapter(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator[str]:
@@ -64,7 +64,7 @@ def export_adapter(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator
             hidden,
             sizes,
             np.dtype(np.float32),
-            lambda name: read_whole(arrays[name]),
+            lambda name: states.to_host(arrays[name]),
             most_bytes=whole + 1,
             write=is_first,
         ):

@@ -4,15 +4,12 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from stack.config import ConfigError, DecoderConfig, EncoderConfig, EncoderDecoderConfig, StackError
 from stack.config.paths import expand
@@ -128,24 +125,4 @@ def reader(trainer: Trainer) -> Callable[[str, int | None], np.ndarray]:
 
 def _read(arrays: dict[str, Any], path: str, layer: int | None) -> np.ndarray:
     """A parameter, or what one layer has of it, whole on this host."""
-    return read_whole(arrays[path], layer)
-
-
-def read_whole(array: Any, layer: int | None = None) -> np.ndarray:
-    """An array of a mesh, or one of its layers, whole on this host; every process calls."""
-    auto = states.automatic(array.sharding.mesh)
-    array, whole = states.retype(array, NamedSharding(auto, array.sharding.spec)), NamedSharding(auto, P())
-    return np.asarray(_gather(whole)(array) if layer is None else _gather_layer(whole)(array, layer))
-
-
-@cache
-def _gather(whole: NamedSharding) -> Callable[..., jax.Array]:
-    return jax.jit(lambda array: array, out_shardings=whole)
-
-
-@cache
-def _gather_layer(whole: NamedSharding) -> Callable[..., jax.Array]:
-    def layer(array: jax.Array, number: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(array, number, keepdims=False)
-
-    return jax.jit(layer, out_shardings=whole)
+    return states.to_host(arrays[path], layer)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stack.layers.adapter import Adapter, merged
-from stack.layers.linear import Linear, linears, magnitudes, use_adapters
+from stack.layers.adapter import Adapter, magnitudes, merged
+from stack.layers.linear import Linear, linears, use_adapters
 from stack.parallel.rules import ONE_DEVICE
 
 INPUTS, OUTPUTS, RANK = (2, 3), (5, 4), 3
@@ -39,7 +39,7 @@ def adapted(kind: str) -> One:
     b = 0.3 * random(RANK, *OUTPUTS, seed=2)
     model.up.lora_b = model.up.lora_b.replace(jnp.asarray(b, jnp.float32))
     if kind == "dora":
-        longer = magnitudes(model.up.kernel[...], inputs=2) * (1 + 0.2 * random(*OUTPUTS, seed=3))
+        longer = magnitudes(np.asarray(model.up.kernel[...]), (0, 1)) * (1 + 0.2 * random(*OUTPUTS, seed=3))
         model.up.dora_magnitude = model.up.dora_magnitude.replace(jnp.asarray(longer, jnp.float32))
     return model
 
@@ -117,8 +117,8 @@ def test_a_new_one_changes_nothing_and_draws_by_its_name_alone(kind) -> None:
     adapter = Adapter(rank=RANK, alpha=6.0, has_magnitude=kind == "dora")
     use_adapters(model, {"up": adapter, "down": adapter}, seed=1)
     if kind == "dora":
-        length = magnitudes(model.up.kernel[...], inputs=2)
-        model.up.dora_magnitude = model.up.dora_magnitude.replace(length)
+        length = magnitudes(np.asarray(model.up.kernel[...]), (0, 1))
+        model.up.dora_magnitude = model.up.dora_magnitude.replace(jnp.asarray(length))
     y, before = (one.up(x, ONE_DEVICE, NAMES) for one in (model, plain))
     np.testing.assert_allclose(y, before, rtol=0 if kind == "lora" else 1e-6, atol=0)
     assert [name for name, _ in linears(model)] == ["up"]

@@ -76,6 +76,21 @@ def test_padding_changes_neither_loss_nor_gradient(model):
             np.testing.assert_allclose(one, other, atol=LIMIT * float(jnp.abs(other).max()))
 
 
+def test_smoothed_labels_are_trained_for_and_not_told():
+    """The loss by its formula in float64, from the model's own scores; what is told is plain."""
+    tree = FIELDS | {"data": {"sequence_length": 6}, "objective": {"kind": "causal", "label_smoothing": 0.3}}
+    program = programs.build(Config.model_validate(tree), jax.devices()[:1])
+    with meshes.use(program.mesh):
+        params, batch = states.init_params(program), jax.tree.map(jnp.asarray, rows(6))
+        _, sums = jax.jit(partial(loss_gradient, program))(params, jnp.int32(0), batch)
+        output = program.merge(params)(batch, program.execution())
+    scores = np.asarray(output.hidden, np.float64) @ np.asarray(output.table, np.float64)[:61].T
+    logs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(logs, batch["labels"][..., None], -1).sum()
+    assert float(sums["nll"]) == pytest.approx(nll, rel=1e-5)
+    assert float(sums["loss"]) == pytest.approx((0.7 * nll - 0.3 * logs.mean(-1).sum()) / 12, rel=1e-5)
+
+
 def test_the_divisor_is_the_labels_and_at_least_one():
     objective = Causal(Config())
     assert objective.divisor({"labels": jnp.asarray(rows(8)["labels"])}) == 12

@@ -34,7 +34,7 @@ def test_options_that_change_the_room_change_the_name_of_the_rows():
         examples("sentence_removal", **options).packing for options in ({}, {"rate": 0.1}, {"shortest": 9})
     ]
     assert len({*spans, *sentences}) == 6
-    assert examples("span_corruption", z_loss=0.1).packing == spans[0]
+    assert examples("span_corruption", z_loss=0.1, label_smoothing=0.1).packing == spans[0]
 
 
 def test_rows_of_other_options_are_packed_anew(tmp_path):

@@ -135,8 +135,8 @@ def lists(scores, batch):
     return loss, count
 
 
-def by_numpy(name: str, task: Any, batch: dict[str, np.ndarray], scores: np.ndarray) -> tuple[float, float]:
-    labels = batch.get("labels")
+def by_numpy(name: str, task: Any, batch: dict[str, np.ndarray], scores: Any) -> tuple[Any, Any]:
+    labels: Any = batch.get("labels")
     match name:
         case "classification":
             return cross_entropies(scores, labels, 0.1, task.options.class_weights)
@@ -145,11 +145,9 @@ def by_numpy(name: str, task: Any, batch: dict[str, np.ndarray], scores: np.ndar
         case "tagging":
             return cross_entropies(scores, labels, 0.1)
         case "multi_label":
-            assert labels is not None
             known = labels[..., 0] >= 0
             return yes_or_no(scores[known], labels[known], 0.2).mean(-1).sum(), known.sum()
         case "key_sentences":
-            assert labels is not None
             return yes_or_no(scores[labels >= 0], labels[labels >= 0]).sum(), (labels >= 0).sum()
         case "span_answers":
             return spans(scores, batch)
@@ -166,7 +164,7 @@ def test_losses_and_their_gradients_are_those_of_numpy(name, opened):
     arrays = {field: jnp.asarray(values) for field, values in batch.items()}
     grad = jax.value_and_grad(lambda values: task.losses({key: values}, arrays, run)[0])
     loss, gradient = grad(jnp.asarray(scores[key]))
-    exact = np.float64(scores[key])
+    exact = scores[key].astype(np.float64)
     expected, count = by_numpy(name, task, batch, exact)
     assert count > 10
     assert float(loss) == pytest.approx(expected, rel=1e-5)
@@ -196,20 +194,18 @@ def said(name: str, task: Any, row: dict[str, np.ndarray], tokenizer: Any) -> li
         parts = [here[a + 1 : b] for a, b in itertools.pairwise(bounds)]
         units.append((here, parts))
         texts.append([tokenizer.decode(row["tokens"][part]) for part in parts])
-    labels, names = row.get("labels"), getattr(task.options, "labels", ())
+    labels: Any = row.get("labels")
+    names = getattr(task.options, "labels", ())
     numbers = range(len(units))
     match name:
         case "classification" | "pairs":
-            assert labels is not None
             return [(*texts[unit], names[labels[unit]]) for unit in numbers]
         case "multi_label":
-            assert labels is not None
             return [
                 (*texts[unit], *(label for label, yes in zip(names, labels[unit], strict=True) if yes))
                 for unit in numbers
             ]
         case "tagging":
-            assert labels is not None
             told = []
             for text, (_, (part,)) in zip(texts, units, strict=True):
                 tags = labels[part]
@@ -227,7 +223,6 @@ def said(name: str, task: Any, row: dict[str, np.ndarray], tokenizer: Any) -> li
                 told.append((*texts[unit], start - parts[1][0] if answer else None, answer))
             return told
         case "key_sentences":
-            assert labels is not None
             told = []
             for text, (_, (part,)) in zip(texts, units, strict=True):
                 ends = np.flatnonzero(labels[part] >= 0) + 1

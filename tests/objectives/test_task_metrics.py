@@ -1,6 +1,7 @@
 """Metrics of tasks against their definitions, and cases that are counted by hand."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_entities_are_spelled_as_conlleval_reads_them(tags, expected):
 
 def test_entity_f1_is_that_of_whole_entities(tmp_path):
     # The example of the README of seqeval: MISC found too early, PER right; precision, recall and F1 are 1/2.
-    task = build(config("tagging", tmp_path, objective={"labels": ["MISC", "PER"]}))
+    task: Any = build(config("tagging", tmp_path, objective={"labels": ["MISC", "PER"]}))
     true = [[0, 0, 0, 1, 2, 2, 0], [3, 4, 0, -1, -1, -1, -1]]
     said = [[0, 0, 1, 2, 2, 2, 0], [3, 4, 0, 1, 1, 1, 1]]
     scores = np.eye(5)[np.array(said)]
@@ -161,7 +162,7 @@ def test_lists_of_passages():
 
 
 def test_precision_at_k_of_sentences(tmp_path):
-    task = build(config("key_sentences", tmp_path, objective={"taken": 2}))
+    task: Any = build(config("key_sentences", tmp_path, objective={"taken": 2}))
     # Two texts in a row: of the first the right ones are 0 and 3; of the second 1 alone.
     outputs = {
         "segments": np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0]]),

@@ -223,6 +223,8 @@ def test_windows_of_a_passage_are_labelled_by_what_is_whole_in_them():
         assert bytes(row.tokens[before:-1].tolist()).decode() == context[start : start + 27]
         wanted = (24 - start + before, 28 - start + before) if whole else (0, 0)
         assert (labels["start"][0], labels["end"][0]) == wanted
+        # Nor is a part of it right where it is cut.
+        assert (labels["answers"] > 0).sum() == 5 * whole
         assert row.types.tolist() == [0] * before + [1] * (len(row.tokens) - before)
     longer = {**record, "answers": [{"start": 2, "text": context[2:58]}]}
     with pytest.raises(StackError, match="here:1: its first answer of 56 tokens lies whole in no window"):

@@ -228,3 +228,20 @@ def test_labels_of_tasks_are_shown_by_name(name, tmp_path):
         assert not note or f"<i>{note}</i>" in page
         for label in re.findall(r"→ ([^⟧]*)⟧", text):
             assert f"<b>{label}</b></span>" in page
+
+
+def test_labels_of_several_tasks_are_shown_by_name(tmp_path):
+    made = tree("classification", tmp_path, train={"batch_size": 1})
+    names = ("classification", "span_answers")
+    for name in names:
+        write(tmp_path / f"{name}.jsonl", RECORDS[name] * 2)
+    made["data"]["sources"] = [
+        {"kind": "jsonl", "path": f"{tmp_path}/{name}.jsonl", "field": None, "task": name} for name in names
+    ]
+    tasks = [{"name": name, "objective": {"kind": name}} for name in names]
+    report = examine(Config(**made | {"objective": {"kind": "multi_task", "tasks": tasks}}), rows=4)
+    lines = "\n".join(as_text(report))
+    assert "  (a) <|endoftext|>red cat<|endoftext|>" in lines
+    assert "red ⟦cat → answer⟧<|endoftext|>" in lines
+    assert report.labels_per_row >= 1
+    assert report.without_labels == 0

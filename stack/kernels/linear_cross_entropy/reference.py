@@ -32,5 +32,6 @@ def linear_cross_entropy(
     label_score = jnp.take_along_axis(scores, jnp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
     nll = jnp.where(counts, normaliser - label_score, 0.0).sum()
     penalty = jnp.where(counts, head.z_loss * jnp.square(normaliser), 0.0).sum()
+    evenly = jnp.where(counts, head.smoothing * (label_score - scores.mean(-1)), 0.0).sum()
     correct = counts & (label_score >= scores.max(-1))
-    return Sums(loss=scale * (nll + penalty), nll=nll, correct=correct.sum(dtype=dtype))
+    return Sums(loss=scale * (nll + evenly + penalty), nll=nll, correct=correct.sum(dtype=dtype))

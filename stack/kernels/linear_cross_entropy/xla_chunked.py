@@ -117,18 +117,24 @@ def _chunk_sums(
     """The sums of one chunk, and the gradient of its loss with respect to its raw logits."""
     counts, read = labels >= 0, _read(hidden, labels, table=table, bias=bias, head=head)
     penalty = jnp.where(counts, head.z_loss * jnp.square(read.normaliser), 0.0)
+    is_word = word_numbers(table.shape[0], head.layout) < head.vocab_size
+    if head.smoothing:  # (1 - e) nll + e x the mean of every word's: nll + e (its score - the mean score).
+        mean = jnp.where(is_word, read.scores, 0.0).sum(-1) / head.vocab_size
+        penalty += jnp.where(counts, head.smoothing * (read.label_score - mean), 0.0)
     sums = Sums(
         loss=scale * (read.nll + penalty).sum(),
         nll=read.nll.sum(),
         correct=read.correct.sum(dtype=jnp.float32),
     )
-    # d loss / d score = softmax x (1 + 2 z log Z) - [is label], then through the soft cap.
+    # d loss / d score = softmax x (1 + 2 z log Z) - target, then through the soft cap.
     pull = jnp.where(counts, (1.0 + 2.0 * head.z_loss * read.normaliser) / read.total, 0.0)
-    d_scores = read.exponentials * pull[..., None] - jnp.where(read.is_label & counts[..., None], 1.0, 0.0)
+    target = 1.0 - head.smoothing
+    d_scores = read.exponentials * pull[..., None] - jnp.where(read.is_label & counts[..., None], target, 0.0)
+    if head.smoothing:
+        d_scores -= jnp.where(is_word & counts[..., None], head.smoothing / head.vocab_size, 0.0)
     if head.softcap is not None:
         # The scores of padded words are the least float, whose square is infinite.
         slope = 1.0 - jnp.square(read.scores / head.softcap)
-        is_word = word_numbers(table.shape[0], head.layout) < head.vocab_size
         d_scores = d_scores * jnp.where(is_word, slope, 0.0)
     return sums, d_scores.astype(hidden.dtype)
 
@@ -144,6 +150,7 @@ class _Read(NamedTuple):
     normaliser: jax.Array
     """Logarithm of the sum of the scores' exponentials."""
     is_label: jax.Array
+    label_score: jax.Array
     nll: jax.Array
     """0 where a label does not count."""
     correct: jax.Array
@@ -167,6 +174,7 @@ def _read(
         total=total,
         normaliser=normaliser,
         is_label=is_label,
+        label_score=label_score,
         nll=jnp.where(counts, normaliser - label_score, 0.0),
         correct=counts & (label_score >= highest),
     )

@@ -116,6 +116,8 @@ class Workload:
     def loss_chunk(self) -> int:
         """Tokens whose logits a device holds at once."""
         rows, length = self.micro_batch, self.sizes["masked"] // self.context
+        if not length:
+            return 0
         tokens = chunk_tokens(
             self.logits_bytes,
             embed_dim=self.model.embed_dim,
@@ -181,7 +183,7 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
     products = choose_matmul(config, platform=platform, compute_capability=capability)
     micro_batch = train.batch_size // (sizes["data"] * sizes["fsdp"] * train.accumulation)
     return Workload(
-        model=model,
+        model=model if config.objective.scores_words else _without_words(model),
         length=data.sequence_length,
         masked=build(config).sizes.get("masked"),
         batch=train.batch_size,
@@ -207,6 +209,12 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         offload_activations=train.offload_activations,
         reduce_bytes=4 if train.grad_reduce_dtype == "float32" else 2,
     )
+
+
+def _without_words(model: ModelConfig) -> ModelConfig:
+    """The model of a task: what only scores words is not there, and its own head is of no size."""
+    changed = {"tied_embeddings": True} | ({"head_transform": False} if model.shape == "encoder" else {})
+    return model.model_copy(update=changed)
 
 
 def _precision(dtype: Literal["bfloat16", "float32"], chip: Hardware | None) -> Precision:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stack.config import PreferredConfig
+from stack.config import PreferredConfig, StackError
 from stack.config.multi_task import MultiTaskConfig
 from stack.train.watch.listeners import Listener
 
@@ -52,17 +52,23 @@ class Domains(Listener):
         return {KEPT: both, "rows": [*summary.get("rows", []), *shown]}
 
     def _evaluate(self) -> dict[str, float]:
-        """By source; those of which nothing is held out are left out."""
+        """By source; those of which nothing is held out, or nothing to predict, are left out."""
         trainer = self._trainer
         heldout, sources = trainer.data.heldout, trainer.config.data.read_sources
         found: dict[str, float] = {}
         for number, (part, source) in enumerate(zip(heldout.parts, sources, strict=True)):
             name = source.path or source.kind
             name = f"{name} ({number})" if name in found else name
-            if part.num_rows:
+            if not part.num_rows:
+                continue
+            try:
                 metrics = trainer.evaluate(
                     replace(heldout, parts=(part,), weights=heldout.weights[number:][:1])
                 )
-                self._measure = "perplexity" if "perplexity" in metrics else "loss"
+            except StackError as error:
+                self.warn(f"{name} is not told of by itself: {error}")
+                continue
+            self._measure = "perplexity" if "perplexity" in metrics else "loss"
+            if self._measure in metrics:
                 found[name] = metrics[self._measure]
         return found

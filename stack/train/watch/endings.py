@@ -10,6 +10,7 @@ from stack.evaluation.tables import score_tables
 from stack.evaluation.trigram import trigram_nats_per_byte
 from stack.inference.generate import check_prompt
 from stack.inference.text import encode_prompts, end_tokens
+from stack.objectives.metrics.classes import scikit_learn
 
 if TYPE_CHECKING:
     from stack.train.trainer import Trainer
@@ -50,6 +51,16 @@ def show_task(_: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
     """All that a task's metrics tell of the held-out records."""
     told = [f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)]
     return {"rows": [("held-out", ", ".join(told))]} if told else {}
+
+
+def check_metrics(trainer: "Trainer") -> None:
+    """Refuses held-out records whose metrics could not be told.
+
+    Raises:
+      StackError: scikit-learn is not installed.
+    """
+    if trainer.config.data.heldout_fraction:
+        scikit_learn()
 
 
 def show_trigram(trainer: "Trainer", summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +118,7 @@ def printable(text: str) -> str:
 ENDINGS: Mapping[str, Ending] = {
     "held_out": Ending(show=show_held_out),
     "preferences": Ending(show=show_preferences),
-    "task": Ending(show=show_task),
+    "task": Ending(show=show_task, check=check_metrics),
     "trigram": Ending(show=show_trigram),
     "tables": Ending(show=show_tables),
     "sample": Ending(show=show_sample, check=check_sample),

@@ -1,18 +1,15 @@
 """Weights onto the mesh: every process reads what lies on its devices."""
 
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from stack.layers.linear import magnitudes
-from stack.parallel import mesh as meshes
+from stack.layers.adapter import magnitudes
 from stack.step import state as states
 from stack.step.program import Program
 from stack.train.checkpoint.agreement import all_or_none
@@ -72,34 +69,23 @@ def _cast(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 def _magnitudes(program: Program, match: Match, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The lengths that adapters begin with: those of the weights, in the dtype of their products.
 
-    Each layer's matrix is whole on every device while its own are summed, so that they are the same bits on
-    any mesh.
+    A host makes them of one layer after another in float64, so that they are the same bits on any mesh.
     """
+    likes = named_leaves(program.parameters)
     axes: dict[str, Any] = dict(flatten_dict(program.axes, sep="."))
-    mesh = states.automatic(states.concrete(program))
-    likes, found = named_leaves(program.parameters), {}
+    dtype = jax.numpy.dtype(program.config.model.dtype)
+    found: dict[str, jax.Array] = {}
     for name in match.missing:
         owner, _, last = name.rpartition(".")
         if last != "dora_magnitude":
             continue
-        stack = int(axes[name][0] == "layers")
-        one = partial(
-            _lengths,
-            inputs=len(axes[f"{owner}.lora_a"]) - stack - 1,
-            dtype=program.config.model.dtype,
-            whole=NamedSharding(mesh, P()),
-        )
-        there, here = (NamedSharding(mesh, likes[some].sharding.spec) for some in (f"{owner}.kernel", name))
-        with meshes.use(mesh):
-            compute = jax.jit(partial(jax.lax.map, one) if stack else one, out_shardings=here)
-            array = compute(states.retype(arrays[f"{owner}.kernel"], there))
-        found[name] = states.retype(array, likes[name].sharding)
+        kernel, like = arrays[f"{owner}.kernel"], likes[name]
+        layers = range(kernel.shape[0]) if axes[name][0] == "layers" else [None]
+        inputs = tuple(range(kernel.ndim - len(like.shape)))
+        lengths = [magnitudes(states.to_host(kernel, layer).astype(dtype), inputs) for layer in layers]
+        values = np.concatenate(lengths).reshape(like.shape)
+        found[name] = jax.make_array_from_callback(like.shape, like.sharding, values.__getitem__)
     return found
-
-
-def _lengths(kernel: jax.Array, *, inputs: int, dtype: str, whole: NamedSharding) -> jax.Array:
-    kernel = jax.lax.with_sharding_constraint(kernel, whole)
-    return magnitudes(kernel.astype(dtype), inputs=inputs)
 
 
 def _mean(source: Source, name: str, rows: np.ndarray) -> np.ndarray:

@@ -19,11 +19,12 @@ WIDTH = 16
 SHAPES = {"padded": (4, 12, 37, 48), "odd": (3, 7, 41, 41), "one token": (1, 1, 5, 8)}
 """Rows, columns, words, rows of the table."""
 CASES = [
-    *itertools.product(["padded"], ["some"], [None, 3.0], [0.0, 0.1], [False, True]),
-    *itertools.product(["odd", "one token"], ["all"], [3.0], [0.1], [True]),
-    ("padded", "none", 3.0, 0.1, True),
+    *itertools.product(["padded"], ["some"], [None, 3.0], [0.0, 0.1], [False, True], [0.0]),
+    *itertools.product(["padded"], ["some"], [None, 3.0], [0.1], [True], [0.2]),
+    *itertools.product(["odd", "one token"], ["all"], [3.0], [0.1], [True], [0.2]),
+    ("padded", "none", 3.0, 0.1, True, 0.2),
 ]
-"""Shape, which labels count, soft cap, z-loss, whether words have a bias."""
+"""Shape, which labels count, soft cap, z-loss, whether words have a bias, smoothing."""
 LIMIT = {"float32": 1e-5, "bfloat16": 2.0**-7}
 """Of the largest value. A slope and then a gradient are rounded to bfloat16, each by up to 2^-9."""
 
@@ -78,10 +79,13 @@ def by_hand(hidden, table, labels, bias, head, scale):
     scores = raw if head.softcap is None else head.softcap * np.tanh(raw / head.softcap)
     normaliser = np.log(np.exp(scores).sum(-1))
     counts, is_label = labels >= 0, np.arange(words) == labels[..., None]
-    nll = (normaliser - (scores * is_label).sum(-1))[counts].sum()
-    loss = scale * (nll + head.z_loss * np.square(normaliser)[counts].sum())
+    logs, target = scores - normaliser[..., None], (1 - head.smoothing) * is_label + head.smoothing / words
+    nll = -(logs * is_label).sum(-1)[counts].sum()
+    loss = scale * (
+        -(logs * target).sum(-1)[counts].sum() + head.z_loss * np.square(normaliser)[counts].sum()
+    )
     correct = (scores.argmax(-1) == labels)[counts].sum()
-    slope = np.exp(scores - normaliser[..., None]) * (1 + 2 * head.z_loss * normaliser[..., None]) - is_label
+    slope = np.exp(scores - normaliser[..., None]) * (1 + 2 * head.z_loss * normaliser[..., None]) - target
     if head.softcap is not None:
         slope *= 1 - np.tanh(raw / head.softcap) ** 2
     slope *= scale * counts[..., None]
@@ -101,22 +105,27 @@ def check(actual, expected, limit):
         assert error <= limit * np.abs(other).max() or error < 1e-30
 
 
-@pytest.mark.parametrize(("shape", "counts", "softcap", "z_loss", "with_bias"), CASES)
-def test_the_reference_is_the_formula(shape, counts, softcap, z_loss, with_bias):
+@pytest.mark.parametrize(("shape", "counts", "softcap", "z_loss", "with_bias", "smoothing"), CASES)
+def test_the_reference_is_the_formula(shape, counts, softcap, z_loss, with_bias, smoothing):
     hidden, table, labels, bias = arrays(shape, counts=counts)
-    head = Head(SHAPES[shape][2], softcap=softcap, z_loss=z_loss)
+    head = Head(SHAPES[shape][2], softcap=softcap, z_loss=z_loss, smoothing=smoothing)
     case = (hidden, table, labels, bias if with_bias else None, head, 0.3)
     for actual, expected in zip(truth(*case), by_hand(*case), strict=True):
         check(actual, expected, 1e-13)
 
 
-@pytest.mark.parametrize(("shape", "counts", "softcap", "z_loss", "with_bias"), CASES)
+@pytest.mark.parametrize(("shape", "counts", "softcap", "z_loss", "with_bias", "smoothing"), CASES)
 @pytest.mark.parametrize("dtype", LIMIT)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_an_implementation_is_the_reference(kernel, dtype, shape, counts, softcap, z_loss, with_bias):
+def test_an_implementation_is_the_reference(
+    kernel, dtype, shape, counts, softcap, z_loss, with_bias, smoothing
+):
     hidden, table, labels, bias = map(jnp.asarray, arrays(shape, counts=counts, dtype=dtype))
     bias = bias if with_bias else None
-    head, scale = Head(SHAPES[shape][2], softcap=softcap, z_loss=z_loss, chunk=9), jnp.float32(0.3)
+    head, scale = (
+        Head(SHAPES[shape][2], softcap=softcap, z_loss=z_loss, smoothing=smoothing, chunk=9),
+        jnp.float32(0.3),
+    )
     run = jax.jit(partial(sums_and_gradients, partial(linear_cross_entropy, kernel=kernel), head=head))
     sums, gradients = run(hidden, table, labels, bias, scale=scale)
     expected_sums, expected = truth(hidden, table, labels, bias, head, 0.3)
@@ -129,7 +138,7 @@ def test_an_implementation_is_the_reference(kernel, dtype, shape, counts, softca
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_padded_words_and_labels_that_do_not_count_get_no_gradient(kernel):
     hidden, table, labels, bias = arrays("padded")
-    head = Head(37, z_loss=0.1, softcap=3.0)
+    head = Head(37, z_loss=0.1, softcap=3.0, smoothing=0.2)
     _, gradients = sums_and_gradients(
         linear_cross_entropy, hidden, table, labels, bias, head, jnp.float32(1), kernel=kernel
     )
@@ -144,7 +153,14 @@ def test_padded_words_and_labels_that_do_not_count_get_no_gradient(kernel):
 def test_a_batch_without_labels_is_zero(kernel):
     hidden, table, labels, bias = arrays("padded", counts="none")
     sums, gradients = sums_and_gradients(
-        linear_cross_entropy, hidden, table, labels, bias, Head(37, z_loss=0.1), jnp.float32(1), kernel=kernel
+        linear_cross_entropy,
+        hidden,
+        table,
+        labels,
+        bias,
+        Head(37, z_loss=0.1, smoothing=0.2),
+        jnp.float32(1),
+        kernel=kernel,
     )
     assert not any(np.asarray(array).any() for array in (*sums, *gradients))
 
@@ -154,7 +170,14 @@ def test_large_scores_do_not_overflow(kernel):
     hidden, table, labels, bias = arrays("padded")
     hidden *= np.float32(1e4)
     sums, gradients = sums_and_gradients(
-        linear_cross_entropy, hidden, table, labels, bias, Head(37), jnp.float32(1), kernel=kernel
+        linear_cross_entropy,
+        hidden,
+        table,
+        labels,
+        bias,
+        Head(37, smoothing=0.2),
+        jnp.float32(1),
+        kernel=kernel,
     )
     assert all(np.isfinite(array).all() for array in (*sums, *gradients))
 
@@ -168,7 +191,7 @@ def test_a_mesh_changes_nothing(kernel, sizes):
     config = MeshConfig.model_validate(sizes)
     mesh = meshes.build(config)
     layout = Layout.of(mesh, config)
-    head = Head(37, softcap=3.0, z_loss=0.1, chunk=8, layout=layout)
+    head = Head(37, softcap=3.0, z_loss=0.1, smoothing=0.2, chunk=8, layout=layout)
     names = ("vocab", "embed")
     whole = arrays("padded")
 
