@@ -187,8 +187,8 @@ def label_nll(
     """Of each label by itself: -log of its probability, nats, and whether no word scores higher.
 
     Arguments are those of `linear_cross_entropy`. The first is differentiable in `hidden`, `table` and
-    `bias`, for losses that are no sum of it; z-loss is none of it. As what a label weighs in such a loss is
-    not known before, the logits are computed a second time for the gradients.
+    `bias`, for losses that are no sum of it; z-loss and smoothing are none of it. As what a label weighs in
+    such a loss is not known before, the logits are computed a second time for the gradients.
 
     Returns:
       [batch, length] float32, 0 where a label does not count, and [batch, length] bool, false there.
@@ -216,7 +216,7 @@ def _label_backward(head: Head, saved: tuple, cotangents: tuple) -> tuple:
     In the gradient of the table, which is a sum over labels, they meet the hidden states before it.
     """
     hidden, table, labels, bias = saved
-    layout, one, plain = head.layout, jnp.ones((), jnp.float32), head._replace(z_loss=0.0)
+    layout, one, plain = head.layout, jnp.ones((), jnp.float32), head._replace(z_loss=0.0, smoothing=0.0)
     bias_spec = _bias_spec(layout)
 
     def body(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:

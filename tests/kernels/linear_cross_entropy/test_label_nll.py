@@ -38,7 +38,7 @@ def exact(softcap: float | None, bias: np.ndarray | None) -> tuple[np.ndarray, .
 @pytest.mark.parametrize("chunk", [6, 15, 1024])
 @pytest.mark.parametrize(("softcap", "bias"), [(None, None), (3.0, BIAS)], ids=["plain", "cap and bias"])
 def test_value_and_gradient_are_those_of_float64(chunk, softcap, bias):
-    head = Head(WORDS, softcap=softcap, z_loss=0.5, chunk=chunk)
+    head = Head(WORDS, softcap=softcap, z_loss=0.5, smoothing=0.3, chunk=chunk)
     given = [jnp.asarray(value, jnp.float32) for value in (HIDDEN, TABLE, *([] if bias is None else [bias]))]
 
     def weighted(*values: jax.Array) -> tuple[jax.Array, jax.Array]:
