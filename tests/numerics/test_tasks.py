@@ -14,24 +14,30 @@ MESHES = {
     "accumulation": {"data": 2},
 }
 DROPOUT = {"embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": 0.1}
-EVERYDAY = {
+EVERYDAY = [
     ("classification", "encoder", "fsdp zero 3"),
     ("tagging", "encoder_decoder", "tensor"),
     ("span_answers", "encoder", "sequence parallel"),
     ("key_sentences", "decoder", "accumulation"),
-}
+]
 """Retrieval's is in tests/objectives/test_task_losses.py."""
+
+
+def cells():
+    """Every kind on every layout and every trunk, not all three together."""
+    for number, name in enumerate(OBJECTIVES):
+        for place, layout in enumerate(MESHES):
+            trunk = list(TRUNKS)[(number + place) % len(TRUNKS)]
+            if (name, layout) != ("retrieval", "accumulation"):
+                yield name, trunk, layout
+    yield from EVERYDAY
 
 
 def matrix():
     """All of it; few are for every day."""
-    for name in OBJECTIVES:
-        for trunk in TRUNKS:
-            for layout in MESHES:
-                if (name, layout) != ("retrieval", "accumulation"):
-                    everyday = (name, trunk, layout) in EVERYDAY
-                    marks = [] if everyday else [pytest.mark.full]
-                    yield pytest.param(name, trunk, layout, id=f"{name} {trunk} {layout}", marks=marks)
+    for name, trunk, layout in dict.fromkeys(cells()):
+        marks = [] if (name, trunk, layout) in EVERYDAY else [pytest.mark.full]
+        yield pytest.param(name, trunk, layout, id=f"{name} {trunk} {layout}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,10 @@ def test_losses_and_gradients_equal_one_device(one_device, name, trunk, layout):
 
 
 def test_every_kind_is_in_a_tier_on_every_trunk_and_layout():
-    ids = {param.id for param in matrix()}
-    assert len(ids) == len(OBJECTIVES) * len(TRUNKS) * len(MESHES) - len(TRUNKS)
-    assert {f"{name} {trunk} {layout}" for name, trunk, layout in EVERYDAY} <= ids
+    some = set(cells())
+    assert {(name, trunk) for name, trunk, _ in some} == {
+        (name, trunk) for name in OBJECTIVES for trunk in TRUNKS
+    }
+    pairs = {(name, layout) for name, _, layout in some} | {("retrieval", "accumulation")}
+    assert pairs == {(name, layout) for name in OBJECTIVES for layout in MESHES}
     assert {trunk for _, trunk, _ in EVERYDAY} == set(TRUNKS)
