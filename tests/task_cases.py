@@ -44,8 +44,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 """Of each kind of task one, with all that its loss can have."""
 TRUNKS: dict[str, dict[str, Any]] = {
     # The soft cap gives the key bias a gradient: without it the softmax takes it out.
-    "decoder": {"kind": "decoder", "attention_softcap": 2.0},
-    "encoder": {"kind": "encoder", "num_types": 2, "pooler": True, "attention_softcap": 2.0},
+    "decoder": {"kind": "decoder", "attention_softcap": 1.0},
+    "encoder": {"kind": "encoder", "num_types": 2, "pooler": True, "attention_softcap": 1.0},
     "encoder_decoder": {"kind": "encoder_decoder", "qkv_bias": False},
 }
 
@@ -79,7 +79,7 @@ def records(name: str, number: int = 40, seed: int = 0) -> list[dict[str, Any]]:
                 known = answers if draw.random() < 0.7 else []
                 return {"question": words(2), "context": " ".join(some), "answers": known}
             case "key_sentences":
-                labels = [int(draw.random() < 0.4) for _ in range(3)]
+                labels = [int(draw.random() < 0.2) for _ in range(3)]
                 return {"sentences": [f"{words(2)}." for _ in labels], "labels": labels}
             case "retrieval":
                 # Few words: some passages are those of several queries.

@@ -195,12 +195,12 @@ def predict(arguments: argparse.Namespace) -> None:
     defaults.import_jax()
     from stack.evaluation.files import predict_file
     from stack.parallel.processes import first, together
+    from stack.train.bits import fingerprint
     from stack.train.trainer import Trainer
 
     with together():
-        which = _which(arguments)
-        trainer = Trainer.from_run(arguments.config, arguments.rest, **which)
-        name = f"{trainer.folder} {trainer.ledger.position.step} {arguments.rest} {which}"
+        trainer = Trainer.from_run(arguments.config, arguments.rest, **_which(arguments))
+        name = f"{fingerprint(trainer.trained)} {arguments.rest} {arguments.head}"
         run = trainer.program, trainer.trained, trainer.words
         number = predict_file(*run, (arguments.input, arguments.output), name=name, task=arguments.head)
         if first():
@@ -343,9 +343,11 @@ def show_config(arguments: argparse.Namespace) -> None:
         print(dump(config), end="")
         return
     defaults.import_jax()
+    from stack.objectives.labels import with_labels
     from stack.planner.plan import for_devices
     from stack.step.describe import sharding_table
 
+    config = with_labels(config)
     if arguments.devices is None:
         print(sharding_table(config, len(environment.devices())))
     else:

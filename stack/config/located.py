@@ -58,10 +58,23 @@ class Located:
 
 
 def merge(low: Located, high: Located) -> Located:
-    """Mappings are joined name by name; anything else in `high` takes the place of what is in `low`."""
+    """Mappings are joined name by name; anything else in `high` takes the place of what is in `low`.
+
+    So does an objective of another kind, which has other fields.
+    """
     if not (isinstance(low.value, dict) and isinstance(high.value, dict)):
         return high
     joined = low.value | {
-        name: merge(low.value[name], item) if name in low.value else item for name, item in high.value.items()
+        name: merge(low.value[name], item) if name in low.value and not _is_other(name, low, high) else item
+        for name, item in high.value.items()
     }
     return Located(value=joined, place=high.place)
+
+
+def _is_other(name: str, low: Located, high: Located) -> bool:
+    """Whether a name is that of an objective, and of another kind in each."""
+    sides = [side.value[name].value for side in (low, high)]
+    if name != "objective" or not all(isinstance(side, dict) for side in sides) or "kind" not in sides[1]:
+        return False
+    first = sides[0]["kind"].value if "kind" in sides[0] else "causal"
+    return first != sides[1]["kind"].value

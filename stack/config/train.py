@@ -70,6 +70,11 @@ BETTER = {
 """Which way some metrics of evaluations are better; of others a config says it."""
 
 
+def _better(metric: str) -> str | None:
+    """Of a metric, or of one of several tasks, whose name stands before it."""
+    return next((way for name, way in BETTER.items() if metric == name or metric.endswith(f"_{name}")), None)
+
+
 class EvalConfig(Section):
     """Held-out evaluation: the whole held-out set, each token once, unless `batches` says less."""
 
@@ -96,7 +101,7 @@ class EvalConfig(Section):
     @property
     def sign(self) -> int:
         """-1 where less of the metric is better, else 1."""
-        return 1 if (self.mode or BETTER.get(self.metric or "")) == "max" else -1
+        return 1 if (self.mode or _better(self.metric or "")) == "max" else -1
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -109,7 +114,7 @@ class EvalConfig(Section):
             if getattr(self, name) != type(self).model_fields[name].default and not is_read:
                 told = f"{name}={getattr(self, name)} is not read with {other}; remove it, or set"
                 raise ValueError(f"{told} {other.partition('=')[0]}")
-        if self.metric is not None and self.mode is None and self.metric not in BETTER:
+        if self.metric is not None and self.mode is None and _better(self.metric) is None:
             raise ValueError(
                 f"metric={self.metric}: it is not known whether more of it is better; set mode=max, or min"
             )

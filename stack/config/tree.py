@@ -25,6 +25,7 @@ from stack.config.runtime import RuntimeConfig
 from stack.config.section import Section
 from stack.config.stability import StabilityConfig
 from stack.config.target import TargetConfig
+from stack.config.tasks import AnswersConfig
 from stack.config.tracking import TrackingConfig
 from stack.config.train import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
 
@@ -178,6 +179,15 @@ class Config(Section):
         if absent := [name for name in names if name not in {source.task for source in self.data.sources}]:
             raise ValueError(f"objective.tasks: no source of data.sources is of task {absent[0]!r}; add one")
 
+    def _check_duplicates(self) -> None:
+        objective, how = self.objective, self.data.deduplicate
+        in_parts = isinstance(objective, AnswersConfig) and objective.too_long == "windows"
+        if how != "none" and (in_parts or isinstance(objective, MultiTaskConfig)):
+            raise ValueError(
+                f"data.deduplicate={how} is not read with objective.kind={objective.kind}, whose records are"
+                " read in parts or for several tasks; remove it"
+            )
+
     def _check_objective(self) -> None:
         model, objective = self.model, self.objective
         if model.shape not in objective.shapes:
@@ -187,6 +197,7 @@ class Config(Section):
                 f" {' or '.join(able)}"
             )
         self._check_records()
+        self._check_duplicates()
         if objective.has_reference and self.init_from is None:
             raise ValueError(
                 f"objective.kind={objective.kind} compares with the model that the run began with, and one"

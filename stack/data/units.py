@@ -96,7 +96,7 @@ class Fitted(NamedTuple):
     parts: list[Encoded]
     """None where it is left out, several where it is read in parts."""
     is_cut: bool
-    """Whether some of it is read nowhere, or in parts."""
+    """Whether some of it is read nowhere."""
 
 
 class Read(NamedTuple):
@@ -122,6 +122,8 @@ class UnitEncoder:
     fit_key: str
     """Names it."""
     labelled: bool = True
+    apart: bool = False
+    """Whether each unit stands by itself, as a record of its own."""
 
     @property
     def key(self) -> str:
@@ -146,9 +148,14 @@ class UnitEncoder:
         made = []
         for some, place in zip(units, places, strict=True):
             whole = [Read([next(tokens) for _ in unit.parts], unit.value) for unit in some]
-            beyond = sum(map(stored, whole)) - self.sequence_length
-            fitted = [whole] if beyond <= 0 else self.fit(whole, beyond, place)
-            made.append(Fitted([self._join(each) for each in fitted], beyond > 0))
+            fitted: list[list[Read]] = []
+            is_cut = False
+            for some_units in [[unit] for unit in whole] if self.apart else [whole]:
+                beyond = sum(map(stored, some_units)) - self.sequence_length
+                own = [some_units] if beyond <= 0 else self.fit(some_units, beyond, place)
+                is_cut |= beyond > 0 and len(own) < 2
+                fitted += own
+            made.append(Fitted([self._join(each) for each in fitted], is_cut))
         return made
 
     def _units(self, record: str, place: str) -> Sequence[Unit]:

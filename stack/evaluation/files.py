@@ -1,5 +1,6 @@
 """Evaluations and predictions of a file of one's own."""
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -7,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import jax
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stack.config import SourceConfig
 from stack.config.errors import StackError
 from stack.config.paths import check_writable, expand
+from stack.config.section import is_text
 from stack.data.atomic import cache_folder
 from stack.data.cache import open_corpus
 from stack.data.dataset import Dataset
@@ -122,7 +124,7 @@ def predict_file(
       params: that lie as `program.parameters`.
       tokenizer: of the run.
       paths: .jsonl with a record in each line, and the .jsonl to write.
-      name: of the model, as its run and step.
+      name: of the model: another one's answers are not gone on with.
       task: of several, the one that is asked.
 
     Returns:
@@ -147,12 +149,15 @@ def predict_file(
     shows = first() and console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not shows) as progress:
         bar = progress.add_task("", total=total, completed=done)
-        file = part.open("a", encoding="utf-8") if first() else None
+        file = _opened(part) if first() else None
         try:
             for answer in predict(program, params, tokenizer, given, task=task):
-                line = next(again).record | {"prediction": answer}
+                asked = next(again)
+                if "prediction" in asked.record:
+                    place = getattr(asked.text, "place", "a record")
+                    raise StackError(f"{place}: it has a field 'prediction' already; rename or remove it")
                 if file is not None:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(_line(asked.record | {"prediction": answer}))
                     file.flush()
                 progress.advance(bar)
         except OSError as error:
@@ -163,6 +168,23 @@ def predict_file(
     if first():
         part.replace(target)
     return total
+
+
+def _opened(part: Path) -> TextIO:
+    """The file, for this process alone."""
+    file = part.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise StackError(f"{part} is being written by another process; wait for it, or end it") from None
+    return file
+
+
+def _line(record: dict[str, Any]) -> str:
+    """As JSON, with its letters as they are where they can be written."""
+    line = json.dumps(record, ensure_ascii=False)
+    return (line if is_text(line) else json.dumps(record)) + "\n"
 
 
 def _check_done(part: Path, source: Path) -> int:

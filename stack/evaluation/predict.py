@@ -99,7 +99,7 @@ class Scored(NamedTuple):
     asked: Asked
     """Its rows, none where it is left out, and their scores."""
     is_cut: bool
-    """Whether some of it is read nowhere, or in parts."""
+    """Whether some of it is read nowhere."""
 
 
 class Scorer:
@@ -197,11 +197,11 @@ class Scorer:
 def _scored(scorer: Scorer, tokenizer: Tokenizer, records: Iterable[Given]) -> Iterator[Answer]:
     for some in itertools.batched(records, scorer.chunk):
         for asked, is_cut in scorer(some):
-            if not asked.rows:
+            if len(asked.rows) < scorer.objective.least_rows(asked.record):
                 yield {"left_out": "it is too long"}
                 continue
             answer = scorer.objective.answer(asked, tokenizer)
-            yield answer | {"cut": True} if is_cut and len(asked.rows) == 1 else answer
+            yield answer | {"cut": True} if is_cut else answer
 
 
 def _score(
@@ -222,11 +222,24 @@ def _everywhere(values: jax.Array) -> jax.Array:
 def _written(
     program: Program, params: dict[str, Any], tokenizer: Tokenizer, records: Iterable[Given], size: int
 ) -> Iterator[Answer]:
-    """`text`: what is written after each prompt, as `config.sample` says."""
-    from stack.inference.text import generate_texts
+    """`text`: what is likeliest after each prompt, of `sample.length` tokens at most."""
+    from stack.inference.text import encode_prompts, generate_texts
 
     objective = cast("Completion", program.objective)
+    config = program.config.replace("sample.temperature=0.0")
+    greedy = replace(program, config=config)
+    room = config.model.max_length - (config.sample.length if config.model.shape == "decoder" else 0)
     for some in itertools.batched(records, size):
-        prompts = [objective.prompt(given.record, getattr(given.text, "place", "a record")) for given in some]
-        for text in generate_texts(program, params, tokenizer, prompts):
-            yield {"text": text}
+        places = [getattr(given.text, "place", "a record") for given in some]
+        prompts = [objective.prompt(given.record, place) for given, place in zip(some, places, strict=True)]
+        lengths = [len(ids) for ids in encode_prompts(tokenizer, prompts, program.objective)]
+        for place, length in zip(places, lengths, strict=True):
+            if length > room and objective.records.too_long != "leave_out":
+                raise StackError(
+                    f"{place}: a prompt of {length:,} tokens, and there is room for {room:,} beside what is"
+                    " written; lower sample.length, or set objective.too_long=leave_out"
+                )
+        fitting_ones = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= room]
+        written = iter(generate_texts(greedy, params, tokenizer, fitting_ones) if fitting_ones else [])
+        for length in lengths:
+            yield {"text": next(written)} if length <= room else {"left_out": "its prompt is too long"}

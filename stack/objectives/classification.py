@@ -129,7 +129,9 @@ class Classification(Task):
             each = jax.nn.softplus(logits) - wanted * logits
             right, known = (logits > 0) == (labels > 0), labels >= 0
             loss = (each * known).sum() / self.sizes["classes"]
+            plain = jax.nn.softplus(logits) - (labels > 0) * logits
             return loss, {
+                "plain": (plain * known).sum(),
                 "accuracy": (right & known).sum(dtype=jnp.float32),
                 "number": known.sum(dtype=jnp.float32),
             }
@@ -191,7 +193,9 @@ def apply_head(head: Any, hidden: "jax.Array", run: "Execution", axis: str) -> "
 def cross_entropy(
     logits: "jax.Array", labels: "jax.Array", *, smoothing: float, weights: "float | jax.Array" = 1.0
 ) -> "tuple[jax.Array, Sums]":
-    """The sum of the cross-entropies of labels, times their weights; how many are right, of which `number`.
+    """The sum of the cross-entropies of labels, times their weights; how many of which `number` are right.
+
+    `plain` is the same sum without weights and smoothing, which is what is told.
 
     Args:
       logits: [..., classes] float32.
@@ -204,10 +208,11 @@ def cross_entropy(
 
     targets = one_hot(labels, logits.shape[-1])
     smooth = targets * (1 - smoothing) + smoothing / logits.shape[-1]
-    each = -(smooth * jax.nn.log_softmax(logits)).sum(-1)
-    loss = (each * (targets * weights).sum(-1)).sum()
+    shares = jax.nn.log_softmax(logits)
+    loss = -((smooth * shares).sum(-1) * (targets * weights).sum(-1)).sum()
     best = (logits == logits.max(-1, keepdims=True)) & (targets > 0)
-    return loss, {"accuracy": best.any(-1).sum(dtype=jnp.float32), "number": targets.sum()}
+    right = best.any(-1).sum(dtype=jnp.float32)
+    return loss, {"plain": -(targets * shares).sum(), "accuracy": right, "number": targets.sum()}
 
 
 def one_hot(labels: "jax.Array", number: int) -> "jax.Array":

@@ -76,6 +76,8 @@ class Completion(Records):
 
         assert isinstance(self.records, CompletionConfig)
         field = self.records.completion
+        both = [pair for pair in zip(records, answers, strict=True) if "text" in pair[1]]
+        records, answers = [pair[0] for pair in both], [pair[1] for pair in both]
         wanted = [text_at(record, field, lambda: "a record") or "" for record in records]
         return written([answer["text"] for answer in answers], wanted)
 

@@ -178,6 +178,8 @@ class KeySentences(Task):
         from stack.objectives.metrics.texts import rouge
 
         told: dict[str, float] = {}
+        both = [pair for pair in zip(records, answers, strict=True) if "summary" in pair[1]]
+        records, answers = [pair[0] for pair in both], [pair[1] for pair in both]
         reader, taken = self.reader(), self.options.taken
         texts = [reader.sentences(record, "a record") for record in records]
         labels = [reader.labels(record, "a record") for record in records]
@@ -188,7 +190,7 @@ class KeySentences(Task):
         wanted = oracle
         if self.options.summary is not None:
             field = self.options.summary
-            wanted = [str(text_at(dict(record), field, lambda: "a record")) for record in records]
+            wanted = [text_at(dict(record), field, lambda: "a record") or "" for record in records]
             told |= {f"oracle_{name}": value for name, value in rouge(oracle, wanted).items()}
         lead = [" ".join(some[:taken]) for some in texts]
         told |= {f"lead_{name}": value for name, value in rouge(lead, wanted).items()}

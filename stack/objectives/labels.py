@@ -7,6 +7,7 @@ from typing import Any
 from stack.config import Config
 from stack.config.errors import ConfigError, StackError
 from stack.config.multi_task import MultiTaskConfig
+from stack.config.section import is_text
 from stack.config.tasks import LabelledConfig
 from stack.data.records import json_text
 from stack.data.sources import read_documents
@@ -23,8 +24,10 @@ def label_name(value: object, place: str, field: str) -> str:
     """
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, (str, int, float)) and str(value).strip():
+    if isinstance(value, (str, int, float)) and str(value).strip() and is_text(str(value)):
         return str(value)
+    if isinstance(value, str) and not is_text(value):
+        raise StackError(f"{place}: field {field!r} holds half of a surrogate pair; mend the line")
     what = "empty" if value == "" else f"a {type(value).__name__}" if value is not None else "null"
     raise StackError(f"{place}: field {field!r} is {what}, not a label; give it a text or a number")
 

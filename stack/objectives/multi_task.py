@@ -49,6 +49,7 @@ class MultiTask:
             assert isinstance(task, Task)
             task.name = named.name
             self.tasks[named.name] = task
+        self.dropout_rates = tuple(rate for task in self.tasks.values() for rate in task.dropout_rates)
         self.of_sources = [str(source.task) for source in config.data.read_sources]
         each = [task.sizes for task in self.tasks.values()]
         self.sizes = {name: max(sizes.get(name, 0) for sizes in each) for sizes in each for name in sizes}

@@ -51,6 +51,8 @@ class Objective(Protocol):
     """Whether what a model writes goes on with its prompt, or is a text of its own."""
     between: str
     """What is shown between a prompt and what is written."""
+    dropout_rates: Sequence[float]
+    """Of what it drops itself, beside the model."""
     marks: bool
     """Whether special words written out in a prompt stand for themselves, and are shown in the answer."""
 

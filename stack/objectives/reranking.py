@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from stack.data.records import text_at, value_at
 from stack.data.tokenizer import Tokenizer
 from stack.data.units import Part, Row, Unit
 from stack.objectives.classification import apply_head, linear_head
-from stack.objectives.task import UNITS, Answer, Asked, Task, drop, pool
+from stack.objectives.metrics.ranking import measure_lists
+from stack.objectives.task import UNITS, Answer, Asked, Record, Task, drop, pool
 
 if TYPE_CHECKING:
     import jax
@@ -74,6 +75,8 @@ class Reranking(Task):
     """Mean cross-entropy of the passages that answer among those of their query."""
 
     labels = (Field(name="labels", axes=UNITS, padding=-1), Field(name="records", axes=UNITS, padding=-1))
+
+    stands_apart: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         """The options."""
@@ -138,8 +141,6 @@ class Reranking(Task):
 
     def measure(self, outputs: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:
         """Mrr and ndcg_at_10 over queries."""
-        from stack.objectives.metrics.ranking import measure_lists
-
         scores, relevant = [], []
         for row in range(len(outputs["labels"])):
             labels, records = outputs["labels"][row], outputs["records"][row]
@@ -151,6 +152,21 @@ class Reranking(Task):
 
     def answer(self, asked: Asked, tokenizer: Tokenizer) -> Answer:
         """`order`: numbers of passages, the best first; `scores` of all, as they come."""
-        scores = asked.outputs[0]["scores"]
+        scores = np.concatenate([outputs["scores"] for outputs in asked.outputs])
         order = np.argsort(-scores, kind="stable")
         return {"order": order.tolist(), "scores": [round(float(score), 6) for score in scores]}
+
+    def least_rows(self, record: Record) -> int:
+        """One for each passage."""
+        return len(value_at(dict(record), self.options.passages, lambda: "a record", setting=""))  # pyrefly: ignore[bad-argument-type]
+
+    def compare(self, records: Sequence[Record], answers: Sequence[Answer]) -> dict[str, float]:
+        """Tells mrr and ndcg_at_10 of whole lists, where an evaluation has `most_passages` of each."""
+        scores, relevant = [], []
+        for record, answer in zip(records, answers, strict=True):
+            if "scores" in answer:
+                field = self.options.relevant
+                right: Any = value_at(dict(record), field, lambda: "a record", setting="objective.relevant")
+                scores.append(np.array(answer["scores"]))
+                relevant.append(np.isin(np.arange(len(scores[-1])), right))
+        return {f"whole_{name}": value for name, value in measure_lists(scores, relevant).items()}

@@ -48,6 +48,8 @@ class Task(ABC):
     """An objective with a head of its own; its labels come with records."""
 
     endings: tuple[str, ...] = ("task",)
+    stands_apart: ClassVar[bool] = False
+    """Whether each unit is scored by itself, so that a record that is asked has a row for each."""
     axis: ClassVar[str] = "units"
     """What there are scores of in a row: units, or places (`length`)."""
     continues: ClassVar[bool] = True
@@ -66,6 +68,7 @@ class Task(ABC):
         self.model = config.model
         length, units = config.data.sequence_length, self.task.units
         self.packed = config.data.packed
+        self.dropout_rates: tuple[float, ...] = (self.task.head_dropout,)
         number = max(units, units * (length // (units * LEAST))) if self.packed else units
         self.sizes: dict[str, int] = {"length": length, "units": number, "masked": 0, "target_length": 0}
         has_types = self.model.shape == "encoder" and getattr(self.model, "num_types", 0) > 1
@@ -110,6 +113,10 @@ class Task(ABC):
     def measure(self, outputs: "Mapping[str, np.ndarray]", tokenizer: Tokenizer) -> dict[str, float]:
         """The task's metrics of rows: `score`'s arrays and the batch's fields, [rows, ...] each."""
 
+    def least_rows(self, record: Record) -> int:
+        """Rows that a record has if nothing of it is left out."""
+        return 1
+
     @abstractmethod
     def answer(self, asked: Asked, tokenizer: Tokenizer) -> Answer:
         """What is predicted of a record."""
@@ -130,6 +137,7 @@ class Task(ABC):
             fit=fit,
             fit_key=key,
             labelled=labelled,
+            apart=self.stands_apart and not labelled,
         )
 
     def examples(self, tokenizer: Tokenizer) -> UnitExamples:
@@ -211,8 +219,10 @@ class Task(ABC):
         return {"nll": loss, "count": self.count(batch), "tokens": tokens}
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """`loss` (nats, mean over what has a label), `tokens` read, and `accuracy` where it is told."""
+        """`loss` (nats per label, without weights and smoothing), `tokens` read, and `accuracy`."""
         told = {"loss": sums["nll"] / sums["count"].clip(1e-6), "tokens": sums["tokens"]}
+        if "plain" in sums:
+            told["loss"] = sums["plain"] / sums["number"].clip(1.0)
         if "accuracy" in sums:
             told["accuracy"] = sums["accuracy"] / sums["number"].clip(1.0)
         return told
@@ -234,7 +244,10 @@ class Task(ABC):
             raise StackError(
                 f"objective.kind={self.kind} finds no label in the held-out rows; hold out more records"
             )
-        return {"loss": sums["nll"] / sums["count"], **self.measure(outputs, tokenizer)}
+        loss = sums["nll"] / sums["count"]
+        if "plain" in sums:
+            loss = sums["plain"] / sums["number"]
+        return {"loss": loss, **self.measure(outputs, tokenizer)}
 
 
 def units(batch: "Mapping[str, jax.Array]", number: int) -> "jax.Array":

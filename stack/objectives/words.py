@@ -37,6 +37,7 @@ PACKED = (
 class Words:
     """Mean cross-entropy of labels, with z-loss and smoothing, from hidden states of the labels' shape."""
 
+    dropout_rates: tuple[float, ...] = ()
     fields: tuple[Field, ...] = PACKED
     endings: tuple[str, ...] = ("held_out",)
     continues: bool = True

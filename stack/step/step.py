@@ -130,4 +130,4 @@ def _everywhere(values: jax.Array) -> jax.Array:
 def _drops(program: Program) -> bool:
     model = program.config.model
     rates = (model.embedding_dropout, model.attention_dropout, model.residual_dropout)
-    return any((*rates, getattr(program.config.objective, "head_dropout", 0)))
+    return any((*rates, *program.objective.dropout_rates))

@@ -416,3 +416,15 @@ def test_a_base_that_is_a_folder_is_one_line(tmp_path, base):
     (tmp_path / "run.yaml").write_text(f"base: {base}\n")
     with pytest.raises(ConfigError, match=r"run.yaml:1: base .*no such file"):
         load(tmp_path / "run.yaml")
+
+
+def test_an_objective_of_another_kind_takes_the_place_of_the_bases(tmp_path):
+    base = "objective: {kind: classification, label: b, too_long: cut}\n"
+    source = "data: {sources: [{kind: jsonl, path: a.jsonl, field: null}]}\n"
+    (tmp_path / "base.yaml").write_text(base + source)
+    (tmp_path / "own.yaml").write_text("base: base.yaml\nobjective: {kind: retrieval, query: a}\n")
+    made = load(tmp_path / "own.yaml").objective
+    assert made == type(made)(query="a")
+    (tmp_path / "more.yaml").write_text("base: base.yaml\nobjective: {text: a}\n")
+    more = load(tmp_path / "more.yaml").objective
+    assert (more.kind, more.text, more.label) == ("classification", "a", "b")

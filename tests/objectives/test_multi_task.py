@@ -145,3 +145,17 @@ def test_names_that_do_not_meet_are_refused(tmp_path) -> None:
         made.replace("data.sources.1.task=tone")
     with pytest.raises(ConfigError, match="tasks has 'tone' twice"):
         made.replace("objective.tasks.1.name=tone")
+
+
+def test_what_a_head_drops_is_dropped_and_duplicates_are_refused(tmp_path) -> None:
+    plain = {"objective": config(tmp_path).objective.model_dump(mode="json")}
+    losses = {}
+    for rate in (0.0, 0.5):
+        for task in plain["objective"]["tasks"]:
+            task["objective"]["head_dropout"] = rate
+        losses[rate] = gradient(config(tmp_path, **plain), 1)[0]
+    assert losses[0.0] != losses[0.5]
+    with pytest.raises(
+        ConfigError, match=r"data\.deduplicate=exact is not read with objective\.kind=multi_task"
+    ):
+        config(tmp_path, data={"deduplicate": "exact"})

@@ -71,3 +71,15 @@ def test_a_library_of_metrics_that_is_missing_is_told_before_the_run_trains(tmp_
     with pytest.raises(StackError, match=r"scikit-learn; install it with: pip install 'stack\[tasks\]'"):
         fit(config(tmp_path, "bare"))
     assert not list((tmp_path / "runs" / "bare").glob("checkpoints/[0-9]*"))
+
+
+def test_a_head_of_other_labels_begins_anew(folder) -> None:
+    data = {"labels": ["b", "a", "c"], "kind": "classification"}
+    other = fit(config(folder, "other", init_from=f"{folder}/runs/whole", objective=data))
+    kept = (folder / "runs" / "other" / "init_from.json").read_text()
+    assert "the head of the weights is of another task or of other labels; it begins anew" in kept
+    assert "left as initialised: task.bias, task.kernel" in kept
+    assert other.trained["task"]["kernel"].shape == (16, 3)
+    same = {"labels": ["a", "b", "c"], "kind": "classification"}
+    fit(config(folder, "same", init_from=f"{folder}/runs/whole", objective=same))
+    assert "left as initialised" not in (folder / "runs" / "same" / "init_from.json").read_text()

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from stack.config import StackError
 from stack.data.tokenizer import Tokenizer
 from stack.data.words import check_same_words
-from stack.step.adapter import is_of_adapter
+from stack.step.adapter import is_of_adapter, is_of_task
 from stack.step.program import Program
 from stack.train.checkpoint.checkpoints import named_leaves
 from stack.train.record import differences
@@ -81,7 +81,11 @@ def match(program: Program, source: Source, tokenizer: Tokenizer) -> Match:
     axes: dict[str, Any] = dict(flatten_dict(program.axes, sep="."))
     groups: dict[str, list[str]] = {"loaded": [], "tables": [], "longer": []}
     wrong = []
-    for name in likes.keys() & source.shapes.keys():
+    shapes = source.shapes
+    if any(is_of_task(name) for name in likes.keys() & shapes.keys()) and _head_differs(program, source):
+        shapes = {name: shape for name, shape in shapes.items() if not is_of_task(name)}
+        notes.append("the head of the weights is of another task or of other labels; it begins anew")
+    for name in likes.keys() & shapes.keys():
         there, here = source.shapes[name], likes[name]
         first = axes[name][0] if axes[name] else None
         if first == "vocab" and there[1:] == here[1:]:
@@ -111,7 +115,7 @@ def match(program: Program, source: Source, tokenizer: Tokenizer) -> Match:
     if known := [name for name in changed if name not in told_otherwise]:
         notes.append(f"the model is not quite that of the weights: {_told(changed, known)}")
     order = {name: tuple(one for one in likes if one in names) for name, names in groups.items()}
-    missing = tuple(name for name in likes if name not in source.shapes)
+    missing = tuple(name for name in likes if name not in shapes)
     _check_adapter(program, source, missing)
     return Match(
         **order,
@@ -121,6 +125,19 @@ def match(program: Program, source: Source, tokenizer: Tokenizer) -> Match:
         new_words=new_words,
         notes=tuple(notes),
     )
+
+
+def _head_differs(program: Program, source: Source) -> bool:
+    """Whether the rows of a task's head mean something else than those of the weights."""
+    theirs = getattr(source, "objective", None)
+    return theirs is not None and _head(theirs) != _head(program.config.objective.model_dump(mode="json"))
+
+
+def _head(objective: Mapping[str, Any]) -> Any:
+    """What decides the rows of a head."""
+    tasks = [(each["name"], _head(each["objective"])) for each in objective.get("tasks") or ()]
+    labels = objective.get("labels") or ()
+    return objective.get("kind"), labels if isinstance(labels, str) else list(labels), tasks
 
 
 def lines(match: Match, program: Program, source: Source) -> list[str]:

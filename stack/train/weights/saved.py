@@ -67,6 +67,11 @@ class Saved:
         return self._record["config"]["model"]
 
     @property
+    def objective(self) -> Mapping[str, Any] | None:
+        """What they were trained for, where that is kept."""
+        return self._record["config"].get("objective")
+
+    @property
     def _averages(self) -> bool:
         return any(leaf.startswith("ema.") for leaf in self._leaves.values())
 
