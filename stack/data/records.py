@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 from stack.config import SourceConfig
 from stack.config.errors import StackError
@@ -85,6 +86,15 @@ def json_text(line: str, field: str | None, where: Callable[[], str]) -> str | N
         wanted = "" if field is None else f" with a field {field!r}"
         raise StackError(f"{where()}: a JSON {type(record).__name__}, not an object{wanted}")
     return Record.at(line.strip(), where()) if field is None else text_at(record, field, where)
+
+
+def fields_of(record: str, place: str) -> dict[str, Any]:
+    """The fields of a whole record.
+
+    Raises:
+        StackError: it is no object of JSON.
+    """
+    return json.loads(str(json_text(record, None, lambda: place)))
 
 
 def text_at(

@@ -11,7 +11,7 @@ from jaxtyping import Int32, Int64, Integer
 from stack.config.errors import StackError
 from stack.data.examples import Encoded, Plain
 from stack.data.fields import Field
-from stack.data.records import json_text
+from stack.data.records import fields_of
 from stack.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -159,8 +159,7 @@ class UnitEncoder:
         return made
 
     def _units(self, record: str, place: str) -> Sequence[Unit]:
-        fields = json.loads(str(json_text(record, None, lambda: place)))
-        units = self.reader(fields, place, labelled=self.labelled)
+        units = self.reader(fields_of(record, place), place, labelled=self.labelled)
         for part in (part for unit in units for part in unit.parts):
             if not part.text.strip():
                 raise StackError(f"{place}: one of its texts is empty; write one, or remove the line")

@@ -137,11 +137,7 @@ def _score(
     head, labels = cast("Words", program.objective).head(run), batch["labels"]
     nll, correct = label_nll(output.hidden, output.table, labels, head, output.bias)
     both = nll.sum(1), (correct | (labels < 0)).all(1)
-    return both if layout.trivial else cast("tuple", jax.tree.map(_everywhere, both))
-
-
-def _everywhere(values: jax.Array) -> jax.Array:
-    return jax.reshard(values, jax.sharding.PartitionSpec())
+    return layout.everywhere(both)
 
 
 def windows(tokens: Sequence[int], *, length: int, stride: int) -> Iterator[Continuation]:

@@ -211,12 +211,7 @@ def _score(
     layout = program.layout
     model = program.merge(params)
     weights = model if layout.zero == 3 else gather_module(model, layout)
-    scores = objective.score(weights, batch, program.execution())
-    return scores if layout.trivial else jax.tree.map(_everywhere, scores)
-
-
-def _everywhere(values: jax.Array) -> jax.Array:
-    return jax.reshard(values, jax.sharding.PartitionSpec())
+    return layout.everywhere(objective.score(weights, batch, program.execution()))
 
 
 def _written(

@@ -9,7 +9,7 @@ from stack.config.errors import ConfigError, StackError
 from stack.config.multi_task import MultiTaskConfig
 from stack.config.section import is_text
 from stack.config.tasks import LabelledConfig
-from stack.data.records import json_text
+from stack.data.records import fields_of
 from stack.data.sources import read_documents
 
 _MOST = 1000
@@ -107,16 +107,10 @@ def _count(config: Config, objective: Any, task: str | None) -> tuple[Counter[st
             continue
         for record in read_documents(source, seed=config.seed):
             place = getattr(record, "place", "a record")
-            for name in set(reader.names(_fields(record), place)):
+            for name in set(reader.names(fields_of(record, place), place)):
                 found[name] += 1
                 places[name] = place
     return found, places
-
-
-def _fields(record: str) -> dict[str, Any]:
-    import json
-
-    return json.loads(str(json_text(record, None, lambda: "a record")))
 
 
 def _check_found(found: Counter[str], places: dict[str, str]) -> None:

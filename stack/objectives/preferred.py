@@ -15,7 +15,7 @@ from stack.data.chat import ASSISTANT, ChatTemplate, Message
 from stack.data.dataset import Dataset
 from stack.data.examples import Encoded
 from stack.data.fields import Field
-from stack.data.records import json_text, text_at, value_at
+from stack.data.records import fields_of, text_at, value_at
 from stack.data.tokenizer import Tokenizer
 from stack.objectives.records import Part, joined
 
@@ -142,7 +142,7 @@ class PairEncoder:
         """Tokens and marks; none: a record that is too long."""
         places = [getattr(record, "place", "a record") for record in records]
         pairs = [
-            self.reader(json.loads(str(json_text(record, None, lambda place=place: place))), place)
+            self.reader(fields_of(record, place), place)
             for record, place in zip(records, places, strict=True)
         ]
         flat = [text for pair in pairs for parts in pair for text, _ in parts]

@@ -14,7 +14,7 @@ from stack.config.errors import StackError
 from stack.data.dataset import Dataset
 from stack.data.examples import Encoded, Encoder, Examples, Plain
 from stack.data.fields import Field
-from stack.data.records import json_text
+from stack.data.records import fields_of
 from stack.data.tokenizer import Tokenizer
 from stack.objectives.words import Words
 
@@ -72,7 +72,7 @@ class PartsEncoder:
         ]
 
     def _parts(self, record: str, place: str) -> Sequence[Part]:
-        parts = self.reader(json.loads(str(json_text(record, None, lambda: place))), place)
+        parts = self.reader(fields_of(record, place), place)
         if not any(text.strip() for text, written in parts if written):
             raise StackError(
                 f"{place}: nothing to predict, as what should be written is empty; remove the line"

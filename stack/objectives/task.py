@@ -296,16 +296,3 @@ def drop(x: "jax.Array", rate: float, run: "Execution") -> "jax.Array":
     keys = None if run.keys is None else layer_keys(run.keys, HEAD)
     names = ("batch", *(None,) * (x.ndim - 1))
     return dropout(x, rate=rate, keys=keys, place=MLP_OUT, layout=run.layout, names=names)
-
-
-def log_softmax_over(scores: "jax.Array", mask: "jax.Array") -> "jax.Array":
-    """Log-probabilities along the last axis, of those that count; -inf elsewhere is a large negative number.
-
-    Args:
-      scores: [..., choices] float32.
-      mask: the same shape, bool; of a row without any all are as they are.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    return jax.nn.log_softmax(jnp.where(mask, scores, -1e30), axis=-1)

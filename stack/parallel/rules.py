@@ -76,6 +76,10 @@ class Layout:
             **changes,
         )
 
+    def everywhere(self, tree: Any) -> Any:
+        """Arrays of a tree, whole on every device."""
+        return tree if self.trivial else jax.tree.map(lambda values: jax.reshard(values, P()), tree)
+
     def size(self, axis: str) -> int:
         """Devices along one mesh axis."""
         return self.mesh.shape[axis] if self.mesh is not None else 1

@@ -120,11 +120,7 @@ def eval_step(program: Program, params: dict, batch: Batch) -> tuple[Sums, Outpu
     model = program.merge(params)
     weights = model if layout.zero == 3 else gather_module(model, layout)
     sums, outputs = objective.judge(weights, batch, program.execution())
-    return sums, outputs if layout.trivial else jax.tree.map(_everywhere, outputs)
-
-
-def _everywhere(values: jax.Array) -> jax.Array:
-    return jax.reshard(values, jax.sharding.PartitionSpec())
+    return sums, layout.everywhere(outputs)
 
 
 def _drops(program: Program) -> bool:
