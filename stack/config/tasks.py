@@ -19,6 +19,9 @@ class TaskConfig(ObjectiveSection):
     shapes = ("decoder", "encoder", "encoder_decoder")
     head_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of what enters the head that is dropped in training; 0.1 in BERT."""
+    bidirectional: bool = False
+    """Whether a decoder's tokens see their whole text, as an encoder's do, and not only what stands before
+    them (LLM2Vec, arXiv 2404.05961): better where each token is judged, and a trunk has to learn it anew."""
 
     @property
     def units(self) -> int:
@@ -40,7 +43,7 @@ class PooledConfig(CutConfig):
     pooling: Literal["auto", "first", "last", "mean"] = "auto"
     """Whose hidden state a text is told by: its first token's (through the pooler of a model that has one),
     its last one's, or the mean of all. `auto`: `last` of a decoder, which sees all at its end alone, `first`
-    of an encoder, `mean` of an encoder_decoder, whose encoder is the trunk."""
+    of an encoder, `mean` of a bidirectional decoder and of an encoder_decoder, whose encoder is the trunk."""
 
 
 class LabelledConfig(CutConfig):

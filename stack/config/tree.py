@@ -198,6 +198,13 @@ class Config(Section):
             )
         self._check_records()
         self._check_duplicates()
+        tasks = objective.tasks if isinstance(objective, MultiTaskConfig) else ()
+        each = [objective, *(named.objective for named in tasks)]
+        if model.shape != "decoder" and any(getattr(task, "bidirectional", False) for task in each):
+            raise ValueError(
+                f"objective.bidirectional=true is not read with model.kind={model.kind}, whose tokens see"
+                " their whole text anyway; remove it"
+            )
         if objective.has_reference and self.init_from is None:
             raise ValueError(
                 f"objective.kind={objective.kind} compares with the model that the run began with, and one"

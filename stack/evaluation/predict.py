@@ -130,7 +130,9 @@ class Scorer:
         if cuts:
             fit = fitting("cut", self.encoder.sequence_length)
             self.encoder = replace(self.encoder, fit=fit, fit_key="cut")
-        self.examples = UnitExamples(self.encoder, self.objective.label, sizes=self.objective.sizes, least=1)
+        self.examples = UnitExamples(
+            self.encoder, self.objective.row_fields, sizes=self.objective.sizes, least=1
+        )
         self._bos, self._eos = np.array([tokenizer.bos]), np.array([tokenizer.eos])
         self._params = params
         self._score = jax.jit(partial(_score, program, objective))

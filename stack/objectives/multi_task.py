@@ -253,7 +253,10 @@ class MixedExamples:
                 continue
             task = self.of_sources[source]
             made = lay_out(dataset.pieces(row), dataset.marks(row))
-            labels = {f"{task}.{name}": values for name, values in self.parts[task].labels(made).items()}
+            labels = {
+                name if name == "prefix" else f"{task}.{name}": values
+                for name, values in self.parts[task].labels(made).items()
+            }
             for name, whole in batch.items():
                 if name == "task":
                     whole[number] = names.index(task)

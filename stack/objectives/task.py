@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from stack.objectives.protocol import Outputs, Sums
 
 UNITS = ("batch", "units")
-READ = tuple(Field(name=name, axes=ROW, padding=0) for name in ("tokens", "segments", "positions", "types"))
-"""What the trunk reads."""
+READ = tuple(
+    Field(name=name, axes=ROW, padding=0) for name in ("tokens", "segments", "positions", "prefix", "types")
+)
+"""What the trunk reads; the last two are not of every trunk."""
 type Record = Mapping[str, Any]
 type Answer = dict[str, Any]
 """What is predicted of a record, plain values for JSON."""
@@ -72,7 +74,10 @@ class Task(ABC):
         number = max(units, units * (length // (units * LEAST))) if self.packed else units
         self.sizes: dict[str, int] = {"length": length, "units": number, "masked": 0, "target_length": 0}
         has_types = self.model.shape == "encoder" and getattr(self.model, "num_types", 0) > 1
-        self.fields = (*(READ if has_types else READ[:-1]), *self.labels, EXAMPLE)
+        more = [
+            field for field, read in zip(READ[3:], (self.task.bidirectional, has_types), strict=True) if read
+        ]
+        self.fields = (*READ[:3], *more, *self.labels, EXAMPLE)
 
     @abstractmethod
     def reader(self) -> UnitReader:
@@ -144,7 +149,13 @@ class Task(ABC):
         """Rows of records."""
         least = self.task.units * LEAST if self.packed else 1
         encoder = self.encoder(tokenizer, labelled=True)
-        return UnitExamples(encoder, self.label, sizes=self.sizes, least=min(least, self.sizes["length"]))
+        return UnitExamples(
+            encoder, self.row_fields, sizes=self.sizes, least=min(least, self.sizes["length"])
+        )
+
+    def row_fields(self, row: Row) -> Mapping[str, np.ndarray]:
+        """What is predicted of a row, and which of its tokens all of their text see."""
+        return {**self.label(row), "prefix": np.full(len(row.tokens), self.task.bidirectional, np.int32)}
 
     def equip(self, model: "Any", rngs: "nnx.Rngs") -> None:
         """Puts the head in the place of that over words."""
@@ -161,6 +172,8 @@ class Task(ABC):
         assert isinstance(self.task, PooledConfig)
         if self.task.pooling != "auto":
             return self.task.pooling
+        if self.task.bidirectional:
+            return "mean"
         return {"decoder": "last", "encoder": "first", "encoder_decoder": "mean"}[self.model.shape]
 
     @property
