@@ -125,16 +125,16 @@ def _rule(config: OptimizerConfig, axes: Axes, roles: Roles, dtype: str) -> opta
 def per_layer(rule: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
     """`rule`, applied to each layer of a stack as if it were a parameter of its own."""
 
-    def label(names: tuple[str, ...]) -> str:
-        return "stacked" if names[0] == "layers" else "single"
+    def label(path: tuple[Any, ...], names: tuple[str, ...]) -> str:
+        # Stacks may differ in depth, so each is by itself.
+        return (
+            f"layers of {jax.tree_util.keystr(path[:1], simple=True)}" if names[0] == "layers" else "single"
+        )
 
-    rules = {
-        "stacked": optax.GradientTransformation(jax.vmap(rule.init), jax.vmap(rule.update)),
-        "single": rule,
-    }
-    labels = jax.tree.map(label, axes, is_leaf=is_names)
+    stacked = optax.GradientTransformation(jax.vmap(rule.init), jax.vmap(rule.update))
+    labels = jax.tree.map_with_path(label, axes, is_leaf=is_names)
     used = set(jax.tree.leaves(labels))
-    return optax.partition({name: rules[name] for name in used}, labels)
+    return optax.partition({name: rule if name == "single" else stacked for name in used}, labels)
 
 
 def is_names(node: Any) -> bool:

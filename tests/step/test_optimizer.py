@@ -92,6 +92,28 @@ def test_stacked_and_unstacked_layers_train_alike(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_stacks_of_different_depth_train_as_each_alone(kind):
+    config = OptimizerConfig(kind=kind, learning_rate=0.1, schedule=ScheduleConfig(warmup_steps=1))
+    short, long = ({"layers": tree(seed)["layers"]} for seed in (0, 1))
+    short = jax.tree.map(lambda leaf: leaf[:2], short)
+    axes, roles = {"layers": AXES["layers"]}, {"layers": ROLES["layers"]}
+    gradients = [jax.tree.map(lambda leaf, by=by: leaf * by, {"a": short, "b": long}) for by in (1.0, -0.5)]
+    both = build(config, axes={"a": axes, "b": axes}, roles={"a": roles, "b": roles})
+    together = train(both, {"a": short, "b": long}, gradients)
+    alone = build(config, axes=axes, roles=roles)
+    for name, params in (("a", short), ("b", long)):
+        # The clip looks at the whole gradient.
+        norms = [optax.tree.norm(gradient) for gradient in gradients]
+        own = [
+            jax.tree.map(lambda leaf, norm=norm: leaf / norm, gradient[name])
+            for gradient, norm in zip(gradients, norms, strict=True)
+        ]
+        assert config.clip_norm == 1.0
+        expected = train(alone, params, own)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), together[name], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_matrices_decay(kind):
     moved = {}
     for decay in (0.0, 0.5):
