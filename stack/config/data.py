@@ -172,6 +172,10 @@ class DataConfig(Section):
     def _check(self) -> Self:
         if not self.sources:
             raise ValueError("sources is empty; give at least one source")
+        if self.temperature is not None and len(self.sources) < 2:
+            raise ValueError(
+                f"temperature={self.temperature:g} evens out several sources, and there is one; remove it"
+            )
         rows = sorted({row for source in self.sources for row, _ in source.points}) or [0]
         for row in rows:
             if sum(weight_at(source.weight, row) for source in self.sources) <= 0:

@@ -71,7 +71,13 @@ class Questions:
                 f"{place}: field {field!r} is no list of objects with start, a character of the passage,"
                 " and text"
             )
-        for number, answer in enumerate(found[:_MOST_ANSWERS]):
+        found = list({(each["start"], each["text"]): each for each in found}.values())
+        if len(found) > _MOST_ANSWERS:
+            raise StackError(
+                f"{place}: field {field!r} has {len(found)} answers, and {_MOST_ANSWERS} are read at most; leave"
+                " some out"
+            )
+        for number, answer in enumerate(found):
             start, text = answer["start"], answer["text"]
             if not text.strip() or start < 0 or context[start : start + len(text)] != text:
                 there = context[max(0, start) : max(0, start) + len(text)]

@@ -63,6 +63,7 @@ def test_a_list_stands_for_a_tuple():
     [
         (SourceConfig, {"kind": "text"}, "a source of kind text needs a path"),
         (DataConfig, {"sources": [{"weight": 0.0}]}, "every source has weight 0"),
+        (DataConfig, {"temperature": 2.0}, "temperature=2 evens out several sources, and there is one"),
         (OptimizerConfig, {"groups": [{"weight_decay": 0.0}]}, "parameters is empty; name some"),
         (OptimizerConfig, {"groups": [{"parameters": ["embed.*"]}]}, "a group has a learning_rate_factor or"),
         (MeshConfig, {"data": -1, "fsdp": -1}, "only one mesh axis may be -1, not data and fsdp"),

@@ -100,6 +100,15 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("span_answers", {"question": "q", "context": TEXT, "answers": [{"start": 0, "text": ""}]}, "answer ''"),
     (
         "span_answers",
+        {
+            "question": "q",
+            "context": "red " * 40,
+            "answers": [{"start": 4 * number, "text": "red"} for number in range(29)],
+        },
+        "field 'answers' has 29 answers, and 28 are read at most; leave some out",
+    ),
+    (
+        "span_answers",
         {"question": "q" * 60, "context": TEXT, "answers": []},
         "the question of 60 tokens leaves 1",
     ),
