@@ -1,5 +1,6 @@
 """Labels of records by name: as they are written, and as a run finds them where none are named."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +18,17 @@ _MOST = 1000
 
 
 def label_name(value: object, place: str, field: str) -> str:
-    """A label as a config names it.
+    """A label as a config names it; 1.0 is 1, as tables write whole numbers beside a missing one.
 
     Raises:
       StackError: it is no text, number, true or false.
     """
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise StackError(f"{place}: field {field!r} is {value}, not a label; give it a text or a number")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, (str, int, float)) and str(value).strip() and is_text(str(value)):
         return str(value)
     if isinstance(value, str) and not is_text(value):

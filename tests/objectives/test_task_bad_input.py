@@ -25,6 +25,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("classification", {"text": TEXT, "label": ""}, "field 'label' is empty, not a label"),
     ("classification", {"text": TEXT, "label": None}, "field 'label' is null, not a label"),
     ("classification", {"text": TEXT, "label": {}}, "field 'label' is a dict, not a label"),
+    ("classification", {"text": TEXT, "label": float("nan")}, "field 'label' is nan, not a label"),
     ("classification", {"text": TEXT, "label": ["a"]}, "is a list, and a record has one label; set"),
     (
         "classification",

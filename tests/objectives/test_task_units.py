@@ -16,6 +16,7 @@ from stack.data.records import Record
 from stack.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from stack.data.units import LEAST, lay_out
 from stack.objectives import build
+from stack.objectives.labels import label_name
 from stack.objectives.span_answers import window_starts
 from stack.objectives.task import Asked
 
@@ -298,3 +299,10 @@ def test_windows_of_one_record_stay_on_one_side(tmp_path):
     assert sides[1]
     assert not sides[0] & sides[1]
     assert len(sides[0] | sides[1]) == 40
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [(1, "1"), (1.0, "1"), (1.5, "1.5"), (-0.0, "0"), (True, "true"), ("1.0", "1.0")]
+)
+def test_a_label_has_one_name(value, name):
+    assert label_name(value, "file, line 1", "label") == name
