@@ -74,8 +74,8 @@ class Questions:
         found = list({(each["start"], each["text"]): each for each in found}.values())
         if len(found) > _MOST_ANSWERS:
             raise StackError(
-                f"{place}: field {field!r} has {len(found)} answers, and {_MOST_ANSWERS} are read at most; leave"
-                " some out"
+                f"{place}: field {field!r} has {len(found)} answers, and {_MOST_ANSWERS} are read at most;"
+                " leave some out"
             )
         for number, answer in enumerate(found):
             start, text = answer["start"], answer["text"]
