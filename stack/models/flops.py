@@ -15,6 +15,7 @@ whole row, `causal` the half of it that a causal mask leaves. Compare projects i
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 from stack.config.model import ModelConfig
@@ -23,6 +24,18 @@ from stack.models import model_cost
 from stack.models.cost import Attention, Layers, Product, Sizes
 
 Convention = Literal["full", "causal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untrained:
+    """Parameters of matrix products that are not trained, and those of adapters (arXiv 2106.09685)."""
+
+    layers: int = 0
+    head: int = 0
+    added: int = 0
+    """Of adapters."""
+    reaches_layers: bool = True
+    """Whether gradients go back through the layers."""
 
 
 def keys_per_token(attention: Attention, length: int, convention: Convention) -> float:
@@ -66,10 +79,25 @@ def forward_flops_per_token(
 
 
 def train_flops_per_token(
-    model: ModelConfig, length: int | Sizes, convention: Convention = "causal"
+    model: ModelConfig,
+    length: int | Sizes,
+    convention: Convention = "causal",
+    untrained: Untrained | None = None,
 ) -> float:
-    """FLOPs of a training step per token: a forward and a backward pass. MFU is of these."""
-    return 3 * forward_flops_per_token(model, length, convention)
+    """FLOPs of a training step per token: a forward and a backward pass. MFU is of these.
+
+    Of what is not trained there is no gradient of weights, a third of its products; and none of activations
+    either in layers that no gradient reaches.
+    """
+    forward = forward_flops_per_token(model, length, convention)
+    if untrained is None:
+        return 3 * forward
+    sizes = _sizes(length)
+    scored = sizes["masked"] / sizes["length"]
+    if untrained.reaches_layers:
+        return 3 * (forward + 2 * untrained.added) - 2 * (untrained.layers + untrained.head * scored)
+    head = _products(model_cost(model).head, sizes)
+    return forward + max(0.0, head - 2 * untrained.head * scored)
 
 
 def recomputed_flops_per_token(
@@ -84,7 +112,12 @@ def recomputed_flops_per_token(
 
 
 def mfu(
-    model: ModelConfig, *, length: int | Sizes, tokens_per_second_per_device: float, device_kind: str
+    model: ModelConfig,
+    *,
+    length: int | Sizes,
+    tokens_per_second_per_device: float,
+    device_kind: str,
+    untrained: Untrained | None = None,
 ) -> Mfu:
     """Utilisation of a training run.
 
@@ -93,10 +126,12 @@ def mfu(
         length: tokens per row, or an objective's `sizes`.
         tokens_per_second_per_device: tokens read, padding included, over seconds and devices.
         device_kind: `jax.Device.device_kind`.
+        untrained: what is not trained; None: all is.
     """
+    full, causal = (train_flops_per_token(model, length, how, untrained) for how in ("full", "causal"))
     return utilisation(
-        full_flops_per_second=tokens_per_second_per_device * train_flops_per_token(model, length, "full"),
-        causal_flops_per_second=tokens_per_second_per_device * train_flops_per_token(model, length, "causal"),
+        full_flops_per_second=tokens_per_second_per_device * full,
+        causal_flops_per_second=tokens_per_second_per_device * causal,
         dtype=model.dtype,
         device_kind=device_kind,
     )

@@ -11,7 +11,7 @@ from stack.config.arguments import check_type
 from stack.config.layout import FLOAT8_BLOCKS, resolve
 from stack.hardware import chip as chips
 from stack.hardware.chip import Hardware
-from stack.models.flops import recomputed_flops_per_token, train_flops_per_token
+from stack.models.flops import recomputed_flops_per_token
 from stack.planner.formula.memory import memory as memory_of
 from stack.planner.formula.result import Memory, Time
 from stack.planner.formula.shapes import num_parameters
@@ -67,7 +67,7 @@ class Plan:
     @property
     def flops_per_step(self) -> float:
         """Model FLOPs of a step over all devices, causal convention (see `stack.models.flops`)."""
-        return self.work.tokens * train_flops_per_token(self.work.model, self.work.sizes, "causal")
+        return self.work.tokens * self.work.flops_per_token("causal")
 
     @property
     def recomputed_flops_per_step(self) -> float:
@@ -85,7 +85,7 @@ class Plan:
         """Model FLOPs utilisation, `full` or `causal` (arXiv 2204.02311, appendix B)."""
         if self.peak_flops is None:
             return None
-        flops = train_flops_per_token(self.work.model, self.work.sizes, convention)
+        flops = self.work.flops_per_token(convention)
         return self.tokens_per_second_per_device * flops / self.peak_flops
 
     @property
@@ -180,7 +180,7 @@ def plan(
         devices=count,
         work=work,
         total_tokens=config.train.steps * config.train.batch_size * config.data.sequence_length,
-        parameters=num_parameters(work.model),
+        parameters=num_parameters(work.model, work.adapter, work.frozen),
         memory=memory_of(work),
         time=step_time(work, chip),
         notes=tuple(notes),

@@ -28,10 +28,13 @@ def lines(plan: Plan) -> list[str]:
         flops += f", {plan.recomputed_flops_per_step:.4g} recomputed"
     rows = f"{work.micro_batch} row{'s' * (work.micro_batch > 1)} a device at a time"
     batch = f"{work.batch:,} rows of {work.length:,} = {work.tokens:,} tokens a step, {rows}"
+    parts = work.parameters
+    is_tuned = not all(part.trained for part in parts)
+    trained = f", {sum(part.size for part in parts if part.trained):,} trained" if is_tuned else ""
     text = [
         f"{plan.config.name} on {plan.devices:,} x {chip.title}",
         f"  {describe(work)}",
-        f"  {plan.parameters:,} parameters; {batch}",
+        f"  {plan.parameters:,} parameters{trained}; {batch}",
         f"  {flops}",
         "",
         *_side_by_side(_memory_lines(plan), _time_lines(plan)),
@@ -67,6 +70,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "device_memory_bytes": plan.hardware.memory_bytes,
         "fits": plan.fits,
         "flops_per_step": plan.flops_per_step,
+        "trained_parameters": sum(part.size for part in plan.work.parameters if part.trained),
         "recomputed_flops_per_step": plan.recomputed_flops_per_step,
         "time": dataclasses.asdict(time) | {"exposed": time.exposed, "total": time.total},
         "tokens_per_second_per_device": plan.tokens_per_second_per_device,

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from stack.config import ConfigError
 from stack.doctor.numerics import LIMIT, ONE_DEVICE, STEP, Cell, Family, cells, config_of, example_batch
 from stack.parallel import mesh as meshes
-from stack.planner.plan import plan
 from stack.step import program as programs
 from stack.step import state as states
 from stack.step.program import Program
@@ -209,9 +208,3 @@ def test_targets_have_ranks_of_their_own() -> None:
     }
     assert made.adapters["layers.mlp.up"].scale == 0.5
     assert made.adapters["layers.attention.key"].scale == 4
-
-
-def test_a_plan_that_would_count_it_wrong_is_refused() -> None:
-    config = config_of(ONE_DEVICE, "gpt", "float32").replace(*adapter("lora"))
-    with pytest.raises(ConfigError, match=r"^adapter: the planner counts every parameter as trained"):
-        plan(config, hardware="h100", devices=1)

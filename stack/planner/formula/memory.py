@@ -13,7 +13,7 @@ from stack.kernels.attention.xla_chunked import BLOCKS
 from stack.models.stack import Remat
 from stack.planner.formula.residuals import LayerResiduals, trace_residuals
 from stack.planner.formula.result import Memory
-from stack.planner.formula.shapes import Parameter, parameters
+from stack.planner.formula.shapes import Parameter
 from stack.planner.formula.workload import Workload
 
 MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 1, "muon": 2}
@@ -77,31 +77,39 @@ class _Sizes:
     """Bytes on one device of what the step is made of."""
 
     shard: float
-    """All parameters in float32, as they lie at rest."""
-    layers_shard: float
+    """All parameters, as they lie at rest."""
+    trained: float
+    """Those that are trained, in float32, in shards."""
+    layers_trained: float
     """Those of the layers."""
-    whole: float
-    """Matrices in the compute dtype, whole over `fsdp`."""
-    layers_whole: float
+    copied: float
+    """Matrices in the compute dtype, whole over `fsdp`, but those that lie so at rest."""
+    trained_whole: float
+    """Those that are trained in the compute dtype, whole over `fsdp`."""
+    layers_trained_whole: float
     layer: float
     """One layer's matrices in the compute dtype, whole over `fsdp`."""
+    layer_copied: float
+    """Those but what lies so at rest."""
+    layer_trained: float
     table: float
-    """The head's table in float32, whole over `fsdp`; 0 where there is no head."""
+    """The head's table in float32, whole over `fsdp`; 0 where there is no head, or it is not trained."""
     tables: float
     """Word tables in the compute dtype, whole over `fsdp`."""
+    tables_trained: float
     matrices: tuple[float, ...]
-    """Numbers of each matrix, of all layers together, whole over `fsdp`; the smallest first."""
+    """Numbers of each trained matrix, of all layers together, whole over `fsdp`; the smallest first."""
     compute: int
 
 
 def _of_stage(w: Workload, *, first: bool, last: bool) -> Memory:
-    layers, ends = parameters(w.model).layers, _ends(w, first=first, last=last)
+    layers, ends = w.parameters.layers, _ends(w, first=first, last=last)
     sizes = _sizes(w, layers, ends, last=last)
     optimizer = 4 * (_moments(w, layers) / w.stage + _moments(w, ends))
     activations, stack_bytes = _activation_bytes(w, rank=0 if first else w.stage - 1)
     always = {
         "parameters": sizes.shard + _compute_copies(w, sizes),
-        "optimizer": (0.0 if w.offload_optimizer else optimizer) + w.ema * sizes.shard,
+        "optimizer": (0.0 if w.offload_optimizer else optimizer) + w.ema * sizes.trained,
         "reserve": RESERVE,
         "host": (optimizer if w.offload_optimizer else 0.0) + (stack_bytes if w.offload_activations else 0.0),
     }
@@ -112,7 +120,7 @@ def _of_stage(w: Workload, *, first: bool, last: bool) -> Memory:
 
 def _ends(w: Workload, *, first: bool, last: bool) -> tuple[Parameter, ...]:
     """The parameters of a pipeline stage that are in no layer."""
-    parts = parameters(w.model)
+    parts = w.parameters
     if first and last:
         return (*parts.embedding, *parts.head)
     if first:
@@ -122,7 +130,7 @@ def _ends(w: Workload, *, first: bool, last: bool) -> tuple[Parameter, ...]:
 
 def optimizer_numbers(workload: Workload) -> float:
     """Float32 numbers of the optimizer's state on one device; of a pipeline, with half of both ends."""
-    parts = parameters(workload.model)
+    parts = workload.parameters
     ends = (*parts.embedding, *parts.head)
     layers = _moments(workload, parts.layers) / workload.stage
     return layers + _moments(workload, ends) / min(workload.stage, 2)
@@ -131,6 +139,7 @@ def optimizer_numbers(workload: Workload) -> float:
 def _moments(w: Workload, parts: Iterable[Parameter]) -> float:
     """Numbers of the optimizer's state on one device."""
     fsdp = w.fsdp if w.zero else 1
+    parts = (p for p in parts if p.trained)
     if w.optimizer == "adafactor":
         parts = (p for p in parts if not _is_factored(p))
     return sum(_kept(w, p) * p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
@@ -148,22 +157,35 @@ def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ..
     compute = 4 if w.model.dtype == "float32" else 2
     fsdp = w.fsdp if w.zero else 1
 
-    def shard(parts: tuple[Parameter, ...]) -> float:
-        return 4 * sum(p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
+    def trained(parts: Iterable[Parameter]) -> tuple[Parameter, ...]:
+        return tuple(p for p in parts if p.trained)
 
-    def whole(parts: tuple[Parameter, ...]) -> float:
+    def shard(parts: Iterable[Parameter]) -> float:
+        return sum(p.itemsize * p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
+
+    def whole(parts: Iterable[Parameter]) -> float:
         return compute * sum(p.shard(tensor=w.tensor) for p in parts if p.is_matrix)
 
-    matrices = [p.shard(tensor=w.tensor) / w.stage for p in layers if p.is_matrix]
-    matrices += [p.shard(tensor=w.tensor) for p in ends if p.is_matrix]
+    def copied(parts: Iterable[Parameter]) -> float:
+        return whole(p for p in parts if fsdp > 1 or p.itemsize != compute)
+
+    some, some_ends = trained(layers), trained(ends)
+    matrices = [p.shard(tensor=w.tensor) / w.stage for p in some if p.is_matrix]
+    matrices += [p.shard(tensor=w.tensor) for p in some_ends if p.is_matrix]
+    scores = w.parameters.scores
     return _Sizes(
         shard=shard(layers) / w.stage + shard(ends),
-        layers_shard=shard(layers) / w.stage,
-        whole=whole(layers) / w.stage + whole(ends),
-        layers_whole=whole(layers) / w.stage,
+        trained=shard(some) / w.stage + shard(some_ends),
+        layers_trained=shard(some) / w.stage,
+        copied=copied(layers) / w.stage + copied(ends),
+        trained_whole=whole(some) / w.stage + whole(some_ends),
+        layers_trained_whole=whole(some) / w.stage,
         layer=whole(layers) / w.model.num_layers,
-        table=4 * parameters(w.model).words.shard(tensor=w.tensor) if last else 0.0,
+        layer_copied=copied(layers) / w.model.num_layers,
+        layer_trained=whole(some) / w.model.num_layers,
+        table=4 * scores.shard(tensor=w.tensor) if last and scores.trained else 0.0,
         tables=whole(ends),
+        tables_trained=whole(some_ends),
         matrices=tuple(sorted(matrices)),
         compute=compute,
     )
@@ -175,15 +197,18 @@ _CATEGORIES = ("gradients", "activations", "logits", "temporaries", "collectives
 def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> Iterable[dict[str, float]]:
     """What is held besides parameters and moments, in each phase of a step that can be the worst."""
     several = w.accumulation > 1
-    whole_sums = s.whole * w.reduce_bytes / s.compute
+    whole_sums = s.trained_whole * w.reduce_bytes / s.compute
     # The sums over micro-batches.
     sums = 0.0
     if several:
-        sums = whole_sums if w.zero < 2 else s.shard
+        sums = whole_sums if w.zero < 2 else s.trained
         if w.holds_tables:
-            sums = s.layers_shard + s.tables * w.reduce_bytes / s.compute
+            sums = s.layers_trained + s.tables_trained * w.reduce_bytes / s.compute
     activations = {"activations": activation_bytes}
-    ahead = AHEAD if w.zero == 3 and (w.remat != "full" or w.sequence_parallel) else 0.0
+    ahead = 0.0
+    if w.zero == 3 and (w.remat != "full" or w.sequence_parallel):
+        # No layer below waits for the gradients of adapters, which are summed over devices all at once.
+        ahead = 1.0 if w.adapter is not None and w.fsdp > 1 else AHEAD
     layer = _layer_temporaries(w) * (1 + ahead)
     score_copies, input_copies = _layout_copies(w)
     yield activations | {
@@ -198,11 +223,12 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
             "temporaries": w.scored_tokens * w.model.embed_dim * s.compute,
             "collectives": s.tables if w.zero == 3 and not w.holds_tables else 0.0,
         }
-    stack = s.layers_shard if w.zero == 3 else s.layers_whole
+    stack = s.layers_trained if w.zero == 3 else s.layers_trained_whole
     in_flight = 0.0
     if w.zero == 3:
-        # Weights of two layers, one of them the next, and gradients of one that are being summed.
-        in_flight = 2 * s.layer + w.reduce_bytes / s.compute * s.layer
+        # Weights of two layers, one of them the next, and gradients of one that are being summed. What is
+        # neither gathered nor rounded is there once, cut out of its stack.
+        in_flight = s.layer + s.layer_copied + w.reduce_bytes / s.compute * s.layer_trained
     yield activations | {
         "gradients": sums + stack,
         "logits": s.table,
@@ -214,7 +240,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
     # The update, which needs no copies of the weights.
     yield {
         "parameters": s.shard,
-        "gradients": s.shard + (sums if w.zero == 1 and w.fsdp > 1 else 0.0),
+        "gradients": s.trained + (sums if w.zero == 1 and w.fsdp > 1 else 0.0),
     }
 
 
@@ -240,9 +266,9 @@ def _compute_copies(w: Workload, s: _Sizes) -> float:
     """
     if w.holds_tables:
         return s.tables
-    if w.zero == 3 or _is_unrolled(w) or (s.compute == 4 and (w.zero == 0 or w.fsdp == 1)):
+    if w.zero == 3 or _is_unrolled(w):
         return 0.0
-    return s.whole
+    return s.copied
 
 
 def _activation_bytes(w: Workload, *, rank: int) -> tuple[float, float]:
@@ -364,4 +390,6 @@ def _trace(w: Workload, remat: Remat) -> LayerResiduals:
         sequence_parallel=w.sequence_parallel,
         fused_attention=w.fused_attention,
         blocked_attention=w.blocked_attention,
+        adapter=w.adapter,
+        frozen=w.frozen,
     )

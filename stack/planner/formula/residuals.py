@@ -15,15 +15,16 @@ from flax import nnx
 from jax.extend.core import Jaxpr, Var
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
+from stack.config import AdapterConfig
 from stack.config.mesh import AXES
 from stack.config.model import ModelConfig
 from stack.layers.dropout import example_keys
-from stack.models import model_class
 from stack.models.stack import Execution, Remat
 from stack.parallel.mesh import use
 from stack.parallel.rules import Layout
 from stack.parallel.zero import is_variable
 from stack.planner.compiled.compile import traced_for
+from stack.planner.formula.shapes import abstract_model, named_variables, names_of_frozen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ def trace_residuals(
     sequence_parallel: bool,
     fused_attention: bool,
     blocked_attention: bool = False,
+    adapter: AdapterConfig | None = None,
+    frozen: tuple[str, ...] = (),
 ) -> LayerResiduals:
     """What one layer keeps, by a trace without arrays.
 
@@ -68,6 +71,8 @@ def trace_residuals(
         sequence_parallel: of norms and residuals.
         fused_attention: a kernel that never writes all scores to memory.
         blocked_attention: it is the one of plain operations.
+        adapter: what is added to the model.
+        frozen: patterns of parameters that are not trained.
     """
     kernel = "xla"
     if fused_attention:  # cuDNN has neither soft cap nor dropout.
@@ -77,9 +82,9 @@ def trace_residuals(
     ways = 1 if tensor == 1 else 2 if tensor % 2 == 0 else tensor
     parts = (model.num_heads, model.kv_heads, model.mlp_width, length if sequence_parallel else ways)
     if any(size % ways for size in parts):
-        whole = _trace(model, length, remat, 1, False, kernel)
+        whole = _trace(model, length, remat, 1, False, kernel, adapter, frozen)
         return LayerResiduals(whole=0.0, split=whole.whole + whole.split, once=whole.once)
-    return _trace(model, length, remat, ways, sequence_parallel and tensor > 1, kernel)
+    return _trace(model, length, remat, ways, sequence_parallel and tensor > 1, kernel, adapter, frozen)
 
 
 @cache
@@ -90,10 +95,12 @@ def _trace(
     tensor: int,
     sequence_parallel: bool,
     kernel: str,
+    adapter: AdapterConfig | None,
+    frozen: tuple[str, ...],
 ) -> LayerResiduals:
-    small = model.model_copy(
-        update={"num_layers": _LAYERS, "vocab_size": 1, "vocab_multiple": tensor, "scan_unroll": 1}
-    )
+    small = model.model_copy(update={"num_layers": _LAYERS, "scan_unroll": 1})
+    if adapter is None:  # Whose rank may be more than one.
+        small = small.model_copy(update={"vocab_size": 1, "vocab_multiple": tensor})
     mesh = AbstractMesh(
         tuple({"data": 2, "tensor": tensor}.get(axis, 1) for axis in AXES),
         AXES,
@@ -105,7 +112,7 @@ def _trace(
         dtype=model.dtype,
     )
     with use(mesh):
-        jaxpr = _backward(small, layout, length, remat, kernel)
+        jaxpr = _backward(small, layout, length, remat, kernel, adapter, frozen)
     inputs = set(jaxpr.invars)
     whole = split = once = 0.0
     for variable in {v for v in jaxpr.outvars if isinstance(v, Var)} - inputs:
@@ -123,9 +130,19 @@ def _trace(
     return LayerResiduals(whole=whole, split=split, once=once)
 
 
-def _backward(model: ModelConfig, layout: Layout, length: int, remat: Remat, kernel: str) -> Jaxpr:
+def _backward(
+    model: ModelConfig,
+    layout: Layout,
+    length: int,
+    remat: Remat,
+    kernel: str,
+    adapter: AdapterConfig | None,
+    frozen: tuple[str, ...],
+) -> Jaxpr:
     """A program whose results are what the backward pass of a model is given."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: model_class(model)(model, rngs=nnx.Rngs(0))))
+    abstract = abstract_model(model, adapter)
+    fixed = names_of_frozen(named_variables(abstract), adapter, frozen)
+    graph, trained, rest = nnx.split(abstract, lambda path, _: ".".join(map(str, path)) not in fixed, ...)
 
     def shape(variable: nnx.Variable) -> nnx.Variable:
         assert layout.mesh is not None
@@ -135,22 +152,22 @@ def _backward(model: ModelConfig, layout: Layout, length: int, remat: Remat, ker
             jax.ShapeDtypeStruct(variable.shape, dtype, sharding=NamedSharding(layout.mesh, spec))
         )
 
-    weights = jax.tree.map(shape, state, is_leaf=is_variable)
+    trained, rest = (jax.tree.map(shape, state, is_leaf=is_variable) for state in (trained, rest))
     ids = jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=layout.sharding("batch", "length"))
     drops = model.embedding_dropout or model.attention_dropout or model.residual_dropout
 
-    def backward(weights: Any, ids: jax.Array) -> Any:
+    def backward(trained: Any, rest: Any, ids: jax.Array) -> Any:
         batch = {"tokens": ids, "positions": ids, "segments": ids}
         keys = example_keys(0, jnp.zeros((), jnp.int32), ids[:, 0]) if drops else None
 
-        def hidden(weights: Any) -> jax.Array:
+        def hidden(trained: Any) -> jax.Array:
             run = Execution(layout=layout, kernels={"attention": kernel}, keys=keys, remat=remat)
-            return nnx.merge(graph, weights)(batch, run).hidden
+            return nnx.merge(graph, trained, rest)(batch, run).hidden
 
-        return jax.vjp(hidden, weights)[1]
+        return jax.vjp(hidden, trained)[1]
 
     with traced_for(_HOPPER):
-        return jax.make_jaxpr(backward)(weights, ids).jaxpr
+        return jax.make_jaxpr(backward)(trained, rest, ids).jaxpr
 
 
 def _mesh_axes(aval: Any) -> set[str]:

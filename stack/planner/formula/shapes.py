@@ -1,20 +1,23 @@
 """The parameters of a model, read from the model itself, and what each device holds of them."""
 
 import dataclasses
+import fnmatch
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache, cached_property
 from typing import Any
 
 import jax
 from flax import nnx
 
-from stack.config import MeshConfig
+from stack.config import AdapterConfig, MeshConfig
 from stack.config.model import ModelConfig
+from stack.layers.linear import linears, sizes, use_adapters
 from stack.models import model_class
+from stack.models.flops import Untrained
 from stack.parallel import mesh as meshes
-from stack.parallel.rules import Layout, Role
-from stack.parallel.zero import is_variable
+from stack.parallel.rules import ELEMENTWISE, Layout, Role
+from stack.step import adapter as adapters
 
 Axes = tuple[tuple[str, int], ...]
 """Logical axes and their sizes."""
@@ -37,6 +40,9 @@ class Parameter:
     role: Role
     copies: int = 1
     """Layers that have one."""
+    trained: bool = True
+    itemsize: int = 4
+    """Bytes of an element at rest."""
 
     @property
     def is_matrix(self) -> bool:
@@ -75,23 +81,64 @@ class Parameters:
         yield from self.head
 
     @property
+    def reach_layers(self) -> bool:
+        """Whether anything is trained in the layers or below them, so that gradients go back through them."""
+        return any(part.trained for part in (*self.embedding, *self.layers))
+
+    @property
+    def added(self) -> tuple[Parameter, ...]:
+        """Those of adapters in the layers, A and B of each by turns."""
+        return tuple(part for part in self.layers if "rank" in dict(part.axes))
+
+    @property
+    def untrained(self) -> Untrained:
+        """What of the matrix products is not trained, and what adapters add to them."""
+        head = [part for part in self.head if part.is_matrix]
+        if self.scores is self.words:
+            head.append(self.words)
+        return Untrained(
+            layers=sum(part.size for part in self.layers if part.is_matrix and not part.trained),
+            head=sum(part.size for part in head if not part.trained),
+            added=sum(part.size for part in self if "rank" in dict(part.axes)),
+            reaches_layers=self.reach_layers,
+        )
+
+    @property
     def words(self) -> Parameter:
         """The table that embeds words."""
         return next(part for part in self.embedding if "vocab" in dict(part.axes))
 
+    @property
+    def scores(self) -> Parameter:
+        """The table that scores them."""
+        return next((part for part in self.head if "vocab" in dict(part.axes) and part.is_matrix), self.words)
 
-def num_parameters(model: ModelConfig) -> int:
-    """All parameters of a model, the padding of the vocabulary left out."""
+
+def num_parameters(
+    model: ModelConfig, adapter: AdapterConfig | None = None, frozen: tuple[str, ...] = ()
+) -> int:
+    """All parameters of a model, the padding of the vocabulary left out; see `parameters`."""
     return sum(
         part.copies * math.prod(model.vocab_size if name == "vocab" else size for name, size in part.axes)
-        for part in parameters(model)
+        for part in parameters(model, adapter, frozen)
     )
 
 
 @cache
-def parameters(model: ModelConfig) -> Parameters:
-    """All parameters of a model, as its class declares them; nothing is allocated."""
-    parts = _parts(model.model_copy(update={"num_layers": _LAYERS, "max_length": _LENGTH}))
+def parameters(
+    model: ModelConfig, adapter: AdapterConfig | None = None, frozen: tuple[str, ...] = ()
+) -> Parameters:
+    """All parameters of a model, as its class declares them; nothing is allocated.
+
+    Args:
+      model: the shapes.
+      adapter: what is added to it, and trained in its place.
+      frozen: patterns of names that are not trained (`optimizer.frozen`).
+
+    Raises:
+      ConfigError: the adapter does not fit the model.
+    """
+    parts = _parts(model.model_copy(update={"num_layers": _LAYERS, "max_length": _LENGTH}), adapter, frozen)
 
     def resolve(part: Parameter) -> Parameter:
         longer = model.max_length - _LENGTH
@@ -107,20 +154,57 @@ def parameters(model: ModelConfig) -> Parameters:
 
 
 @cache
-def _parts(model: ModelConfig) -> Parameters:
+def _parts(model: ModelConfig, adapter: AdapterConfig | None, frozen: tuple[str, ...]) -> Parameters:
     """The parameters of an abstract model, 0.1 s of tracing."""
-    abstract = nnx.eval_shape(lambda: model_class(model)(model, rngs=nnx.Rngs(0)))
+    variables = named_variables(abstract_model(model, adapter))
+    fixed = names_of_frozen(variables, adapter, frozen)
     layers, embedding, head = [], [], []
-    for name, module in vars(abstract).items():
-        variables: Any = filter(is_variable, jax.tree.leaves(module, is_leaf=is_variable))
-        for variable in variables:
-            axes = tuple(zip(variable.axes, variable.shape, strict=True))
-            if axes[0][0] == "layers":
-                layers.append(Parameter(axes=axes[1:], role=variable.role, copies=axes[0][1]))
-            else:
-                place = head if name in _HEAD else embedding
-                place.append(Parameter(axes=axes, role=variable.role))
+    for name, variable in variables.items():
+        axes = tuple(zip(variable.axes, variable.shape, strict=True))
+        narrow = adapter is not None and adapter.base_dtype == "bfloat16" and name in fixed
+        is_layer = axes[0][0] == "layers"
+        part = Parameter(
+            axes=axes[1:] if is_layer else axes,
+            role=variable.role,
+            copies=axes[0][1] if is_layer else 1,
+            trained=name not in fixed,
+            itemsize=2 if narrow and variable.role not in ELEMENTWISE else 4,
+        )
+        (layers if is_layer else head if name.partition(".")[0] in _HEAD else embedding).append(part)
     return Parameters(layers=tuple(layers), embedding=tuple(embedding), head=tuple(head))
+
+
+def abstract_model(model: ModelConfig, adapter: AdapterConfig | None) -> Any:
+    """A model with its adapters; nothing is allocated.
+
+    Raises:
+      ConfigError: they do not fit it.
+    """
+
+    def make() -> Any:
+        made: Any = model_class(model)(model, rngs=nnx.Rngs(0))
+        if adapter is not None:
+            own = {name: sizes(linear) for name, linear in linears(made)}
+            use_adapters(made, adapters.choose(adapter, own), seed=0)
+        return made
+
+    return nnx.eval_shape(make)
+
+
+def named_variables(model: Any) -> dict[str, Any]:
+    """The parameters of an abstract model, by their dotted names."""
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def names_of_frozen(
+    names: Collection[str], adapter: AdapterConfig | None, frozen: tuple[str, ...]
+) -> set[str]:
+    """Those of a model that are not trained; a pattern for a task's head fits none of them."""
+    fixed = {name for pattern in frozen for name in fnmatch.filter(names, pattern)}
+    if adapter is not None:
+        here = tuple(pattern for pattern in adapter.train if fnmatch.filter(names, pattern))
+        fixed |= adapters.frozen(adapter.model_copy(update={"train": here}), names)
+    return fixed
 
 
 @cache

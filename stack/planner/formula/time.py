@@ -23,7 +23,7 @@ from stack.parallel.rules import TABLE
 from stack.planner.formula.memory import optimizer_numbers
 from stack.planner.formula.projects import alternate_products
 from stack.planner.formula.result import Communication, Time
-from stack.planner.formula.shapes import parameters
+from stack.planner.formula.shapes import Parameter
 from stack.planner.formula.workload import Workload
 from stack.step.muon import ITERATIONS
 
@@ -76,7 +76,7 @@ class Seconds:
 def step_time(work: Workload, chip: Hardware) -> Time:
     """The time of one optimizer step, by what it is spent on."""
     work = work.as_run()
-    forward, head = _layer_forward(work, chip), _head(work, chip)
+    forward, head = _layer_forward(work, chip) + _added(work, chip), _head(work, chip)
     recomputation, backward = _recomputation(work, forward), _backward(work, forward)
     layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
     layer = forward + recomputation + backward
@@ -138,6 +138,23 @@ def _forward(work: Workload, chip: Hardware, layers: Layers) -> Seconds:
         attention=attention,
         memory=tokens * traffic / _bandwidth(chip),
         launch=_KERNELS * chip.efficiency.launch_seconds,
+    )
+
+
+def _added(work: Workload, chip: Hardware) -> Seconds:
+    """What adapters add to a layer's forward pass: two narrow products each, and a sum."""
+    matmul = elements = 0.0
+    added = work.parameters.added
+    for part in added:
+        rank = dict(part.axes)["rank"]
+        other = math.prod(_size(work, axis) for axis in part.axes) / rank
+        inner, columns = (rank, other) if part.axes[0][0] == "rank" else (other, rank)
+        matmul += product_seconds(work.micro_tokens, columns, inner, work.precision, chip)
+        elements += 2 * columns
+    return Seconds(
+        matmul=matmul,
+        memory=work.micro_tokens * elements * _BYTES / _bandwidth(chip),
+        launch=len(added) * chip.efficiency.launch_seconds,
     )
 
 
@@ -228,9 +245,19 @@ def _recomputation(work: Workload, forward: Seconds) -> Seconds:
 
 
 def _backward(work: Workload, forward: Seconds) -> Seconds:
-    """Two products for each, attention's five for its two (arXiv 2307.08691), twice the traffic."""
+    """Two products for each, attention's five for its two (arXiv 2307.08691), twice the traffic.
+
+    One product for each weight that is not trained; none where no gradient goes.
+    """
+    parts = work.parameters
+    if not parts.reach_layers:
+        return Seconds()
     attention = 2.5 if work.fused_attention else 2
-    return dataclasses.replace(forward * 2, attention=forward.attention * attention)
+    matrices = [part for part in parts.layers if part.is_matrix and "rank" not in dict(part.axes)]
+    frozen = sum(part.size for part in matrices if not part.trained) / sum(part.size for part in matrices)
+    return dataclasses.replace(
+        forward * 2, matmul=forward.matmul * (2 - frozen), attention=forward.attention * attention
+    )
 
 
 def _head(work: Workload, chip: Hardware) -> Seconds:
@@ -241,7 +268,8 @@ def _head(work: Workload, chip: Hardware) -> Seconds:
     columns = sum(_size(work, product.columns) for product in head if product.columns[0] == "vocab")
     scores = work.scored_tokens * columns
     return Seconds(
-        matmul=3 * sum(_product(work, product, precision, chip) for product in head),
+        matmul=(3 if work.parameters.scores.trained else 2)
+        * sum(_product(work, product, precision, chip) for product in head),
         memory=scores * _LOGIT_BYTES / _bandwidth(chip),
     )
 
@@ -287,17 +315,23 @@ def _stage(work: Workload, chip: Hardware) -> Communication:
     return Communication(bytes=size * times, seconds=one * times, exposed=exposed)
 
 
-def _matrix_elements(work: Workload) -> tuple[float, float]:
-    """Elements of the matrices of one layer, and of the embedding and the head, split over tensor."""
-    parts = parameters(work.model)
-    layer = sum(p.shard(tensor=work.tensor) for p in parts.layers if p.is_matrix) / work.model.num_layers
-    ends = sum(p.shard(tensor=work.tensor) for p in (*parts.embedding, *parts.head) if p.is_matrix)
-    return layer, ends
+def _matrix_elements(work: Workload, *, trained: bool) -> tuple[float, float]:
+    """Elements of the matrices of one layer, and of the embedding and the head, split over tensor.
+
+    Of all of them, or of those that are trained.
+    """
+    parts = work.parameters
+
+    def elements(some: Iterable[Parameter]) -> float:
+        return sum(p.shard(tensor=work.tensor) for p in some if p.is_matrix and (p.trained or not trained))
+
+    layer = elements(parts.layers) / work.model.num_layers
+    return layer, elements((*parts.embedding, *parts.head))
 
 
-def _on_device(work: Workload) -> float:
+def _on_device(work: Workload, *, trained: bool) -> float:
     """Elements of the matrices of the fullest pipeline stage."""
-    layer, ends = _matrix_elements(work)
+    layer, ends = _matrix_elements(work, trained=trained)
     return layer * work.model.num_layers / work.stage + ends / min(work.stage, 2)
 
 
@@ -307,28 +341,28 @@ def _fsdp(work: Workload, chip: Hardware, forward: float, rest: float, head: flo
     ways = work.fsdp
     share = (ways - 1) / ways
     layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
+    reduced = _on_device(work, trained=True) * work.reduce_bytes
     if work.zero == 0:
-        size = _on_device(work) * work.reduce_bytes
+        size = reduced
         seconds = 2 * ring_seconds(size, ways, stride, chip)
         return _beside(2 * size * share, seconds, rest * layers, chip)
     if work.zero < 3:
-        size, scatters = _on_device(work), micro_batches if work.zero == 2 else 1
+        size, scatters = _on_device(work, trained=False), micro_batches if work.zero == 2 else 1
         gather = ring_seconds(size * _BYTES, ways, stride, chip)
-        scatter = ring_seconds(size * work.reduce_bytes, ways, stride, chip)
+        scatter = ring_seconds(reduced, ways, stride, chip)
         one = _beside(size * _BYTES * share, gather, forward * layers, chip)
-        return _sum(
-            (one, _times(_beside(size * work.reduce_bytes * share, scatter, rest * layers, chip), scatters))
-        )
-    layer, ends = _matrix_elements(work)
+        return _sum((one, _times(_beside(reduced * share, scatter, rest * layers, chip), scatters)))
+    layer, ends = _matrix_elements(work, trained=False)
+    layer_trained, ends_trained = _matrix_elements(work, trained=True)
     parts = []
     once = 1 if work.holds_tables else micro_batches
-    for size, bytes_each, before, after, times in (
-        (layer, 1 if work.float8_gathers else _BYTES, forward, rest, layers * micro_batches),
-        (ends, _BYTES, 0.0, head, once),
+    for size, trained, bytes_each, before, after, times in (
+        (layer, layer_trained, 1 if work.float8_gathers else _BYTES, forward, rest, layers * micro_batches),
+        (ends, ends_trained, _BYTES, 0.0, head, once),
     ):
         gather = ring_seconds(size * bytes_each, ways, stride, chip)
-        scatter = ring_seconds(size * work.reduce_bytes, ways, stride, chip)
-        both = size * (bytes_each + work.reduce_bytes) * share
+        scatter = ring_seconds(trained * work.reduce_bytes, ways, stride, chip)
+        both = (size * bytes_each + trained * work.reduce_bytes) * share
         parts.append(_times(_beside(size * bytes_each * share, gather, before, chip), times))
         parts.append(_times(_beside(both, gather + scatter, after, chip), times))
     return _sum(parts)
@@ -338,7 +372,7 @@ def _data(work: Workload, chip: Hardware, backward: float) -> Communication:
     """An all-reduce of what each device holds of the gradient, beside the last backward pass."""
     ways = work.data * work.expert
     stride = work.tensor * work.context * work.stage * work.fsdp
-    size = _on_device(work) * work.reduce_bytes / (work.fsdp if work.zero else 1)
+    size = _on_device(work, trained=True) * work.reduce_bytes / (work.fsdp if work.zero else 1)
     seconds = 2 * ring_seconds(size, ways, stride, chip)
     return _beside(2 * size * (ways - 1) / ways, seconds, backward, chip)
 
@@ -364,7 +398,7 @@ def _optimizer(work: Workload, chip: Hardware) -> float:
 
     The weight is written once more as it is used; of an average the old is read and the new written.
     """
-    weights = _on_device(work) / (work.fsdp if work.zero else 1)
+    weights = _on_device(work, trained=True) / (work.fsdp if work.zero else 1)
     numbers = optimizer_numbers(work) + work.ema * weights
     update = (weights * (3 * 4 + _BYTES) + numbers * 2 * 4) / _bandwidth(chip)
     return update + (_muon(work, chip) if work.optimizer == "muon" else 0.0)
@@ -377,8 +411,8 @@ def _muon(work: Workload, chip: Hardware) -> float:
     the same shards does the same. A stack that does not divide leaves some devices with nothing.
     """
     seconds = 0.0
-    for part in parameters(work.model).layers + parameters(work.model).head:
-        if part.role != "matrix":
+    for part in work.parameters.layers + work.parameters.head:
+        if part.role != "matrix" or not part.trained:
             continue
         sizes = [size for _, size in part.axes]
         rows = sizes[0] if part.axes[0][0] == "embed" else math.prod(sizes[:-1])

@@ -4,13 +4,15 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
-from stack.config import Config, ConfigError, ModelConfig
+from stack.config import AdapterConfig, Config, ConfigError, ModelConfig
 from stack.config.layout import check_divides, resolve
 from stack.hardware.chip import Hardware, Precision
 from stack.kernels.linear_cross_entropy import chunk_columns, chunk_tokens
 from stack.models.cost import Sizes
+from stack.models.flops import Convention, train_flops_per_token
 from stack.models.stack import Remat as StackRemat
 from stack.objectives import build
+from stack.planner.formula.shapes import Parameters, parameters
 from stack.step.kernels import choose_attention, choose_matmul
 
 Remat = Literal[
@@ -65,6 +67,9 @@ class Workload:
     logits_bytes: int | None = None
     """Of the float32 logits that exist at once; None: as the objective takes them by itself."""
     optimizer: str = "adamw"
+    adapter: AdapterConfig | None = None
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained, those that an adapter leaves as they are besides."""
     ema: bool = False
     """A moving average of the weights is kept."""
     offload_optimizer: bool = False
@@ -91,6 +96,15 @@ class Workload:
     def holds_tables(self) -> bool:
         """Whether every device holds the tables and their gradients whole over `fsdp` for all of a step."""
         return self.tables_once and self.zero == 3 and self.stage == 1 and self.accumulation > 1
+
+    @property
+    def parameters(self) -> Parameters:
+        """Of the model and its adapters."""
+        return parameters(self.model, self.adapter, self.frozen)
+
+    def flops_per_token(self, convention: Convention) -> float:
+        """Model FLOPs of the step per token; see `stack.models.flops`."""
+        return train_flops_per_token(self.model, self.sizes, convention, self.parameters.untrained)
 
     @property
     def tokens(self) -> int:
@@ -167,10 +181,6 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         raise ConfigError(
             "mesh or train.remat is auto: there is no layout yet; `stack plan --search` finds one"
         )
-    if config.optimizer.frozen:
-        raise ConfigError("optimizer.frozen: the planner counts every parameter as trained; plan without it")
-    if config.adapter is not None:
-        raise ConfigError("adapter: the planner counts every parameter as trained; plan without it")
     if model.shape == "encoder_decoder":
         raise ConfigError(
             "model.kind=encoder_decoder: the planner does not know two rows of two lengths yet;"
@@ -204,6 +214,8 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         blocked_attention=attention.kernel == "xla_chunked",
         logits_bytes=getattr(config.objective, "logits_bytes", None),
         optimizer=config.optimizer.kind,
+        adapter=config.adapter,
+        frozen=tuple(config.optimizer.frozen),
         ema=config.optimizer.ema_decay is not None,
         offload_optimizer=train.offload_optimizer,
         offload_activations=train.offload_activations,

@@ -12,7 +12,6 @@ from typing import Any
 from stack.config import Config, ConfigError, StackError
 from stack.config.paths import expand
 from stack.hardware.chip import Hardware
-from stack.models.flops import train_flops_per_token
 from stack.planner.search.layouts import describe
 from stack.planner.search.search import RUNNABLE, Candidate, rank, release_layout
 
@@ -110,8 +109,8 @@ def mfu(scaling: Scaling, point: Point) -> tuple[float, float] | None:
     work = point.candidate.work
     rate = point.candidate.tokens_per_second / peak
     return (
-        rate * train_flops_per_token(work.model, work.sizes, "full"),
-        rate * train_flops_per_token(work.model, work.sizes, "causal"),
+        rate * work.flops_per_token("full"),
+        rate * work.flops_per_token("causal"),
     )
 
 

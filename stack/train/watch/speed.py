@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from stack.config import Config
 from stack.models.flops import mfu
 from stack.objectives import build
+from stack.planner.formula.shapes import parameters
 from stack.train.watch.listeners import Listener
 
 
@@ -19,6 +20,10 @@ class Speedometer(Listener):
         """Stands still until the first step is heard of, as that one holds the compilation."""
         self._config = config
         self._sizes = build(config).sizes
+        self._untrained = None
+        if config.adapter is not None or config.optimizer.frozen:
+            parts = parameters(config.model, config.adapter, tuple(config.optimizer.frozen))
+            self._untrained = parts.untrained
         self._devices = mesh.devices.size
         self._device: jax.Device = mesh.local_devices[0]
         self._last: float | None = None
@@ -72,4 +77,5 @@ class Speedometer(Listener):
             length=self._sizes,
             tokens_per_second_per_device=tokens_per_second_per_device,
             device_kind=self._device.device_kind,
+            untrained=self._untrained,
         )
