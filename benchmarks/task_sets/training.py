@@ -38,18 +38,19 @@ class Recipe(NamedTuple):
     """The figure that is compared."""
 
 
-_RERANK = {"kind": "reranking", "most_passages": 4, "too_long": "cut"}
-_SEARCH = {"kind": "retrieval", "too_long": "cut", "pooling": "mean", "negatives": "negatives"}
-_CLASSES = {"kind": "classification", "too_long": "cut", "pooling": "mean"}
+_BOTH = {"bidirectional": True}
+_RERANK = {"kind": "reranking", "most_passages": 4, "too_long": "cut", **_BOTH}
+_SEARCH = {"kind": "retrieval", "too_long": "cut", "negatives": "negatives", **_BOTH}
+_CLASSES = {"kind": "classification", "too_long": "cut", **_BOTH}
 RECIPES = {
     "sentiment": Recipe(_CLASSES, 128, 16, 200, "accuracy"),
     "section": Recipe(_CLASSES, 160, 16, 300, "accuracy"),
     "facets": Recipe({**_CLASSES, "multi_label": True}, 160, 16, 300, "micro_f1"),
     "describes": Recipe({**_CLASSES, "text": "first", "second": "second"}, 128, 16, 300, "accuracy"),
-    "names": Recipe({"kind": "tagging"}, 64, 8, 300, "f1"),
-    "addresses": Recipe({"kind": "tagging"}, 64, 8, 300, "f1"),
-    "questions": Recipe({"kind": "span_answers", "stride": 32}, 256, 8, 200, "f1"),
-    "key_sentences": Recipe({"kind": "key_sentences", "summary": "summary"}, 512, 4, 150, "rougeL"),
+    "names": Recipe({"kind": "tagging", "whole_words": True, **_BOTH}, 64, 8, 600, "f1"),
+    "addresses": Recipe({"kind": "tagging", "whole_words": True, **_BOTH}, 64, 8, 600, "f1"),
+    "questions": Recipe({"kind": "span_answers", "stride": 32, **_BOTH}, 256, 8, 600, "f1"),
+    "key_sentences": Recipe({"kind": "key_sentences", "summary": "summary", **_BOTH}, 512, 4, 300, "rougeL"),
     "code_search": Recipe(_SEARCH, 384, 12, 150, "mrr"),
     "code_search_rerank": Recipe(_RERANK, 512, 4, 150, "mrr"),
     "rfc_search": Recipe(_SEARCH, 384, 12, 150, "mrr"),
@@ -57,8 +58,13 @@ RECIPES = {
     "summaries": Recipe({"kind": "completion", "too_long": "cut"}, 192, 16, 200, "rougeL"),
     "translations": Recipe({"kind": "completion", "too_long": "cut"}, 128, 16, 200, "chrf"),
 }
-_RATES = {"seed": 2e-3, "full": 2e-3, "lora": 5e-3, "frozen": 5e-3}
-"""Peak learning rates."""
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "seed": {"kind": "muon", "learning_rate": 4e-3},
+    "full": {"kind": "muon", "learning_rate": 2e-3},
+    "lora": {"learning_rate": 5e-3},
+    "frozen": {"learning_rate": 5e-3},
+}
+"""Rules and their peak rates; the trunk was trained by Muon."""
 _ADAPTER = {"kind": "lora", "targets": [{"modules": ["layers.*"], "rank": 8, "alpha": 16}]}
 _MOST_WRITTEN = 200
 """Rows of which texts are written."""
@@ -144,7 +150,7 @@ def config_of(folder: Path, trunk: Path, name: str, mode: str, seed: int) -> Con
             "heldout_fraction": 0.0,
         },
         "optimizer": {
-            "learning_rate": _RATES[mode],
+            **_OPTIMIZERS[mode],
             "beta2": 0.98,
             "weight_decay": 0.01,
             "schedule": {"kind": "linear", "final_fraction": 0.0, "warmup_steps": recipe.steps // 10},

@@ -114,6 +114,10 @@ class TaggingConfig(LabelledConfig):
     """Field of a record, or path to it, with the text."""
     entities: str = "entities"
     """Field with a list of objects with `start` and `end`, characters of the text, and `label`."""
+    whole_words: bool = False
+    """Whether an entity begins and ends with a word, a run of letters, digits and _: in a prediction the
+    tokens of a word then have one label together, the likeliest. Not for text without spaces between
+    words."""
 
 
 class AnswersConfig(TaskConfig):

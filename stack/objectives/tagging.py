@@ -1,6 +1,7 @@
 """Tags of tokens, by begin, inside and outside (BIO); a linear head on every token (BERT, section 5.3)."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
     from stack.models.stack import Execution
     from stack.objectives.protocol import Sums
+
+
+_WITHIN = re.compile(r"\w\w")
+"""Both sides of a place within a word."""
 
 
 class Entity(NamedTuple):
@@ -67,6 +72,11 @@ class Entities:
             if not text[begin:after].strip():
                 raise StackError(
                     f"{place}: the entity at character {begin} is white space alone; mend or remove the line"
+                )
+            if self.options.whole_words and (cuts_word(text, begin) or cuts_word(text, after)):
+                raise StackError(
+                    f"{place}: the entity {text[begin:after]!r} at character {begin} is a part of a word;"
+                    " mend the line, or set objective.whole_words=false"
                 )
             name = label_name(entity["label"], place, f"{self.options.entities}.label")
             number = label_number(name, labels, place)
@@ -160,7 +170,8 @@ class Tagging(Task):
         """`entities`: start and end, characters of the text, label and the text itself."""
         text = str(text_at(dict(asked.record), self.options.text, lambda: "a record"))
         _, offsets = tokenizer.encode_with_offsets(text)
-        tags = asked.outputs[0]["scores"].argmax(-1)[1:-1]
+        scores = asked.outputs[0]["scores"][1:-1]
+        tags = tags_of_words(scores, words(text, offsets)) if self.options.whole_words else scores.argmax(-1)
         told = []
         for entity in entities(tags):
             start, end = trimmed(text, int(offsets[entity.start, 0]), int(offsets[entity.end - 1, 1]))
@@ -181,6 +192,41 @@ class Tagging(Task):
             "characters_recall": right / max(1, wanted),
             "characters_entity_f1": 2 * right / max(1, found + wanted),
         }
+
+
+def cuts_word(text: str, place: int) -> bool:
+    """Whether the characters on both sides of a place in a text are of one word."""
+    return 0 < place < len(text) and bool(_WITHIN.fullmatch(text[place - 1 : place + 1]))
+
+
+def words(text: str, offsets: np.ndarray) -> np.ndarray:
+    """[tokens] int64: the number, from 0, of the word that each token is of, or of a token by itself.
+
+    Args:
+      text: any.
+      offsets: [tokens, 2] characters where each token begins and ends.
+    """
+    begins = [not cuts_word(text, int(begin)) for begin, _ in offsets]
+    return np.cumsum(begins) - 1 if begins else np.zeros(0, np.int64)
+
+
+def tags_of_words(scores: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """[tokens] tags of which those of a word are one label's, the likeliest of all its tokens together.
+
+    Args:
+      scores: [tokens, 1 + 2 labels]: outside, and of each label one that begins and one that goes on.
+      words: [tokens] of `words`.
+    """
+    chances = scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)
+    tags = np.zeros(len(scores), np.int64)
+    for number in range(words[-1] + 1 if len(words) else 0):
+        (places,) = np.nonzero(words == number)
+        # Behind the first token a label goes on, whether it began here or before.
+        behind = chances[places[1:]].sum(0)
+        first = chances[places[0]] + np.concatenate([behind[:1], np.repeat(behind[2::2], 2)])
+        tags[places[0]] = best = int(first.argmax())
+        tags[places[1:]] = best + best % 2  # Tags that begin are odd.
+    return tags
 
 
 def _by_characters(entity: Mapping[str, Any]) -> tuple[int, int, str]:
