@@ -206,8 +206,12 @@ def words(text: str, offsets: np.ndarray) -> np.ndarray:
       text: any.
       offsets: [tokens, 2] characters where each token begins and ends.
     """
-    begins = [not cuts_word(text, int(begin)) for begin, _ in offsets]
-    return np.cumsum(begins) - 1 if begins else np.zeros(0, np.int64)
+    ends = [0, *(int(end) for _, end in offsets[:-1])]
+    # Tokens of bytes may share a letter.
+    goes_on = [
+        cuts_word(text, int(begin)) or begin < end for (begin, _), end in zip(offsets, ends, strict=False)
+    ]
+    return np.cumsum(np.logical_not(goes_on), dtype=np.int64) - 1
 
 
 def tags_of_words(scores: np.ndarray, words: np.ndarray) -> np.ndarray:

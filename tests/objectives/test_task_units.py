@@ -18,6 +18,7 @@ from stack.data.units import LEAST, lay_out
 from stack.objectives import build
 from stack.objectives.labels import label_name
 from stack.objectives.span_answers import window_starts
+from stack.objectives.tagging import cuts_word, tags_of_words, words
 from stack.objectives.task import Asked
 
 LETTERS = st.sampled_from(
@@ -306,3 +307,61 @@ def test_windows_of_one_record_stay_on_one_side(tmp_path):
 )
 def test_a_label_has_one_name(value, name):
     assert label_name(value, "file, line 1", "label") == name
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "wordpiece"])
+@given(text=TEXTS, data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_entities_of_whole_words_are_made_of_whole_words(tokenizers, name, text, data):
+    """Whatever the scores say."""
+    tokenizer = tokenizers[name]
+    task = task_of("tagging", whole_words=True)
+    made = rows_unless(task, tokenizer, {"text": text, "entities": []}, "is empty", "reads nothing in")
+    if made is None:
+        return
+    (row,) = made
+    seed = data.draw(st.integers(0, 99))
+    scores = np.random.default_rng(seed).normal(size=(len(row.tokens), 11)).astype(np.float32)
+    asked = Asked(record={"text": text}, rows=[row], outputs=[{"scores": scores}])
+    for each in task.answer(asked, tokenizer)["entities"]:
+        assert not cuts_word(text, each["start"])
+        assert not cuts_word(text, each["end"])
+
+
+def test_a_word_has_the_likeliest_label_of_all_its_tokens():
+    """Against every tagging of each word, one after another."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(7, 5)).astype(np.float32)
+    number = np.array([0, 0, 1, 2, 2, 2, 3])
+    chances = scores - np.log(np.exp(scores.astype(np.float64)).sum(-1, keepdims=True))
+    expected = []
+    for word in range(4):
+        own = chances[number == word]
+        length = len(own)
+        ways = [[0] * length]
+        for begins in (1, 3):
+            ways += [[first, *[begins + 1] * (length - 1)] for first in (begins, begins + 1)]
+        expected += max(ways, key=lambda way, own=own: sum(own[i, tag] for i, tag in enumerate(way)))
+    assert tags_of_words(scores, number).tolist() == expected
+    assert tags_of_words(scores[:0], number[:0]).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "starts"),
+    [("ab cd", [0, 2, 3]), ("a-b", [0, 1, 2]), ("don't", [0, 3, 4]), ("x_1 y", [0, 3, 4]), ("", [])],
+)
+def test_words_are_runs_of_letters_and_digits(text, starts):
+    offsets = np.array([[place, place + 1] for place in range(len(text))]).reshape(-1, 2)
+    numbers = words(text, offsets)
+    assert [
+        place for place in range(len(text)) if not place or numbers[place] != numbers[place - 1]
+    ] == starts
+
+
+def test_an_entity_of_a_part_of_a_word_is_refused():
+    record = {"text": "red catfish", "entities": [{"start": 4, "end": 7, "label": "X"}]}
+    rows_of(task_of("tagging"), ByteTokenizer(), record)
+    with pytest.raises(
+        StackError, match=r"^here:1: the entity 'cat' at character 4 is a part of a word; mend"
+    ):
+        rows_of(task_of("tagging", whole_words=True), ByteTokenizer(), record)
