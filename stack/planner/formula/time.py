@@ -76,8 +76,9 @@ class Seconds:
 def step_time(work: Workload, chip: Hardware) -> Time:
     """The time of one optimizer step, by what it is spent on."""
     work = work.as_run()
-    forward, head = _layer_forward(work, chip) + _added(work, chip), _head(work, chip)
-    recomputation, backward = _recomputation(work, forward), _backward(work, forward)
+    base, added, head = _layer_forward(work, chip), _added(work, chip), _head(work, chip)
+    forward = base + added
+    recomputation, backward = _recomputation(work, forward), _backward(work, base) + added * 2
     layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
     layer = forward + recomputation + backward
     # All stages run side by side; the last has the head as well and sets the pace.
@@ -226,7 +227,7 @@ def _bandwidth(chip: Hardware) -> float:
 
 def _recomputation(work: Workload, forward: Seconds) -> Seconds:
     """What the backward pass computes again of a layer."""
-    if work.remat == "none":
+    if work.remat == "none" or not work.parameters.reach_layers:
         return Seconds()
     if work.remat == "full":
         return forward
