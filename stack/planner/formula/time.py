@@ -36,6 +36,9 @@ _KERNELS = 12
 _LOGIT_BYTES = 16
 """Traffic per score in the loss: written in float32, read for the softmax, its gradient written and read."""
 
+_TILE = 64
+"""Columns that the tensor cores multiply at once, at least."""
+
 _SCORE_BYTES = 16
 """The same per attention score, forward, where the kernel writes them all to memory."""
 
@@ -143,18 +146,22 @@ def _forward(work: Workload, chip: Hardware, layers: Layers) -> Seconds:
 
 
 def _added(work: Workload, chip: Hardware) -> Seconds:
-    """What adapters add to a layer's forward pass: two narrow products each, and a sum."""
+    """What adapters add to a layer's forward pass: two narrow products each, and a sum.
+
+    Few columns are a tile of the tensor cores all the same; most of the time goes into reading what is wide.
+    """
     matmul = elements = 0.0
-    added = work.parameters.added
+    added, rows = work.parameters.added, work.micro_tokens
     for part in added:
         rank = dict(part.axes)["rank"]
-        other = math.prod(_size(work, axis) for axis in part.axes) / rank
-        inner, columns = (rank, other) if part.axes[0][0] == "rank" else (other, rank)
-        matmul += product_seconds(work.micro_tokens, columns, inner, work.precision, chip)
-        elements += 2 * columns
+        wide = math.prod(_size(work, axis) for axis in part.axes) / rank
+        flops = 2 * rows * max(rank, _TILE) * wide
+        read = rows * (wide + rank) * _BYTES
+        matmul += max(flops / (_peak(chip, work.precision) * chip.efficiency.matmul), read / _bandwidth(chip))
+        elements += 2 * wide if part.axes[0][0] == "rank" else 0
     return Seconds(
         matmul=matmul,
-        memory=work.micro_tokens * elements * _BYTES / _bandwidth(chip),
+        memory=rows * elements * _BYTES / _bandwidth(chip),
         launch=len(added) * chip.efficiency.launch_seconds,
     )
 
