@@ -193,7 +193,8 @@ def _where(error: Any, root: type[BaseModel], located: Located) -> str:
     if error["type"] == "value_error":
         fields = {name for section in sections_of(annotation_at(root, path)) for name in section.model_fields}
         words = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", str(error["ctx"]["error"]))
-        mentioned = [(*path, *word.split(".")) for word in words if word.split(".")[0] in fields]
+        keys = [[int(key) if key.isdigit() else key for key in word.split(".")] for word in words]
+        mentioned = [(*path, *some) for some in keys if some[0] in fields]
         candidates = [other for other in mentioned if located.find(other)] or candidates
     places = [located.nearest_place(candidate) for candidate in candidates]
     return max(places, key=lambda place: place.layer).text

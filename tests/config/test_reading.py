@@ -160,6 +160,14 @@ def test_an_error_in_a_base_file_is_told_at_its_line_there():
     assert line == "configs/base.yaml:3: model.num_heads='none' must be a whole number"
 
 
+def test_an_error_in_an_entry_of_a_list_is_told_with_its_override():
+    text = "data: {sources: [{kind: jsonl, path: a.jsonl}]}"
+    with pytest.raises(
+        ConfigError, match=r"^override 'data\.sources\.0\.task=x': data\.sources\.0\.task=x is not"
+    ):
+        parse(text, ["train.steps=3", "data.sources.0.task=x"])
+
+
 def test_an_error_in_an_override_is_told_with_the_override():
     line = error("seed: 1\n", "model.num_layer=4")
     assert (
