@@ -6,6 +6,8 @@ import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +108,9 @@ def run(
                 if mode == "frozen" and RECIPES[name].objective["kind"] in ("completion", "retrieval"):
                     continue  # There is no head to train.
                 if (name, mode, seed) not in done:
-                    line = _measure(folder, trunk, name, mode, seed)
+                    # In a process of its own, whose memory is that of this run.
+                    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                        line = pool.submit(_measure, folder, trunk, name, mode, seed).result()
                     with record.open("a") as file:
                         file.write(json.dumps(line) + "\n")
                     told = "  ".join(f"{key} {value:.3f}" for key, value in line["figures"].items())
@@ -224,7 +228,10 @@ def _search(trainer: Trainer, folder: Path) -> Scores:
 
 
 def table(record: Path, baselines: Path) -> list[str]:
-    """Rows of a table in Markdown: mean and deviation over seeds, and the best classical method."""
+    """Two tables in Markdown: figures beside the best classical method, and time and memory.
+
+    Figures are means and deviations over seeds; seconds of training and peak memory of a run's process medians.
+    """
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     known = json.loads(baselines.read_text())["figures"] if baselines.exists() else {}
     told = [f"| set | figure | {' | '.join(MODES)} | best classical |", "|---" * (len(MODES) + 3) + "|"]
@@ -247,6 +254,17 @@ def table(record: Path, baselines: Path) -> list[str]:
             default=("", float("nan")),
         )
         told.append(f"| {name} | {recipe.metric} | {' | '.join(cells)} | {best:.3f} ({method}) |")
+    told += ["", f"| set | {' | '.join(MODES)} |", "|---" * (len(MODES) + 1) + "|"]
+    for name in RECIPES:
+        cells = []
+        for mode in MODES:
+            own = [line for line in lines if (line["set"], line["mode"]) == (name, mode)]
+            seconds, memory = (
+                statistics.median(line[key] for line in own) if own else None
+                for key in ("seconds", "memory_mb")
+            )
+            cells.append("-" if seconds is None else f"{seconds:.0f} s, {memory:,.0f} MB")
+        told.append(f"| {name} | {' | '.join(cells)} |")
     return told
 
 
