@@ -230,7 +230,8 @@ def _search(trainer: Trainer, folder: Path) -> Scores:
 def table(record: Path, baselines: Path) -> list[str]:
     """Two tables in Markdown: figures beside the best classical method, and time and memory.
 
-    Figures are means and deviations over seeds; seconds of training and peak memory of a run's process medians.
+    Figures are means and deviations over seeds; seconds of training and peak memory of a run's process are
+    medians.
     """
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     known = json.loads(baselines.read_text())["figures"] if baselines.exists() else {}
