@@ -1,9 +1,8 @@
 """The parameters of a model, read from the model itself, and what each device holds of them."""
 
 import dataclasses
-import fnmatch
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache, cached_property
 from typing import Any
 
@@ -18,6 +17,7 @@ from stack.models.flops import Untrained
 from stack.parallel import mesh as meshes
 from stack.parallel.rules import ELEMENTWISE, Layout, Role
 from stack.step import adapter as adapters
+from stack.step import groups
 
 Axes = tuple[tuple[str, int], ...]
 """Logical axes and their sizes."""
@@ -199,11 +199,18 @@ def named_variables(model: Any) -> dict[str, Any]:
 def names_of_frozen(
     names: Collection[str], adapter: AdapterConfig | None, frozen: tuple[str, ...]
 ) -> set[str]:
-    """Those of a model that are not trained; a pattern for a task's head fits none of them."""
-    fixed = {name for pattern in frozen for name in fnmatch.filter(names, pattern)}
+    """Those of a model that are not trained; patterns for the head of a task, which it has not, are left out.
+
+    Raises:
+      ConfigError: a pattern that fits none.
+    """
+
+    def own(patterns: Iterable[str]) -> list[str]:
+        return [one for one in patterns if not adapters.is_of_task(one)]
+
+    fixed = {name for one in own(frozen) for name in groups.matching(one, names, field="optimizer.frozen")}
     if adapter is not None:
-        here = tuple(pattern for pattern in adapter.train if fnmatch.filter(names, pattern))
-        fixed |= adapters.frozen(adapter.model_copy(update={"train": here}), names)
+        fixed |= adapters.frozen(adapter.model_copy(update={"train": tuple(own(adapter.train))}), names)
     return fixed
 
 
