@@ -65,6 +65,14 @@ def test_a_plan_holds_and_trains_what_the_program_does(case):
     assert optimizer_numbers(work) == 2 * program.num_trained
 
 
+def test_a_pattern_for_the_head_of_a_task_is_none_of_the_planners():
+    adapter = CASES["lora"]["adapter"] | {"train": ["task*"]}
+    objective = {"kind": "classification", "labels": ["a", "b"]}
+    data = {"sources": [{"kind": "jsonl", "path": "nowhere.jsonl", "field": None}]}
+    work = from_config(config(adapter=adapter, objective=objective, data=data), 1)
+    assert all(part.trained == ("rank" in dict(part.axes)) for part in work.parameters)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_flops_are_those_of_its_products(case):
     """2 a parameter and token forward, 2 for activations where a gradient goes, 2 for weights that train."""

@@ -81,7 +81,7 @@ class Parameters:
         yield from self.head
 
     @property
-    def reach_layers(self) -> bool:
+    def reaches_layers(self) -> bool:
         """Whether anything is trained in the layers or below them, so that gradients go back through them."""
         return any(part.trained for part in (*self.embedding, *self.layers))
 
@@ -100,7 +100,7 @@ class Parameters:
             layers=sum(part.size for part in self.layers if part.is_matrix and not part.trained),
             head=sum(part.size for part in head if not part.trained),
             added=sum(part.size for part in self if "rank" in dict(part.axes)),
-            reaches_layers=self.reach_layers,
+            reaches_layers=self.reaches_layers,
         )
 
     @property
@@ -206,7 +206,7 @@ def names_of_frozen(
     """
 
     def own(patterns: Iterable[str]) -> list[str]:
-        return [one for one in patterns if not adapters.is_of_task(one)]
+        return [one for one in patterns if not one.startswith("task")]
 
     fixed = {name for one in own(frozen) for name in groups.matching(one, names, field="optimizer.frozen")}
     if adapter is not None:

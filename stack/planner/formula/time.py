@@ -234,7 +234,7 @@ def _bandwidth(chip: Hardware) -> float:
 
 def _recomputation(work: Workload, forward: Seconds) -> Seconds:
     """What the backward pass computes again of a layer."""
-    if work.remat == "none" or not work.parameters.reach_layers:
+    if work.remat == "none" or not work.parameters.reaches_layers:
         return Seconds()
     if work.remat == "full":
         return forward
@@ -258,7 +258,7 @@ def _backward(work: Workload, forward: Seconds) -> Seconds:
     One product for each weight that is not trained; none where no gradient goes.
     """
     parts = work.parameters
-    if not parts.reach_layers:
+    if not parts.reaches_layers:
         return Seconds()
     attention = 2.5 if work.fused_attention else 2
     matrices = [part for part in parts.layers if part.is_matrix and "rank" not in dict(part.axes)]
