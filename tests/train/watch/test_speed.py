@@ -91,3 +91,17 @@ def test_of_two_rows_the_objective_tells_the_lengths(clock):
     clock.seconds += 0.5
     flops = 128 * train_flops_per_token(config.model, {"length": 128, "target_length": 24}, "causal")
     assert hear(speedometer, 2)["model_flops_per_second"] == pytest.approx(8 * flops / 0.5)
+
+
+def test_what_is_not_trained_is_left_out_of_the_work(clock) -> None:
+    """A third of the products of a frozen weight, and all of those that an adapter adds."""
+    adapter = 'adapter={targets: [{modules: ["layers.*"], rank: 1}]}'
+    device = SimpleNamespace(device_kind=H100.device_kinds[0], memory_stats=dict)
+    mesh: Any = SimpleNamespace(devices=np.array([device]), local_devices=[device])
+    made = Speedometer(CONFIG.replace("init_from=nowhere", adapter), mesh)
+    hear(made, 1)
+    clock.seconds += 1
+    width, vocab = 64, CONFIG.model.padded_vocab_size
+    layers, added = 2 * 12 * width**2, 2 * (4 * 2 + 2 * 5) * width
+    flops = train_flops_per_token(CONFIG.model, 128, "causal") - 2 * (layers + vocab * width) + 6 * added
+    assert hear(made, 2)["model_flops_per_second"] == pytest.approx(8 * 128 * flops, rel=1e-9)
