@@ -4,6 +4,7 @@ import math
 
 from stack.config.errors import ConfigError
 from stack.config.mesh import AXES, MeshConfig
+from stack.config.pipeline import check_pipeline
 from stack.config.tree import Config
 
 
@@ -38,8 +39,8 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
 
     Raises:
       ConfigError: `tensor` does not divide heads, MLP or vocabulary, naming the largest that does; it cuts
-        what shares a scale of 8 bits; sequence parallelism does not divide the sequence; or a micro-batch or
-        an evaluation batch does not divide over data x fsdp.
+        what shares a scale of 8 bits; sequence parallelism does not divide the sequence; a micro-batch or
+        an evaluation batch does not divide over data x fsdp; or see `check_pipeline`.
     """
     model, train, tensor = config.model, config.train, sizes["tensor"]
     parts = {
@@ -57,6 +58,7 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
                 f"heads, MLP and vocabulary is {best}"
             )
     _check_blocks(config, tensor)
+    check_pipeline(config, sizes["stage"])
     if config.mesh.sequence_parallel and config.data.sequence_length % tensor:
         raise ConfigError(
             f"mesh.sequence_parallel splits data.sequence_length={config.data.sequence_length} over "

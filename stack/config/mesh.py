@@ -27,7 +27,13 @@ class MeshConfig(Section):
     model_config = ConfigDict(json_schema_extra=_or_auto)
 
     conditions = (
-        Condition(fields=(*AXES, "zero", "sequence_parallel", "tables_once"), other="auto", values=(False,)),
+        Condition(
+            fields=(*AXES, "schedule", "virtual_stages", "zero", "sequence_parallel", "tables_once"),
+            other="auto",
+            values=(False,),
+        ),
+        Condition(fields=("schedule", "virtual_stages"), other="stage", unless=1),
+        Condition(fields=("virtual_stages",), other="schedule", values=("interleaved",)),
         Condition(fields=("tables_once",), other="zero", values=(3,)),
         Condition(fields=("sequence_parallel",), other="tensor", unless=1),
     )
@@ -40,7 +46,12 @@ class MeshConfig(Section):
     fsdp: int = Field(default=-1, ge=-1)
     """Ways the parameters, gradients and optimizer state are split (see zero); -1: what is left."""
     stage: int = Field(default=1, ge=-1)
-    """Pipeline stages; more than 1 is refused, not built yet."""
+    """Pipeline stages: each runs a part of the layers, for one micro-batch of train.accumulation after the
+    other; with zero 1."""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    """In which order stages take up micro-batches (arXiv 1811.06965, 2006.09503, 2104.04473)."""
+    virtual_stages: int = Field(default=1, ge=1)
+    """Parts of the model on each stage, which divide the bubble; of interleaved."""
     context: int = Field(default=1, ge=-1)
     """Ways a sequence is split; more than 1 is refused, not built yet."""
     expert: int = Field(default=1, ge=-1)
@@ -73,7 +84,7 @@ class MeshConfig(Section):
         if list(sizes.values()).count(-1) > 1:
             free = [axis for axis, size in sizes.items() if size == -1]
             raise ValueError(f"only one mesh axis may be -1, not {' and '.join(free)}")
-        for axis in ("stage", "context", "expert"):
+        for axis in ("context", "expert"):
             if sizes[axis] != 1:
                 raise ValueError(f"{axis}={sizes[axis]}: this axis is not built yet; set {axis}=1")
         return self

@@ -41,15 +41,19 @@ that differ in their last bit may be rounded to different neighbours."""
 
 PARTS: dict[str, frozenset[str]] = {
     "data": frozenset({"data"}),
-    "fsdp zero 0": frozenset({"fsdp"}),
+    "fsdp zero 0": frozenset({"fsdp", "no stage"}),
     "fsdp zero 1": frozenset({"fsdp"}),
-    "fsdp zero 2": frozenset({"fsdp"}),
-    "fsdp zero 3": frozenset({"fsdp"}),
+    "fsdp zero 2": frozenset({"fsdp", "no stage"}),
+    "fsdp zero 3": frozenset({"fsdp", "no stage"}),
     "tensor": frozenset({"tensor"}),
     "tensor sequence parallel": frozenset({"tensor"}),
     "accumulation": frozenset({"accumulation"}),
+    "stage gpipe": frozenset({"stage", "accumulation", "no stage"}),
+    "stage 1f1b": frozenset({"stage", "accumulation", "no stage"}),
+    "stage interleaved": frozenset({"stage", "accumulation", "no stage"}),
 }
-"""THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other."""
+"""THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other. A pipeline
+has micro-batches, and ZeRO 1."""
 
 Family = Literal["gpt", "llama", "palm", "gemma", "bert", "t5"]
 """Models that go through the matrix; the first through all of it, those made of its layers through the parts
@@ -73,7 +77,7 @@ class Cell:
     @property
     def num_devices(self) -> int:
         """Devices the mesh takes."""
-        return self.mesh.data * self.mesh.fsdp * self.mesh.tensor
+        return self.mesh.data * self.mesh.fsdp * self.mesh.stage * self.mesh.tensor
 
 
 def cells() -> list[Cell]:
@@ -84,17 +88,19 @@ def cells() -> list[Cell]:
 
 def _cell(parts: tuple[str, ...]) -> Cell:
     kinds = frozenset().union(*(PARTS[part] for part in parts))
-    tensor = 4 if "tensor" in kinds else 1
+    tensor, stage = 4 if "tensor" in kinds else 1, 2 if "stage" in kinds else 1
     data, fsdp = 1, 1
     if "data" in kinds:
-        data = 2 if kinds & {"fsdp", "tensor"} else NUM_DEVICES
+        data = 2 if kinds & {"fsdp", "tensor", "stage"} else NUM_DEVICES
     if "fsdp" in kinds:
-        fsdp = NUM_DEVICES // (data * tensor)
-    zero = next((int(part[-1]) for part in parts if part.startswith("fsdp")), 3)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    split = "tensor sequence parallel" in parts
-    mesh = MeshConfig.model_validate(sizes | {"zero": zero, "sequence_parallel": split})
-    return Cell(parts=parts, mesh=mesh, accumulation=2 if "accumulation" in kinds else 1)
+        fsdp = NUM_DEVICES // (data * stage * tensor)
+    zero = next((int(part[-1]) for part in parts if part.startswith("fsdp")), 1 if stage > 1 else 3)
+    fields: dict[str, Any] = {"data": data, "fsdp": fsdp, "stage": stage, "tensor": tensor, "zero": zero}
+    if schedules := [part.removeprefix("stage ") for part in parts if part.startswith("stage")]:
+        fields["schedule"] = schedules[0]
+    fields["sequence_parallel"] = "tensor sequence parallel" in parts
+    accumulation = 4 if stage > 1 else 2 if "accumulation" in kinds else 1
+    return Cell(parts=parts, mesh=MeshConfig.model_validate(fields), accumulation=accumulation)
 
 
 ONE_DEVICE = Cell(parts=("one device",), mesh=MeshConfig(fsdp=1))
@@ -388,7 +394,7 @@ Proven by `pytest tests/numerics -m "full or not full"` on {NUM_DEVICES} virtual
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
-    sizes = {"data": cell.mesh.data, "fsdp": cell.mesh.fsdp, "tensor": cell.mesh.tensor}
+    sizes = {axis: getattr(cell.mesh, axis) for axis in ("data", "fsdp", "stage", "tensor")}
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
     return cell.name, mesh, str(cell.accumulation)
 

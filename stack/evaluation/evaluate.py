@@ -1,7 +1,7 @@
 """The held-out set, each of its labels at most once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -46,9 +46,8 @@ def evaluate(
     size, chosen = heldout_numbers(config, heldout, batches)
     make, number = heldout_batches(heldout, fields=objective.fields, batch_size=size, layout=program.layout)
     chosen = list(range(number)) if every_batch else chosen
-    parts, outputs = zip(
-        *jax.device_get([eval_step(params, batch) for batch in prefetch(make, chosen)]), strict=True
-    )
+    made = (eval_step(params, batch) for batch in prefetch(make, chosen))
+    parts, outputs = zip(*one_behind(made), strict=True)
     sums = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
     # Of some batches the bytes are not counted; their share of the tokens stands for that of the bytes.
     share = sums.get("tokens", 0) / heldout.num_tokens if len(chosen) < number else 1.0
@@ -58,6 +57,19 @@ def evaluate(
         tokenizer=heldout.tokenizer,
         num_bytes=share * heldout.num_bytes if heldout.is_lossless else None,
     )
+
+
+def one_behind(made: Iterator[Any]) -> Iterator[Any]:
+    """Trees of arrays on the host, each when the next one is under way.
+
+    Were all of them under way at once, so would be the batches they are made of; and on several CPU devices
+    programs that exchange something wait for each other for ever (XLA:CPU, jaxlib 0.11.2).
+    """
+    before: list[Any] = []
+    for tree in made:
+        yield from map(jax.device_get, before)
+        before = [tree]
+    yield from map(jax.device_get, before)
 
 
 def heldout_numbers(config: Config, heldout: Dataset, batches: int | None = None) -> tuple[int, list[int]]:

@@ -35,6 +35,8 @@ class Default:
     """Compute capabilities it is for: from the first, below the second."""
     least_gpus: int = 1
     """GPUs of one process from which on it is set."""
+    pipelines_only: bool = False
+    """Whether it is for programs of several stages alone."""
     same: tuple[str, ...] = ()
     """Other names by which a user decides the same."""
 
@@ -91,6 +93,15 @@ DEFAULTS = (
             source=f"{_TOOLBOX}; {_DECISIONS}",
         )
         for kind in ("all_gather", "reduce_scatter", "all_reduce")
+    ),
+    Default(
+        name="xla_gpu_enable_while_loop_unrolling",
+        kind="option",
+        value="WHILE_LOOP_UNROLLING_NO_UNROLL",
+        reason="of a pipeline: unrolled by two, the loop over its ticks has twice the buffers of what waits,"
+        " and one over layers split over tensor stops the compiler (Call graph must have been flattened)",
+        source="docs/decisions.md, Pipelines",
+        pipelines_only=True,
     ),
 )
 """All of them."""
@@ -177,7 +188,9 @@ def variable_settings() -> tuple[Setting, ...]:
     return tuple(settings)
 
 
-def options(*, layer_bytes: int, replicas: int, tensor: int, crosses_network: bool) -> dict[str, Value]:
+def options(
+    *, layer_bytes: int, replicas: int, tensor: int, crosses_network: bool, stages: int = 1
+) -> dict[str, Value]:
     """The compiler's options for a program on GPUs.
 
     Args:
@@ -185,13 +198,16 @@ def options(*, layer_bytes: int, replicas: int, tensor: int, crosses_network: bo
       replicas: places with examples of their own, over which gradients are summed.
       tensor: ways its matrices are split.
       crosses_network: whether weights are gathered over more than the fast links of one node.
+      stages: of its pipeline.
     """
     combined = replicas > 1 and (tensor == 1 or crosses_network) and layer_bytes > XLA_COMBINES
     values = {one.name: layer_bytes if one.value == "a layer" else one.value for one in DEFAULTS}
     return {
         one.name: values[one.name]
         for one in DEFAULTS
-        if one.kind == "option" and (one.value != "a layer" or combined)
+        if one.kind == "option"
+        and (one.value != "a layer" or combined)
+        and (stages > 1 or not one.pipelines_only)
     }
 
 

@@ -41,6 +41,9 @@ class Execution:
     """Whether what it does not waits for it in host memory; of remat `full` and `save_qkv_proj`."""
     plain_layers: tuple[int, int] = (0, 0)
     """Layers at the start and at the end of a stack that have no products in float8, where others have."""
+    instead: Callable[..., Any] | None = None
+    """What is called instead of running a stack of layers, with all that `run_layers` has of it: a pipeline
+    runs them elsewhere."""
 
 
 def _dots(primitive: Primitive, *inputs: Any, **parameters: Any) -> bool:
@@ -114,6 +117,8 @@ def run_layers[M: nnx.Module, S](
     Returns:
       What the last layer gives, and the state of all of them.
     """
+    if run.instead is not None:
+        return run.instead(call, layers, x, run, state, first), state
     number = jax.tree.leaves(layers)[0].shape[0]
     stacked = layers, jnp.arange(first, first + number), state
     first_plain, last_plain = run.plain_layers
@@ -132,6 +137,14 @@ def run_layers[M: nnx.Module, S](
 
 def _run_part(call: Any, x: jax.Array, stacked: Any, run: Execution, *, unroll: int, is_plain: bool) -> Any:
     """Layers that are all alike; see `run_layers`."""
+    layer = one_layer(call, run, is_plain=is_plain)
+    # Unrolled, what is to be computed again is computed at once and kept: twice the memory.
+    unroll = unroll if run.remat == "none" else 1
+    return jax.lax.scan(layer, x, stacked, unroll=unroll)
+
+
+def one_layer(call: Any, run: Execution, *, is_plain: bool = False) -> Any:
+    """(x, (layer, its number, its state)) -> (x, state), which keeps what `remat` says."""
     layout = run.layout
 
     def layer(x: jax.Array, inputs: tuple[Any, jax.Array, Any]) -> tuple[jax.Array, Any]:
@@ -150,9 +163,7 @@ def _run_part(call: Any, x: jax.Array, stacked: Any, run: Execution, *, unroll: 
         # beside this one and holds both (10.5 instead of 9.4 GiB for qwen3_0_6b). At stage 3 it would
         # hold back the gathers of the next layer's weights.
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=layout.zero < 3)
-    # Unrolled, what is to be computed again is computed at once and kept: twice the memory.
-    unroll = unroll if run.remat == "none" else 1
-    return jax.lax.scan(layer, x, stacked, unroll=unroll)
+    return layer
 
 
 def _with_axes[M: nnx.Module](module: M, change: Callable[[tuple[str, ...]], tuple[str, ...]]) -> M:

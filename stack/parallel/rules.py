@@ -3,6 +3,7 @@
 Layers and models name axes ("batch", "heads", ...); only this file knows what becomes of a name.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from stack.config import MeshConfig
 
 BATCH_AXES = ("data", "fsdp")
+SPLIT_AXES = frozenset({"fsdp", "stage"})
+"""What parameters at rest are split over besides `tensor`: of a pipeline, over its stages too."""
 
 TABLE: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
@@ -64,13 +67,17 @@ class Layout:
     """What gradients are summed in."""
     split_batch: bool = True
     """False: the batch is whole everywhere (generation, where rows are few)."""
+    rows_over_stages: bool = False
+    """Whether the batch is split over `stage` as well, as everything outside of the pipeline wishes."""
+    manual: frozenset[str] = frozenset()
+    """Mesh axes that a surrounding `shard_map` has already split over: nothing is left to split there."""
 
     @staticmethod
     def of(mesh: Mesh | AbstractMesh, config: MeshConfig, **changes: Any) -> "Layout":
         """The layout a config asks for on a mesh."""
         return Layout(
             mesh=mesh,
-            zero=config.zero,
+            zero=3 if mesh.shape["stage"] > 1 else config.zero,
             sequence_parallel=config.sequence_parallel,
             tables_once=config.tables_once,
             **changes,
@@ -82,13 +89,15 @@ class Layout:
 
     def size(self, axis: str) -> int:
         """Devices along one mesh axis."""
-        return self.mesh.shape[axis] if self.mesh is not None else 1
+        return self.mesh.shape[axis] if self.mesh is not None and axis not in self.manual else 1
 
     def mesh_axes(self, name: str) -> tuple[str, ...]:
         """The mesh axes, of more than one device, that a logical axis is split over."""
         axes = TABLE[name]
         if name == "residual_length" and self.sequence_parallel:
             axes = ("tensor",)
+        if name == "batch" and self.rows_over_stages:
+            axes = (*axes, "stage")
         if name == "batch" and not self.split_batch:
             axes = ()
         return tuple(axis for axis in axes if self.size(axis) > 1)
@@ -96,7 +105,9 @@ class Layout:
     @property
     def trivial(self) -> bool:
         """Whether there is nothing to split over."""
-        return self.mesh is None or self.mesh.size == 1
+        if self.mesh is None:
+            return True
+        return all(self.size(axis) == 1 for axis in self.mesh.axis_names)
 
     @property
     def replicas(self) -> frozenset[str]:
@@ -118,6 +129,8 @@ class Layout:
         """
         if self.trivial:
             return None
+        if self.manual:  # JAX has no partial sums there yet: they are added at once.
+            return self.spec(*names)
         summed = {axis for name in contracted for axis in self.mesh_axes(name)}
         entries = (tuple(axis for axis in self.mesh_axes(name) if axis not in summed) for name in names)
         return P(*map(_entry, entries), unreduced=summed)
@@ -133,7 +146,7 @@ class Layout:
         Its gradient stays a partial sum on each device, of however many matmuls, until it leaves here.
         """
         spec = self.spec(*names)
-        if spec is None or self.size("tensor") == 1:
+        if spec is None or self.size("tensor") == 1 or self.manual:
             return self.shard(x, *names)
         return jax.reshard(x, P(*spec.partitions, reduced={"tensor"}))
 
@@ -150,20 +163,27 @@ class Layout:
         """Partition of a parameter at rest.
 
         `tensor` by the table; `fsdp`, from ZeRO stage 1, splits the first dimension it divides among
-        those that no other axis splits. The stack of layers is never split: the scan walks along it.
+        those that no other axis splits, and so does `stage`, which may share one with `fsdp`. The stack of
+        layers is never split: the scan walks along it.
         """
-        entries = list(self.whole_spec(names))
-        ways = self.size("fsdp")
-        if role not in ELEMENTWISE and self.zero > 0 and ways > 1:
-            for i, (name, size) in enumerate(zip(names, shape, strict=True)):
-                if name != "layers" and entries[i] is None and size % ways == 0:
-                    entries[i] = "fsdp"
-                    break
-        return P(*entries)
+        axes = [self.mesh_axes(name) for name in names]
+        free = [name != "layers" and not split for name, split in zip(names, axes, strict=True)]
+        for axis in ("fsdp", "stage") if role not in ELEMENTWISE and self.zero > 0 else ():
+            ways = [self.size(axis) * math.prod(map(self.size, split)) for split in axes]
+            fits = [place for place, size in enumerate(shape) if free[place] and size % ways[place] == 0]
+            if fits and self.size(axis) > 1:
+                axes[fits[0]] = (*axes[fits[0]], axis)
+        return P(*map(_entry, axes))
 
 
 ONE_DEVICE = Layout()
 """No mesh: nothing is split, nothing is gathered."""
+
+
+def split_axes(spec: P) -> frozenset[str]:
+    """The mesh axes that a partition names."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec.partitions)
+    return frozenset(axis for entry in entries for axis in entry if axis is not None)
 
 
 def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental import layout as memory_layout
 from jax.sharding import PartitionSpec as P
 
-from stack.parallel.rules import ELEMENTWISE, Layout, Role
+from stack.parallel.rules import ELEMENTWISE, SPLIT_AXES, Layout, Role, split_axes
 
 
 def gather_weight(weight: jax.Array, layout: Layout, names: tuple[str, ...], role: Role) -> jax.Array:
@@ -51,7 +51,7 @@ def gather_weight(weight: jax.Array, layout: Layout, names: tuple[str, ...], rol
 def is_gathered(weight: jax.Array, layout: Layout) -> bool:
     """Whether a matrix has been through `gather_weight`."""
     spec = jax.typeof(weight).sharding.spec
-    return layout.trivial or ("fsdp" not in spec.partitions and spec.reduced == layout.replicas)
+    return layout.trivial or (not split_axes(spec) & SPLIT_AXES and spec.reduced == layout.replicas)
 
 
 def _forward(weight: jax.Array, layout: Layout, split: P, whole: P, dtype: jnp.dtype) -> jax.Array:
@@ -65,7 +65,7 @@ def _forward(weight: jax.Array, layout: Layout, split: P, whole: P, dtype: jnp.d
 
 def _others(layout: Layout, split: P) -> frozenset[str]:
     """The replicas that hold the same shard of a parameter."""
-    return layout.replicas - {"fsdp"} if "fsdp" in split else layout.replicas
+    return layout.replicas - split_axes(split)
 
 
 def scatter_gradient(
@@ -175,7 +175,7 @@ def gradients[M](
     if accumulation == 1:
         total = one(batch)
     else:
-        micros = jax.tree.map(partial(_micro_batches, number=accumulation), batch)
+        micros = jax.tree.map(partial(split_rows, number=accumulation), batch)
         first = jax.tree.map(lambda leaf: leaf[0], micros)
         total = jax.tree.map(_zeros, jax.eval_shape(one, first))
         # The compiler unrolls loops of a known length that communicate by two, and holds for the second
@@ -230,7 +230,7 @@ def _before_micro_batches[M](model: M, layout: Layout) -> M:
     return jax.tree.map(prepare, model, is_leaf=is_variable)
 
 
-def _micro_batches(x: jax.Array, *, number: int) -> jax.Array:
+def split_rows(x: jax.Array, *, number: int) -> jax.Array:
     """[batch, ...] -> [number, batch / number, ...]; every device keeps its own rows."""
     return jnp.moveaxis(x.reshape(x.shape[0] // number, number, *x.shape[1:]), 1, 0)
 

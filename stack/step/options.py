@@ -51,6 +51,7 @@ def _own(program: Program) -> dict[str, Value]:
         replicas=math.prod(layout.size(axis) for axis in layout.replicas),
         tensor=layout.size("tensor"),
         crosses_network=layout.zero > 0 and span > (chip.domain_size if chip else GPUS_OF_A_NODE),
+        stages=layout.size("stage"),
     )
 
 

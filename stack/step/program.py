@@ -23,6 +23,8 @@ from stack.models.stack import Execution
 from stack.objectives import build as build_objective
 from stack.objectives.protocol import Objective
 from stack.parallel import mesh as meshes
+from stack.parallel.pipeline.pipeline import Pipeline
+from stack.parallel.pipeline.table import Costs
 from stack.parallel.rules import ELEMENTWISE, Layout, Role
 from stack.parallel.zero import is_variable
 from stack.step import adapter as adapters
@@ -231,10 +233,34 @@ class Program:
             plain_layers=(self.config.kernels.fp8.first_layers, self.config.kernels.fp8.last_layers),
         )
 
+    def pipeline(self, stacks: Sequence[int]) -> Pipeline:
+        """The layers of a model's stacks on the stages of the mesh, and who does what and when."""
+        mesh, train = self.config.mesh, self.config.train
+        return Pipeline.of(
+            mesh.schedule,
+            stacks,
+            stages=self.layout.size("stage"),
+            micro_batches=train.accumulation,
+            chunks=mesh.virtual_stages,
+            costs=Costs(backward=_TICKS[train.remat]),
+        )
+
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """Layers of each stack of the model."""
+        names = jax.tree.leaves(self.axes, is_leaf=optimizers.is_names)
+        leaves = zip(jax.tree_util.tree_leaves_with_path(self.parameters), names, strict=True)
+        numbers = {path[0]: leaf.shape[0] for (path, leaf), axes in leaves if axes[0] == "layers"}
+        return tuple(numbers.values())
+
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch, for compiling."""
         sizes = {"batch": self.config.train.batch_size, **self.objective.sizes}
         return abstract_batch(self.objective.fields, sizes=sizes, layout=self.layout)
+
+
+_TICKS = {"none": 2, "dots": 2, "save_qkv_proj": 3, "full": 3}
+"""Of a backward pass by the name of the remat policy, where a forward pass takes one."""
 
 
 def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Program:
@@ -251,14 +277,13 @@ def on_mesh(
     config: Config, mesh: Mesh | AbstractMesh, platform: str, compute_capability: float | None = None
 ) -> Program:
     """The same on a mesh, which may be abstract: shapes and shardings of devices that are not here."""
-    train = config.train
     _check_resolved(config)
     check_offload(config, _memory_kinds(mesh))
     check_divides(config, dict(mesh.shape))
     program = Program(
         config=config,
         mesh=mesh,
-        layout=Layout.of(mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=train.grad_reduce_dtype),
+        layout=_layout(config, mesh),
         attention=choose_attention(config, platform=platform, compute_capability=compute_capability),
         matmul=choose_matmul(config, platform=platform, compute_capability=compute_capability),
     )
@@ -271,12 +296,23 @@ def on_mesh(
 
 def on_mesh_like(program: Program, mesh: Mesh) -> Program:
     """The same program on another mesh of the same shape and kind of devices."""
-    config = program.config
-    layout = Layout.of(
-        mesh, config.mesh, dtype=config.model.dtype, reduce_dtype=config.train.grad_reduce_dtype
-    )
+    config, layout = program.config, _layout(program.config, mesh)
     return Program(
         config=config, mesh=mesh, layout=layout, attention=program.attention, matmul=program.matmul
+    )
+
+
+def _layout(config: Config, mesh: Mesh | AbstractMesh) -> Layout:
+    """How things lie on a mesh; rows over its stages too, where there are enough of them."""
+    train, sizes = config.train, mesh.shape
+    ways = sizes["data"] * sizes["fsdp"] * sizes["stage"]
+    rows = (train.batch_size, config.eval.batch_size or train.batch_size)
+    return Layout.of(
+        mesh,
+        config.mesh,
+        dtype=config.model.dtype,
+        reduce_dtype=train.grad_reduce_dtype,
+        rows_over_stages=sizes["stage"] > 1 and not any(number % ways for number in rows),
     )
 
 

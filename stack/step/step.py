@@ -1,5 +1,7 @@
 """The training step: one pure function of state and batch, which the planner compiles too."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from stack.layers.dropout import example_keys
 from stack.layers.linear import use_float8
 from stack.objectives.protocol import Outputs, Sums
 from stack.parallel.zero import gather_module, gradients
-from stack.step import ema, float8, guard
+from stack.step import ema, float8, guard, pipeline
 from stack.step.offload import apply_by_layer
 from stack.step.optimizer import schedule
 from stack.step.program import Program
@@ -100,13 +102,22 @@ def loss_gradient(
     graph, trained, rest = nnx.split(model, lambda path, _: path not in program.frozen, ...)
     rest = rest if layout.zero == 3 else gather_module(rest, layout)
 
-    def loss(weights: Any, micro: Batch) -> tuple[jax.Array, Sums]:
+    def loss(
+        shared: tuple[jax.Array, jax.Array], weights: Any, micro: Batch, **how: Any
+    ) -> tuple[jax.Array, Sums]:
+        step, divisor = shared
         keys = example_keys(config.seed, step, micro["example"]) if _drops(program) else None
-        model = nnx.merge(graph, weights, rest)
-        value, sums = objective.loss(model, micro, program.execution(keys=keys), divisor)
+        model, run = nnx.merge(graph, weights, rest), replace(program.execution(keys=keys), **how)
+        value, sums = objective.loss(model, micro, run, divisor)
         return value, sums | {"loss": value}
 
-    gradient, sums = gradients(loss, trained, batch, layout, accumulation=config.train.accumulation)
+    shared, accumulation = (step, divisor), config.train.accumulation
+    if layout.size("stage") > 1:
+        gradient, sums = pipeline.gradients(
+            loss, trained, batch, shared, layout, micro_batches=accumulation, plan_of=program.pipeline
+        )
+    else:
+        gradient, sums = gradients(partial(loss, shared), trained, batch, layout, accumulation=accumulation)
     gradient = nnx.to_pure_dict(gradient)
     if history is not None:
         gradient, latest = float8.extract(gradient)

@@ -18,6 +18,7 @@ from stack.data.dataset import Data, Dataset, digest
 from stack.data.entry import EntryWriter, log, open_entry, read_entry, remove_entry
 from stack.data.loader import heldout_batches, prefetch
 from stack.data.tokenizer import Tokenizer
+from stack.evaluation.evaluate import one_behind
 from stack.objectives.protocol import Referenced
 from stack.parallel import mesh as meshes
 from stack.parallel.messages import all_say
@@ -157,24 +158,13 @@ def _of_rows(
     make, number = heldout_batches(dataset, fields=fields, batch_size=size, layout=program.layout)
 
     def told() -> Iterator[np.ndarray]:
-        for batch, values in enumerate(_late(map(score, prefetch(make, range(number))))):
+        for batch, values in enumerate(one_behind(map(score, prefetch(make, range(number))))):
             rows = range(batch * size, min((batch + 1) * size, dataset.num_rows))
             for place, row in enumerate(rows):
                 yield values[place, : 2 * len(dataset.piece_numbers(row))]
             advance(len(rows))
 
     return np.concatenate([np.zeros(0, np.float32), *told()])
-
-
-def _late(arrays: Iterator[jax.Array]) -> Iterator[np.ndarray]:
-    """On the host, each when the next one is under way."""
-    before: jax.Array | None = None
-    for array in arrays:
-        if before is not None:
-            yield np.asarray(before)
-        before = array
-    if before is not None:
-        yield np.asarray(before)
 
 
 def _score(program: Program, params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:

@@ -68,7 +68,6 @@ def test_a_list_stands_for_a_tuple():
         (OptimizerConfig, {"groups": [{"parameters": ["embed.*"]}]}, "a group has a learning_rate_factor or"),
         (MeshConfig, {"data": -1, "fsdp": -1}, "only one mesh axis may be -1, not data and fsdp"),
         (MeshConfig, {"tensor": 0}, "tensor=0: a mesh axis has at least 1 device"),
-        (MeshConfig, {"stage": 2}, "stage=2: this axis is not built yet; set stage=1"),
         (MeshConfig, {"context": 2}, "context=2: this axis is not built yet; set context=1"),
         (MeshConfig, {"expert": 2}, "expert=2: this axis is not built yet; set expert=1"),
         (DecoderConfig, {"embed_dim": 100}, "embed_dim=100 is not a multiple of num_heads=12; set head_dim"),

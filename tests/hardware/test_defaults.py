@@ -113,6 +113,13 @@ def test_collectives_are_combined_by_layer_where_that_helps_and_never_less_than_
     assert own == (expected if combined else {})
 
 
+def test_loops_are_left_as_they_are_in_a_pipeline_alone():
+    facts = {"layer_bytes": BIG, "replicas": 1, "tensor": 2, "crosses_network": False}
+    name = "xla_gpu_enable_while_loop_unrolling"
+    assert options(**facts, stages=4)[name] == "WHILE_LOOP_UNROLLING_NO_UNROLL"
+    assert name not in options(**facts)
+
+
 def test_of_an_option_the_config_decides_then_the_user_elsewhere_then_stack():
     own = options(layer_bytes=BIG, replicas=8, tensor=1, crosses_network=False)
     gather, scatter = (f"xla_gpu_{kind}_combine_threshold_bytes" for kind in ("all_gather", "reduce_scatter"))

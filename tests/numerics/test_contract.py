@@ -24,18 +24,20 @@ from stack.doctor.numerics import (
 )
 
 EVERYDAY: dict[Family, set[str]] = {
-    "gpt": {"fsdp zero 2"},
+    "gpt": {"fsdp zero 2", "fsdp zero 1 + stage 1f1b"},
     "llama": {"data + fsdp zero 3"},
     "palm": {"fsdp zero 3 + tensor sequence parallel"},
     "bert": {"fsdp zero 3 + tensor sequence parallel"},
     "gemma": {"fsdp zero 1 + accumulation"},
-    "t5": {"fsdp zero 3 + tensor sequence parallel"},
+    "t5": {"fsdp zero 3 + tensor sequence parallel", "stage 1f1b"},
 }
 PAIRS = {
     "fsdp zero 1 + accumulation",
     "data + fsdp zero 3",
     "fsdp zero 3 + tensor sequence parallel",
     "tensor + accumulation",
+    "fsdp zero 1 + stage 1f1b",
+    "tensor sequence parallel + stage interleaved",
 }
 """Pairs that stand for the others where not all are run. In bfloat16 the rest repeat one of these, or a part
 alone, to the digit, as they round the same sums; a family that shares its layers with another has been
@@ -109,7 +111,7 @@ def test_every_cell_is_in_a_tier():
 def test_the_matrix_holds_every_pair():
     names = {cell.name for cell in cells()}
     assert {"fsdp zero 2 + tensor sequence parallel", "data + accumulation", "tensor + accumulation"} <= names
-    assert len(names) == 29
+    assert len(names) == 44
 
 
 def test_the_documentation_shows_the_matrix():

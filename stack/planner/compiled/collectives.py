@@ -5,6 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?(\S+) = (.+?) ({_KINDS})(-start)?\(
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _CALLEE = re.compile(r"(?:calls|body|condition|to_apply|called_computations)=\{?%([^\s,}]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_ABOUT = re.compile(r'op_name="[^"]*about_(\d+)_times/while"')
+_ABOUT = re.compile(r'op_name="[^"]*about_(\d+)(?:_of_(\d+))?_times/while"')
 _CARRY = re.compile(r"%[^\s,()]+#(\d+)|get-tuple-element\([^)]*\), index=(\d+)")
 _DEFINITION = re.compile(r"^\s+(?:ROOT )?%(\S+) = ")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
@@ -158,7 +159,7 @@ def _own_line(file: str, line: int) -> str | None:
 
 def runs(hlo: str) -> dict[str, int]:
     """How often each computation of a program's text runs in one step."""
-    callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    callers: dict[str, list[tuple[str, Fraction]]] = defaultdict(list)
     definitions = {match[1]: line for line in hlo.splitlines() if (match := _DEFINITION.match(line))}
     entry, computation = "", ""
     for line in hlo.splitlines():
@@ -166,26 +167,29 @@ def runs(hlo: str) -> dict[str, int]:
             computation = heading[2]
             entry = computation if heading[1] else entry
         elif computation:
-            trips = _trips(line, hlo, definitions) if " while(" in line else 1
+            trips = _trips(line, hlo, definitions) if " while(" in line else Fraction(1)
             for callee in _CALLEE.findall(line):
                 callers[callee].append((computation, trips))
-    counts: dict[str, int] = {entry: 1}
+    counts: dict[str, Fraction] = {entry: Fraction(1)}
 
-    def count(name: str) -> int:
+    def count(name: str) -> Fraction:
         if name not in counts:
-            counts[name] = sum(count(caller) * trips for caller, trips in callers[name])
+            counts[name] = sum((count(caller) * trips for caller, trips in callers[name]), Fraction(0))
         return counts[name]
 
-    return defaultdict(int, {name: count(name) for name in [*callers, entry]})
+    return defaultdict(int, {name: round(count(name)) for name in [*callers, entry]})
 
 
-def _trips(line: str, hlo: str, definitions: Mapping[str, str]) -> int:
+def _trips(line: str, hlo: str, definitions: Mapping[str, str]) -> Fraction:
     """Trips of a loop that counts by one: as the compiler notes, or from where it starts and ends.
 
-    A loop as long as data say has a name that says about how often: `about_9_times`.
+    A loop as long as data say has a name that says about how often: `about_9_times`, or `about_8_of_33_times`
+    of one that runs once in some of its turns.
     """
-    if count := _TRIPS.search(line) or _ABOUT.search(line):
-        return int(count[1])
+    if count := _TRIPS.search(line):
+        return Fraction(int(count[1]))
+    if count := _ABOUT.search(line):
+        return Fraction(int(count[1]), int(count[2] or 1))
     operand, condition = re.search(r" while\(%([^)]+)\)", line), re.search(r"condition=%([^\s,]+)", line)
     if operand and condition:
         test = _text(condition[1], hlo)
@@ -195,7 +199,7 @@ def _trips(line: str, hlo: str, definitions: Mapping[str, str]) -> int:
         bounds = [int(bound) for bound in re.findall(r" s32\[\] constant\((\d+)\)", test)]
         bounds += [n for index in indices if (n := _constant(entries[index], definitions)) is not None]
         if len(bounds) == 2:
-            return abs(bounds[0] - bounds[1])
+            return Fraction(abs(bounds[0] - bounds[1]))
     raise ValueError(f"the compiled program has a loop of unknown length: {line.strip()[:80]}")
 
 

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from stack.parallel.mesh import without_cache
+from stack.parallel.rules import BATCH_AXES, split_axes
 from stack.planner.compiled import compile as compiling
 from stack.planner.compiled.collectives import Collective, sources
 from stack.step.program import Program
@@ -131,7 +132,8 @@ def _batch_findings(program: Program, operations: Iterable[Collective]) -> list[
             source=c.source,
         )
         for c in operations
-        if any(holds_global_batch(program, shape) for _, shape in c.arrays)
+        # Of a pipeline, every stage has the numbers of all tokens of its replica.
+        if any(holds_global_batch(program, shape) for dtype, shape in c.arrays if dtype != "s32")
     ]
 
 
@@ -142,7 +144,7 @@ def holds_global_batch(program: Program, shape: tuple[int, ...]) -> bool:
     """
     train, length = program.config.train, program.config.data.sequence_length
     sizes = tuple(size for size in shape if size > 1)
-    if math.prod(program.layout.size(axis) for axis in program.layout.replicas) == 1:
+    if math.prod(map(program.layout.size, BATCH_AXES)) == 1:
         return False
     for rows in {train.batch_size, train.batch_size // train.accumulation} - {1}:
         if rows * length in sizes:
@@ -188,7 +190,7 @@ def _parameter_findings(program: Program) -> list[Finding]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(program.parameters)[0]:
         shard = leaf.sharding.shard_shape(leaf.shape)
         bytes_here = math.prod(shard) * leaf.dtype.itemsize
-        if bytes_here > LARGE_PARAMETER and "fsdp" not in leaf.sharding.spec:
+        if bytes_here > LARGE_PARAMETER and "fsdp" not in split_axes(leaf.sharding.spec):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             text = (
                 f"{name} {list(leaf.shape)} is whole on every device, {gib(bytes_here)}: "

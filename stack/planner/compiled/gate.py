@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from stack.config import Config
 from stack.models import model_cost
 from stack.parallel import mesh as meshes
+from stack.parallel.rules import BATCH_AXES, split_axes
 from stack.planner.compiled.findings import Finding, Kind
 from stack.planner.compiled.report import Compiled
 from stack.step import program as programs
@@ -114,8 +116,8 @@ def _leaves(program: Program) -> Iterator[_Parameter]:
     roles = jax.tree.leaves(program.roles)
     for leaf, axes, role in zip(leaves, names, roles, strict=True):
         ways = math.prod(layout.size(axis) for name in axes for axis in layout.mesh_axes(name))
-        entries = list(leaf.sharding.spec)
-        split = leaf.shape[entries.index("fsdp")] if "fsdp" in entries else 0
+        places = [place for place, entry in enumerate(leaf.sharding.spec) if "fsdp" in split_axes(P(entry))]
+        split = leaf.shape[places[0]] if places else 0
         yield _Parameter(
             elements=leaf.size // ways,
             matrix=role != "vector",
@@ -131,6 +133,9 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
     """(kind, axes, bytes per step) of what parameters and their gradients need."""
     layout, train = program.layout, program.config.train
     compute, reduce = _itemsize(program.config.model.dtype), _itemsize(train.grad_reduce_dtype)
+    if layout.size("stage") > 1:
+        yield from _staged_parameters(program, compute, reduce)
+        return
     scatters = 1 if layout.zero < 2 else train.accumulation
     for leaf in _leaves(program):
         if not leaf.matrix:
@@ -152,10 +157,42 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
             yield "all-reduce", ("fsdp",), leaf.summed * 4
 
 
+def _staged_parameters(
+    program: Program, compute: int, reduce: int
+) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """The same of a pipeline: layers are dealt out over `stage`, what is in none is gathered over it too."""
+    layout, cost = program.layout, model_cost(program.config.model)
+    stages, fsdp = layout.size("stage"), layout.size("fsdp")
+    plan = program.pipeline([stack.number for stack in cost.stacks])
+    # Of a stack of so many layers each stage has room for as many as the stage with most of them.
+    room = max(
+        most * plan.chunks * stages / number for most, number in zip(plan.most, plan.stacks, strict=True)
+    )
+    for leaf in _leaves(program):
+        if not leaf.matrix:
+            yield "all-reduce", ("data", "fsdp", "stage"), leaf.elements * 4
+            continue
+        here = leaf.elements / stages * (room if leaf.per_layer else 1)
+        if leaf.per_layer:
+            yield "all-to-all", ("stage",), here / fsdp * (compute + reduce)
+        else:
+            here *= stages
+            yield "all-gather", ("stage",), here / fsdp * compute
+            yield "reduce-scatter", ("stage",), here / fsdp * reduce
+        yield "all-gather", ("fsdp",), here * compute
+        yield "reduce-scatter", ("fsdp",), here * reduce
+        yield "all-reduce", ("data",), leaf.elements / stages / fsdp * reduce
+    hidden = sum(_rows(program) * program.objective.sizes[stack.attention.queries] for stack in cost.stacks)
+    activation = hidden / program.config.train.accumulation * program.config.model.embed_dim * compute
+    if layout.sequence_parallel:
+        activation /= layout.size("tensor")
+    yield "collective-permute", ("stage",), 2 * plan.table.ticks * activation
+
+
 def _activations(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]]:
     """(kind, axes, bytes per step) of what `tensor` needs, for the tokens of one replica."""
     config, layout = program.config, program.layout
-    rows, sizes = config.train.batch_size / _replicas(program), program.objective.sizes
+    rows, sizes = _rows(program), program.objective.sizes
     width, cost = config.model.embed_dim * _itemsize(config.model.dtype), model_cost(config.model)
     # Nothing gathered is ever saved; sums are, by remat `dots`.
     gathers_again = 0 if config.train.remat == "none" else 1
@@ -177,8 +214,9 @@ def _activations(program: Program) -> Iterator[tuple[str, tuple[str, ...], float
     yield "all-reduce", ("tensor",), tokens * 3 * 4
 
 
-def _replicas(program: Program) -> int:
-    return math.prod(program.layout.size(axis) for axis in program.layout.replicas)
+def _rows(program: Program) -> float:
+    """Of one replica, a step."""
+    return program.config.train.batch_size / math.prod(map(program.layout.size, BATCH_AXES))
 
 
 def _itemsize(dtype: str) -> int:

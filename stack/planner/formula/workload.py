@@ -151,7 +151,9 @@ class Workload:
 
     def why_modelled(self) -> str | None:
         """Why the trainer cannot run it, so that it is only modelled; None: it runs."""
-        for name in ("stage", "context", "expert"):
+        if self.stage > 1:
+            return f"stage={self.stage} runs where a config asks for it; no search chooses it yet"
+        for name in ("context", "expert"):
             if getattr(self, name) > 1:
                 return f"{name}={getattr(self, name)} is not built yet"
         if self.precision == "float16":
@@ -204,6 +206,8 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         context=sizes["context"],
         expert=sizes["expert"],
         tensor=sizes["tensor"],
+        schedule=config.mesh.schedule,
+        virtual_stages=config.mesh.virtual_stages,
         zero=config.mesh.zero,
         tables_once=config.mesh.tables_once,
         sequence_parallel=config.mesh.sequence_parallel,
