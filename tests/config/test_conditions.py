@@ -100,9 +100,12 @@ def test_a_field_that_is_not_read_keeps_its_default(section, condition, field):
     read, unread = deciding(section, condition)
     others = [other for other in section.conditions if field in other.fields and other is not condition]
     beside = {other.other: deciding(section, other)[0][0] for other in others}
+    # What the field that decides needs for itself.
+    grounds = [other for other in section.conditions if condition.other in other.fields]
+    below = {other.other: deciding(section, other)[0][0] for other in grounds}
 
     for decisive in unread:
-        build(section, {condition.other: decisive} | beside)
+        build(section, {condition.other: decisive} | below)
         with pytest.raises(ConfigError) as error:
             build(section, {condition.other: decisive, field: value} | beside)
         line = str(error.value)
