@@ -103,6 +103,8 @@ class _Parameter:
     """One for each layer."""
     split: bool
     """Over `fsdp`, at rest."""
+    staged: bool
+    """Over `stage`, at rest."""
     summed: int
     """Elements of a sum over the dimension that `fsdp` splits; 0 if it splits none."""
     whole: bool
@@ -124,6 +126,7 @@ def _leaves(program: Program) -> Iterator[_Parameter]:
             table=role == "table",
             per_layer=axes[0] == "layers",
             split=split > 0,
+            staged="stage" in split_axes(leaf.sharding.spec),
             summed=leaf.size // ways // split if split else 0,
             whole=ways == 1,
         )
@@ -172,16 +175,21 @@ def _staged_parameters(
         if not leaf.matrix:
             yield "all-reduce", ("data", "fsdp", "stage"), leaf.elements * 4
             continue
-        here = leaf.elements / stages * (room if leaf.per_layer else 1)
-        if leaf.per_layer:
-            yield "all-to-all", ("stage",), here / fsdp * (compute + reduce)
+        ways = fsdp if leaf.split else 1
+        here = leaf.elements / stages * room if leaf.per_layer else leaf.elements
+        if not leaf.staged:
+            yield "all-reduce", ("stage",), leaf.elements / ways * reduce
+        elif leaf.per_layer:
+            yield "all-to-all", ("stage",), here / ways * (compute + reduce)
         else:
-            here *= stages
-            yield "all-gather", ("stage",), here / fsdp * compute
-            yield "reduce-scatter", ("stage",), here / fsdp * reduce
-        yield "all-gather", ("fsdp",), here * compute
-        yield "reduce-scatter", ("fsdp",), here * reduce
-        yield "all-reduce", ("data",), leaf.elements / stages / fsdp * reduce
+            yield "all-gather", ("stage",), here / ways * compute
+            yield "reduce-scatter", ("stage",), here / ways * reduce
+        if leaf.split:
+            yield "all-gather", ("fsdp",), here * compute
+            yield "reduce-scatter", ("fsdp",), here * reduce
+        else:
+            yield "all-reduce", ("fsdp",), leaf.elements * reduce
+        yield "all-reduce", ("data",), leaf.elements / (stages if leaf.staged else 1) / ways * reduce
     hidden = sum(_rows(program) * program.objective.sizes[stack.attention.queries] for stack in cost.stacks)
     activation = hidden / program.config.train.accumulation * program.config.model.embed_dim * compute
     if layout.sequence_parallel:
