@@ -48,8 +48,8 @@ class MeshConfig(Section):
     stage: int = Field(default=1, ge=-1)
     """Pipeline stages: each runs a part of the layers, for one micro-batch of train.accumulation after the
     other; with zero 1."""
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
-    """In which order stages take up micro-batches (arXiv 1811.06965, 2006.09503, 2104.04473)."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """In which order stages take up micro-batches (arXiv 1811.06965, 2006.09503, 2104.04473, 2401.10241)."""
     virtual_stages: int = Field(default=1, ge=1)
     """Parts of the model on each stage, which divide the bubble; of interleaved."""
     context: int = Field(default=1, ge=-1)

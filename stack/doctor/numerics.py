@@ -51,6 +51,7 @@ PARTS: dict[str, frozenset[str]] = {
     "stage gpipe": frozenset({"stage", "accumulation", "no stage"}),
     "stage 1f1b": frozenset({"stage", "accumulation", "no stage"}),
     "stage interleaved": frozenset({"stage", "accumulation", "no stage"}),
+    "stage zero_bubble": frozenset({"stage", "accumulation", "no stage"}),
 }
 """THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other. A pipeline
 has micro-batches, and ZeRO 1."""

@@ -242,7 +242,7 @@ class Program:
             stages=self.layout.size("stage"),
             micro_batches=train.accumulation,
             chunks=mesh.virtual_stages,
-            costs=Costs(backward=_TICKS[train.remat]),
+            costs=Costs(backward=_TICKS[train.remat], input_gradient=_TICKS[train.remat] - 1),
         )
 
     @property

@@ -65,20 +65,21 @@ def interleaved(shape: Shape) -> Orders:
 def zero_bubble(shape: Shape) -> Orders:
     """1F1B whose weight gradients wait for the bubble (ZB-H1, arXiv 2401.10241, section 2.2).
 
-    No stage holds more micro-batches than the first one of 1F1B does: stage s puts off s weight gradients.
+    Stage s puts off s of them, so no stage holds more micro-batches than the first one of 1F1B does.
     """
     orders = []
-    for stage in range(shape.stages):
-        ahead = min(shape.stages - 1 - stage, shape.micro_batches)
-        order = [Action("forward", micro) for micro in range(ahead)]
-        for micro in range(shape.micro_batches):
-            if ahead + micro < shape.micro_batches:
-                order.append(Action("forward", ahead + micro))
-            order.append(Action("input_gradient", micro))
-            if micro >= stage:
-                order.append(Action("weight_gradient", micro - stage))
-        put_off = range(max(0, shape.micro_batches - stage), shape.micro_batches)
-        orders.append(order + [Action("weight_gradient", micro) for micro in put_off])
+    for stage, order in enumerate(one_forward_one_backward(shape)):
+        split: list[Action] = []
+        waiting: list[Action] = []
+        for action in order:
+            if action.kind == "forward":
+                split.append(action)
+                continue
+            split.append(action._replace(kind="input_gradient"))
+            waiting.append(action._replace(kind="weight_gradient"))
+            if len(waiting) > stage:
+                split.append(waiting.pop(0))
+        orders.append(split + waiting)
     return orders
 
 

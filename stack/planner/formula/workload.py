@@ -21,7 +21,7 @@ Remat = Literal[
 """What the backward pass computes again. The last three are other projects': `attention_core` is scores
 and softmax alone (arXiv 2205.05198, section 5); `alternate_layers` every second layer as a whole;
 `alternate_products` of every layer all but attention and every second matrix product, from the first."""
-Schedule = Literal["1f1b", "interleaved", "gpipe"]
+Schedule = Literal["1f1b", "interleaved", "gpipe", "zero_bubble"]
 Axis = Literal["data", "fsdp", "stage", "context", "expert", "tensor"]
 
 

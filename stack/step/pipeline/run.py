@@ -20,9 +20,9 @@ from stack.parallel.pipeline.places import KINDS, Rows
 from stack.parallel.pipeline.schedules import Kind
 from stack.parallel.rules import BATCH_AXES, ELEMENTWISE, Layout
 from stack.parallel.zero import is_variable, split_rows
-from stack.step.pipeline.cut import Cut, Ends, Place, lift
+from stack.step.pipeline.cut import Cut, Ends, Place
+from stack.step.pipeline.layers import Layers, is_float, kept_of
 from stack.step.pipeline.slots import (
-    at,
     put,
     put_layer,
     put_one,
@@ -31,6 +31,7 @@ from stack.step.pipeline.slots import (
     take_layer,
     zeros,
 )
+from stack.step.pipeline.split import Split
 from stack.step.pipeline.weights import MANUAL, Deal, by_hand, gather, manual_spec, scatter
 
 Loss = Callable[..., tuple[jax.Array, Any]]
@@ -148,6 +149,8 @@ class _State(NamedTuple):
     """How far the gradient has come in a backward pass of several ticks."""
     kept: list[Any]
     """[slots, layers of a chunk, ...]: what the backward passes need."""
+    late: list[Any]
+    """[slots, layers of a chunk, ...]: what the gradients of weights need that are put off."""
     given: list[jax.Array]
     """[slots, ...]: what each stack but the last has given, where it is needed again."""
     around: list[list[jax.Array]]
@@ -158,23 +161,10 @@ class _State(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stage:
+class _Stage(Layers):
     """One device's part in the pipeline."""
 
-    cut: Cut
-    plan: Pipeline
-    places: list[Place]
-    """Of each stack, as seen once; for shapes."""
-    members: list[list[int]]
-    """The parameters of each stack."""
-    ends: Ends
-    layers: dict[int, jax.Array]
-    """[slots, ...]: the parameters of this stage's layers."""
-    micros: Any
-    """[micro-batches, ...]."""
     reduce_dtype: Any
-    pulls: dict[int, Any] = dataclasses.field(default_factory=dict)
-    """How the gradient of a layer of each stack is made; known once its forward pass is traced."""
 
     def run(self) -> tuple[dict[int, jax.Array], Any]:
         """The totals of all parameters, and the sums."""
@@ -184,10 +174,17 @@ class _Stage:
     def _begin(self) -> _State:
         slots, stacks = self.plan.slots, range(len(self.places))
         x = [jax.typeof(place.x) for place in self.places]
-        kept, around = zip(*(jax.eval_shape(partial(self._keeps, stack)) for stack in stacks), strict=True)
-        fronts = [(slots.live + 1, self.plan.most[stack]) for stack in stacks]
+        shapes = (jax.eval_shape(partial(self.keeps, stack)) for stack in stacks)
+        kept, late, around = map(list, zip(*shapes, strict=True))
+
+        def waiting(of: list[Any], number: int) -> list[Any]:
+            fronts = [(number + 1, most) for most in self.plan.most]
+            return [
+                jax.tree.map(partial(zeros, front=front), one) for front, one in zip(fronts, of, strict=True)
+            ]
+
         nothing = [zeros(one) for one in x]
-        sums = jax.eval_shape(lambda: self.cut.finish(self.ends, self._micro(0), nothing)[1])
+        sums = jax.eval_shape(lambda: self.cut.finish(self.ends, self.micro(0), nothing)[1])
 
         def total(number: int, weight: jax.Array) -> jax.Array:
             elementwise = self.cut.variables[number].role in ELEMENTWISE
@@ -199,10 +196,8 @@ class _Stage:
             onward=nothing,
             back=nothing,
             flow=nothing,
-            kept=[
-                jax.tree.map(partial(zeros, front=front), one)
-                for front, one in zip(fronts, kept, strict=True)
-            ],
+            kept=waiting(kept, slots.live),
+            late=waiting(late, slots.late),
             given=[zeros(one, front=(slots.live + 1,)) for one in x[:-1]],
             around=[[zeros(one) for one in some] for some in around],
             totals={number: total(number, weight) for number, weight in (self.ends | self.layers).items()},
@@ -217,7 +212,7 @@ class _Stage:
             gradients=put(state.gradients, row.arrived_gradient, state.back),
         )
         came, wanted = take(state.inputs, row.input), take(state.gradients, row.gradient)
-        is_forward, is_backward = (row.kind == KINDS.index(kind) for kind in ("forward", "backward"))
+        is_forward = row.kind == KINDS.index("forward")
         for stack in range(len(self.places)):
             mine = jnp.asarray(plan.stack_of)[row.chunk] == stack
             onward, kept, given = _when(
@@ -227,15 +222,30 @@ class _Stage:
                 share=(plan.turns(stack, "forward")[0], plan.table.ticks),
             )
             state = state._replace(onward=onward, kept=replaced(state.kept, stack, kept), given=given)
-            flow, around, totals, sums = _when(
-                mine & is_backward,
-                partial(self._backward, stack, row, wanted, state.kept[stack], state.given),
-                (state.flow, state.around[stack], state.totals, state.sums),
-                share=(plan.turns(stack, "backward")[0], plan.table.ticks),
-            )
-            state = state._replace(
-                flow=flow, around=replaced(state.around, stack, around), totals=totals, sums=sums
-            )
+            # The one or the other, as the schedule has it.
+            for kind in ("backward", "input_gradient"):
+                if turns := plan.turns(stack, kind)[0]:
+                    flow, around, late, totals, sums = _when(
+                        mine & (row.kind == KINDS.index(kind)),
+                        partial(self._backward, kind, stack, row, wanted, kept, given),
+                        (state.flow, state.around[stack], state.late[stack], state.totals, state.sums),
+                        share=(turns, plan.table.ticks),
+                    )
+                    state = state._replace(
+                        flow=flow,
+                        around=replaced(state.around, stack, around),
+                        late=replaced(state.late, stack, late),
+                        totals=totals,
+                        sums=sums,
+                    )
+            if turns := plan.turns(stack, "weight_gradient")[0]:
+                totals = _when(
+                    mine & (row.kind == KINDS.index("weight_gradient")),
+                    partial(self._weigh, stack, row, kept, state.late[stack], given),
+                    state.totals,
+                    share=(turns, plan.table.ticks),
+                )
+                state = state._replace(totals=totals)
         # The model's last part keeps what it has made where a gradient would come from the stage after.
         place = jnp.where(self._is_last(row) & is_forward, row.gradient, plan.slots.gradient)
         made = put(state.gradients[-1:], place, state.onward[-1:])
@@ -264,16 +274,16 @@ class _Stage:
     def _forward(self, stack: int, row: Rows[jax.Array], came: list[jax.Array], own: Any) -> Any:
         """The layers of a chunk: what comes out of them goes on, and what is kept of each into its slot."""
         _, kept, given = own
-        micro, before = self._micro(row.micro_batch), came[:stack]
-        begins = self._is_first(stack, row)
+        micro, before = self.micro(row.micro_batch), came[:stack]
+        begins = self.is_first(stack, row)
         x = jax.lax.cond(begins, lambda: self.cut.place(self.ends, micro, before).x, lambda: came[stack])
 
         def layer(index: jax.Array, state: Any) -> Any:
             x, kept = state
-            step, around, args = self._layer(stack, row, micro, before, index, x)
+            step, around, args = self.layer(stack, row, micro, before, index, x)
             x, pull = jax.vjp(step, around, *args)
             self.pulls[stack] = pull
-            return x, put_layer(kept, row.live, index, _kept_of(pull))
+            return x, put_layer(kept, row.live, index, kept_of(pull))
 
         x, kept = self._each(stack, "forward", row, layer, (x, kept))
         given = [put_one(slots, row.live, y) for slots, y in zip(given[:stack], before, strict=True)] + given[
@@ -283,6 +293,7 @@ class _Stage:
 
     def _backward(
         self,
+        kind: Kind,
         stack: int,
         row: Rows[jax.Array],
         wanted: list[jax.Array],
@@ -291,9 +302,9 @@ class _Stage:
         own: Any,
     ) -> Any:
         """Some layers of a chunk, backwards: the loss before a model's last, what enters after the first."""
-        flow, around, totals, sums = own
-        micro, before = self._micro(row.micro_batch), take(given[:stack], row.live)
-        micros, (turns, _) = self.plan.table.shape.micro_batches, self.plan.turns(stack, "backward")
+        flow, around, late, totals, sums = own
+        micro, before = self.micro(row.micro_batch), take(given[:stack], row.live)
+        micros, (turns, _) = self.plan.table.shape.micro_batches, self.plan.turns(stack, kind)
         begun = row.begins == 1
         flow, around = (
             jax.tree.map(lambda new, old: jnp.where(begun, new, old), new, old)
@@ -306,24 +317,41 @@ class _Stage:
             )
 
         def layer(index: jax.Array, state: Any) -> Any:
-            dx, around, totals = state
+            dx, around, late, totals = state
             index = row.high - 1 - index
-            found = take_layer(kept, row.live, index)
-            # Its input is read only where it was kept; anything of its shape stands for it else.
-            x = found[0][0] if found[0] else dx
-            _, read, args = self._layer(stack, row, micro, before, index, x)
-            aroundings, weights, _, _, dx = _pull(self.pulls[stack], (read, *args), found[1])(dx)
-            floats = [one for one in aroundings if _is_float(one)]
+            again = self.again(stack, row, kept, micro, before, index)
+            if kind == "backward":
+                (floats, dx, vectors), weights = self.pulled(stack, again, dx)
+                totals = self.with_layer(totals, stack, row, index, vectors | weights)
+            else:
+                self.splits[stack] = Split.of(partial(self.pulled, stack), again, dx)
+                (floats, dx, vectors), held = self.splits[stack].begin(again, dx)
+                totals = self.with_layer(totals, stack, row, index, vectors)
+                late = put_layer(late, row.late, index, held)
             around = [old + new for old, new in zip(around, floats, strict=True)]
-            return dx, around, self._with_layer(totals, stack, row, index, weights)
+            return dx, around, late, totals
 
-        x, around, totals = self._each(stack, "backward", row, layer, (flow[stack], around, totals))
+        x, around, late, totals = self._each(stack, kind, row, layer, (flow[stack], around, late, totals))
         flow = replaced(flow, stack, x)
-        ends = (row.ends == 1) & (self._is_first(stack, row) | bool(around))
+        ends = (row.ends == 1) & (self.is_first(stack, row) | bool(around))
         enter = partial(self._enter, stack, row, micro, before, around)
         often = self.plan.chunks if around else 1
         flow, totals = _when(ends, enter, (flow, totals), share=(micros * often, turns))
-        return flow, around, totals, sums
+        return flow, around, late, totals, sums
+
+    def _weigh(
+        self, stack: int, row: Rows[jax.Array], kept: Any, late: Any, given: list[jax.Array], totals: Any
+    ) -> Any:
+        """The gradients of weights that were put off."""
+        micro, before = self.micro(row.micro_batch), take(given[:stack], row.live)
+
+        def layer(index: jax.Array, totals: Any) -> Any:
+            index = row.low + index
+            again = self.again(stack, row, kept, micro, before, index)
+            weights = self.splits[stack].finish(again, take_layer(late, row.late, index))
+            return self.with_layer(totals, stack, row, index, weights)
+
+        return self._each(stack, "weight_gradient", row, layer, totals)
 
     def _judge(self, micro: Any, before: list[jax.Array], own: Any) -> Any:
         """The loss of what the last part has made: its gradient in the place of that."""
@@ -350,79 +378,18 @@ class _Stage:
 
         def enter(ends: Ends, given: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
             place = self.cut.place(ends, micro, given)
-            _, read = self._lifted(stack, place, row, jnp.int32(0), place.x)[:2]
-            return place.x, [one for one in read if _is_float(one)]
+            _, read = self.lifted(stack, place, row, jnp.int32(0), place.x)[:2]
+            return place.x, [one for one in read if is_float(one)]
 
-        first = self._is_first(stack, row)
+        first = self.is_first(stack, row)
         _, pull = jax.vjp(enter, self.ends, before)
         ends, given = pull((jnp.where(first, flow[stack], 0), around))
         flow = [old + new for old, new in zip(flow[:stack], given, strict=True)] + flow[stack:]
         return replaced(flow, stack, jnp.where(first, 0, flow[stack])), _added(totals, ends)
 
-    def _layer(
-        self,
-        stack: int,
-        row: Rows[jax.Array],
-        micro: Any,
-        before: list[jax.Array],
-        index: jax.Array,
-        x: jax.Array,
-    ) -> tuple[Callable[..., jax.Array], list[Any], tuple[Any, ...]]:
-        """A layer of a chunk, what it reads besides, and (weights, number, state, x)."""
-        return self._lifted(stack, self.cut.place(self.ends, micro, before), row, index, x)
-
-    def _lifted(
-        self, stack: int, place: Place, row: Rows[jax.Array], index: jax.Array, x: jax.Array
-    ) -> tuple[Callable[..., jax.Array], list[Any], tuple[Any, ...]]:
-        number = jnp.asarray(self.plan.first)[row.chunk, jax.lax.axis_index("stage")] + index
-        slot = self._slot(stack, row, index)
-        weights = [at(self.layers[member], slot) for member in self.members[stack]]
-        args = weights, place.first + number, jax.tree.map(lambda own: at(own, number), place.state), x
-        step, read = lift(self.cut.layer(place), *args)
-        return step, read, args
-
-    def _keeps(self, stack: int) -> tuple[Any, list[jax.Array]]:
-        """What the backward pass needs of a layer, and the floats it reads besides; for shapes."""
-        row = Rows(*[jnp.int32(0)] * len(Rows._fields))
-        before = [zeros(jax.typeof(place.x)) for place in self.places[:stack]]
-        x = zeros(jax.typeof(self.places[stack].x))
-        step, read, args = self._layer(stack, row, self._micro(0), before, jnp.int32(0), x)
-        _, pull = jax.vjp(step, read, *args)
-        return _kept_of(pull), [one for one in read if _is_float(one)]
-
-    def _with_layer(
-        self,
-        totals: dict[int, jax.Array],
-        stack: int,
-        row: Rows[jax.Array],
-        index: jax.Array,
-        weights: list[jax.Array],
-    ) -> dict[int, jax.Array]:
-        """The totals with the gradient of one layer in them."""
-        slot = self._slot(stack, row, index)
-        new = {}
-        for member, gradient in zip(self.members[stack], weights, strict=True):
-            total = totals[member]
-            one = at(total, slot) + gradient.astype(total.dtype)
-            new[member] = jax.lax.dynamic_update_index_in_dim(total, one, slot, 0)
-        return totals | new
-
-    def _slot(self, stack: int, row: Rows[jax.Array], index: jax.Array) -> jax.Array:
-        """Where a stage has a layer of a chunk."""
-        chunk = row.chunk - self.plan.stack_of.index(stack)
-        return chunk * self.plan.most[stack] + index
-
-    def _is_first(self, stack: int, row: Rows[jax.Array]) -> jax.Array:
-        """Whether a chunk is the first part of its stack."""
-        first = row.chunk == self.plan.stack_of.index(stack)
-        return first & (jax.lax.axis_index("stage") == 0)
-
     def _is_last(self, row: Rows[jax.Array]) -> jax.Array:
         """Whether a chunk is the last part of the model."""
         return (row.chunk == self.plan.last_chunk) & (jax.lax.axis_index("stage") == self.plan.stages - 1)
-
-    def _micro(self, number: jax.Array | int) -> Any:
-        return jax.tree.map(lambda values: at(values, number), self.micros)
 
 
 def _sent(values: list[jax.Array], to: list[tuple[int, int]]) -> list[jax.Array]:
@@ -441,30 +408,6 @@ def _when[S](flag: jax.Array, work: Callable[[S], S], state: S, *, share: tuple[
 
     with jax.named_scope(f"about_{share[0]}_of_{share[1]}_times"):
         return jax.lax.while_loop(lambda state: state[0], once, (flag, state))[1]
-
-
-def _kept_of(pull: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Of `jax.vjp` of a layer: its input, if that is needed, and what is none of its arguments."""
-    x = pull.args_res[-1]
-    return [x] if isinstance(x, jax.Array | jax.core.Tracer) else [], pull.opaque_residuals
-
-
-def _pull(pull: Any, args: tuple[Any, ...], kept: list[jax.Array]) -> Callable[[jax.Array], Any]:
-    """The same with other arrays in the place of those it has."""
-
-    def is_array(one: Any) -> bool:
-        return isinstance(one, jax.Array)
-
-    old, tree = jax.tree.flatten(pull.args_res, is_leaf=lambda one: not isinstance(one, list | tuple | dict))
-    new = [
-        after if is_array(before) else before
-        for before, after in zip(old, jax.tree.leaves(args), strict=True)
-    ]
-    return pull.replace(args_res=jax.tree.unflatten(tree, new), opaque_residuals=kept)
-
-
-def _is_float(value: Any) -> bool:
-    return jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def _added(totals: dict[int, jax.Array], gradients: dict[int, jax.Array]) -> dict[int, jax.Array]:
