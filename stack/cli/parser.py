@@ -414,7 +414,12 @@ def _add_plan(verbs: "argparse._SubParsersAction[Parser]") -> None:
     )
     plan.add_argument("--search", action="store_true", help="find the best layouts of the config's batch")
     plan.add_argument("--top", type=int, default=8, metavar="N", help="layouts to show (default: 8)")
-    plan.add_argument("--out", metavar="FILE", help="--search: the config to write; a curve: its plot")
+    plan.add_argument(
+        "--schedule", action="store_true", help="show who does what and when in the config's pipeline"
+    )
+    plan.add_argument(
+        "--out", metavar="FILE", help="--search: the config to write; a curve or --schedule: its plot"
+    )
     plan.add_argument(
         "--compile", dest="compile_step", action="store_true", help="compile the exact step for the chip"
     )

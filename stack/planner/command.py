@@ -32,6 +32,7 @@ def run(
     top: int,
     out: str | None,
     compile_step: bool,
+    schedule: bool,
     price: float | None,
     validate: str | None,
     json: bool,
@@ -45,14 +46,17 @@ def run(
     questions = {
         "--search": search,
         "--compile": compile_step,
+        "--schedule": schedule,
         "--validate": validate is not None,
         "--devices A..B": devices is not None and ".." in devices,
     }
     options = [name for name, is_given in questions.items() if is_given]
     if len(options) > 1:
         raise ConfigError(f"{' and '.join(options)} are different questions; ask one at a time")
-    if out and not (search or questions["--devices A..B"]):
-        raise ConfigError("--out is written by --search (a config) and --devices A..B (a plot); add one")
+    if out and not (search or schedule or questions["--devices A..B"]):
+        raise ConfigError(
+            "--out is written by --search (a config), --devices A..B and --schedule (a plot); add one"
+        )
     if price is not None and price <= 0:
         raise ConfigError(f"--price {price:g} must be above 0")
     if validate is not None:
@@ -63,6 +67,8 @@ def run(
         tree = load(config, overrides)
         if questions["--devices A..B"]:
             answer = _scaling(tree, hardware, str(devices), out)
+        elif schedule:
+            answer = _schedule(tree, out)
         elif search:
             answer = _search(tree, hardware, _count(devices), top, out, base=None if overrides else config)
         else:
@@ -120,6 +126,14 @@ def _scaling(config: Config, hardware: str | None, devices: str, out: str | None
     drawn = f"drew {scaling.plot(curves, out)}" if out else "--out curve.png (or .html) draws both curves"
     text = [*text, "", drawn]
     return Answer(lines=text, json=scaling.as_dict(curves))
+
+
+def _schedule(config: Config, out: str | None) -> Answer:
+    from stack.planner import schedule
+
+    plan = schedule.pipeline(config)
+    drawn = f"drew {schedule.plot(plan, out)}" if out else "--out schedule.png draws it"
+    return Answer(lines=[*schedule.lines(plan), "", drawn], json=schedule.as_dict(plan))
 
 
 def _validate(path: str) -> Answer:

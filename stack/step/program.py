@@ -235,15 +235,7 @@ class Program:
 
     def pipeline(self, stacks: Sequence[int]) -> Pipeline:
         """The layers of a model's stacks on the stages of the mesh, and who does what and when."""
-        mesh, train = self.config.mesh, self.config.train
-        return Pipeline.of(
-            mesh.schedule,
-            stacks,
-            stages=self.layout.size("stage"),
-            micro_batches=train.accumulation,
-            chunks=mesh.virtual_stages,
-            costs=Costs(backward=_TICKS[train.remat], input_gradient=_TICKS[train.remat] - 1),
-        )
+        return pipeline_of(self.config, stacks, self.layout.size("stage"))
 
     @property
     def stacks(self) -> tuple[int, ...]:
@@ -261,6 +253,21 @@ class Program:
 
 _TICKS = {"none": 2, "dots": 2, "save_qkv_proj": 3, "full": 3}
 """Of a backward pass by the name of the remat policy, where a forward pass takes one."""
+
+
+def pipeline_of(config: Config, stacks: Sequence[int], stages: int) -> Pipeline:
+    """The pipeline of a config on so many stages, of stacks of so many layers."""
+    mesh, train = config.mesh, config.train
+    assert train.remat != "auto", "no program has it"
+    ticks = _TICKS[train.remat]
+    return Pipeline.of(
+        mesh.schedule,
+        stacks,
+        stages=stages,
+        micro_batches=train.accumulation,
+        chunks=mesh.virtual_stages,
+        costs=Costs(backward=ticks, input_gradient=ticks - 1),
+    )
 
 
 def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Program:

@@ -38,14 +38,15 @@ class Pipeline:
     def __str__(self) -> str:
         """`1f1b, 4 stages of 2, 3, 3 and 2 layers, 8 micro-batches, bubble 27%`."""
         *some, last = self.layers.sum(axis=0).tolist()
-        layers = f"{last}" if set(some) == {last} else f"{', '.join(map(str, some))} and {last}"
+        layers = f"{last}" if set(some) <= {last} else f"{', '.join(map(str, some))} and {last}"
+        layers += " layer" if layers == "1" else " layers"
         parts = f" in {self.table.shape.chunks} parts" if self.table.shape.chunks > 1 else ""
         micros, few = self.table.shape.micro_batches, ""
         if micros < self.stages:
             few = f"; with {self.stages} of them or more (train.accumulation) it is smaller"
         return (
-            f"{self.schedule}, {self.stages} stages of {layers} layers{parts}, {micros} micro-batches, bubble"
-            f" {self.table.bubble:.0%}{few}"
+            f"{self.schedule}, {self.stages} stages of {layers}{parts},"
+            f" {micros} micro-batch{'es' * (micros > 1)}, bubble {self.table.bubble:.0%}{few}"
         )
 
     @property
