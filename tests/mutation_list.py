@@ -2,11 +2,13 @@
 
 from mutation import Mutation
 from mutation_fp8 import FP8
+from mutation_pipeline import PIPELINES
 from mutation_preference import PREFERENCE
 
 MUTATIONS = (
     *FP8,
     *PREFERENCE,
+    *PIPELINES,
     Mutation(
         "what is given is predicted too",
         "stack/objectives/records.py",
@@ -220,8 +222,8 @@ MUTATIONS = (
     Mutation(
         "every micro-batch divided by its own labels",
         "stack/step/step.py",
-        "program.execution(keys=keys), divisor)\n        return value",
-        "program.execution(keys=keys), objective.divisor(micro))\n        return value",
+        "objective.loss(model, micro, run, divisor)",
+        "objective.loss(model, micro, run, objective.divisor(micro))",
         "tests/numerics/test_contract.py",
     ),
     Mutation(
