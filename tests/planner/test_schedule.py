@@ -17,7 +17,10 @@ OPTIONS = {
     "price": None,
     "validate": None,
 }
-PIPELINE = ("mesh.stage=4", "mesh.zero=1", "train.batch_size=16", "train.accumulation=4")
+PIPELINE = (
+    *("model.num_layers=8", "mesh.stage=4", "mesh.zero=1"),
+    *("train.batch_size=16", "train.accumulation=4"),
+)
 
 
 def told(*overrides: str, out: str | None = None, as_json: bool = False) -> list[str]:
@@ -27,7 +30,7 @@ def told(*overrides: str, out: str | None = None, as_json: bool = False) -> list
 
 def test_the_text_has_a_line_for_each_stage_and_a_mark_for_each_tick():
     assert told(*PIPELINE) == [
-        "1f1b, 4 stages of 1 layer, 4 micro-batches, bubble 43%",
+        "1f1b, 4 stages of 2 layers, 4 micro-batches, bubble 43%",
         "21 ticks; 0-9 forward, a-j backward, . nothing",
         "",
         "stage 0   0123......aa.bb.cc.dd",
@@ -46,6 +49,12 @@ def test_zero_bubble_shows_both_halves():
     assert text[1] == "15 ticks; 0-9 forward, a-j gradient of what enters, A-J of weights, . nothing"
     assert text[6] == "stage 3   ...0a1b2c3dABCD"
     assert text[8].endswith("weight gradients put off: 1, 2, 3, 4")
+
+
+def test_parts_of_too_few_layers_for_their_ticks_have_the_halves_too():
+    text = told(*PIPELINE, "model.num_layers=4")
+    assert text[0] == "1f1b, 4 stages of 1 layer, 4 micro-batches, bubble 33%"
+    assert text[6] == "stage 3   ...0aA1bB2cC3dD..."
 
 
 def test_json_has_every_action():

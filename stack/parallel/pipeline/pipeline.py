@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from stack.parallel.pipeline.places import KINDS, Rows, Slots, divide, place
-from stack.parallel.pipeline.schedules import SCHEDULES, Kind, Shape
+from stack.parallel.pipeline.schedules import SCHEDULES, Kind, Shape, in_halves
 from stack.parallel.pipeline.table import Costs, Table, lay_out
 
 
@@ -32,7 +32,12 @@ class Pipeline:
         then all of the other.
         """
         shape = Shape(stages, micro_batches, chunks * len(stacks))
-        table = lay_out(SCHEDULES[schedule](shape), shape, costs)
+        orders = SCHEDULES[schedule](shape)
+        # A backward pass of several ticks does some of its layers in each. Of fewer layers it cannot, and the
+        # other stages would wait in one of them; but its halves can be apart.
+        if max(-(-number // (chunks * stages)) for number in stacks) < costs.backward:
+            orders = in_halves(orders)
+        table = lay_out(orders, shape, costs)
         return Pipeline(schedule=schedule, table=table, stacks=tuple(stacks), chunks=chunks)
 
     def __str__(self) -> str:

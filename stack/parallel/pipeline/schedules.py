@@ -83,6 +83,22 @@ def zero_bubble(shape: Shape) -> Orders:
     return orders
 
 
+def in_halves(orders: Orders) -> Orders:
+    """The same with each backward pass in its two halves, one right after the other."""
+    return [
+        [
+            half
+            for action in order
+            for half in (
+                [action]
+                if action.kind != "backward"
+                else [action._replace(kind="input_gradient"), action._replace(kind="weight_gradient")]
+            )
+        ]
+        for order in orders
+    ]
+
+
 SCHEDULES: Mapping[str, Callable[[Shape], Orders]] = {
     "gpipe": gpipe,
     "1f1b": one_forward_one_backward,

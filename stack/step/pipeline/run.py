@@ -251,10 +251,11 @@ class _Stage(Layers):
         made = put(state.gradients[-1:], place, state.onward[-1:])
         after = [(one, (one + 1) % plan.stages) for one in range(plan.stages)]
         before = [(there, here) for here, there in after]
+        # Both are sent when all is done: else a stage that works backwards waits, where what goes onward is
+        # sent, for its neighbour's forward pass, and that one then for it.
+        onward, flow = jax.lax.optimization_barrier((state.onward, state.flow))
         return state._replace(
-            gradients=[*state.gradients[:-1], *made],
-            onward=_sent(state.onward, after),
-            back=_sent(state.flow, before),
+            gradients=[*state.gradients[:-1], *made], onward=_sent(onward, after), back=_sent(flow, before)
         )
 
     def _each[S](

@@ -1,5 +1,6 @@
 """Schedules as data: complete, in order, one thing at a time, as long and as large as their papers say."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -138,13 +139,13 @@ def test_slots_hand_everything_to_who_needs_it(found, most, random):
                 if row.ends:
                     assert row.low == 0
                     back[stage] = "g", row.micro_batch, part
-                    done[part] += 1
+                    done[part, row.micro_batch] += 1
                     if KINDS[row.kind] == "backward":
                         live[stage][row.live] = None
                     else:
                         assert late[stage].get(row.late) is None
                         late[stage][row.late] = row.micro_batch, part
-    assert done == dict.fromkeys(range(stages * chunks), micros)
+    assert done == dict.fromkeys(itertools.product(range(stages * chunks), range(micros)), 1)
     assert slots.live == max(table.live)
     assert slots.late == max(table.put_off)
 
