@@ -282,3 +282,14 @@ def test_the_page_on_tracking_runs(folder) -> None:
     run("python heard.py", folder)
     lines = (folder / "best.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["20", "40"]
+
+
+@pytest.mark.full
+def test_the_page_on_pipelines_runs_and_shows_what_is_printed(folder) -> None:
+    page = ROOT / "docs" / "pipelines.md"
+    ((_, config), (_, commands), (_, shown)) = blocks(page)
+    (folder / "staged.yaml").write_text(config)
+    printed = run(re.sub(r"(stack train \w+\.yaml)", rf"\1 {_SOME}", commands), folder)
+    assert shown in printed
+    assert (folder / "schedule.png").is_file()
+    assert "pipeline  1f1b, 4 stages of 2 layers, 8 micro-batches, bubble 27%" in printed
