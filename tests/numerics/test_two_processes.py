@@ -12,9 +12,17 @@ def compute_here(name: str) -> Numbers:
 
 
 @pytest.mark.full
-def test_two_processes_equal_one_device(run_processes):
+@pytest.mark.parametrize(
+    ("cell", "devices"),
+    [
+        ("data + fsdp zero 3", NUM_DEVICES // 2),
+        # Each process is a stage.
+        ("stage 1f1b", 1),
+    ],
+)
+def test_two_processes_equal_one_device(run_processes, cell, devices):
     reference = compute(ONE_DEVICE, "gpt")
-    for numbers in run_processes(compute_here, "data + fsdp zero 3", processes=2, devices=NUM_DEVICES // 2):
+    for numbers in run_processes(compute_here, cell, processes=2, devices=devices):
         for name, params in reference.params.items():
             np.testing.assert_array_equal(numbers.params[name], params, err_msg=name)
         assert max(errors(numbers, reference).values()) <= LIMIT
