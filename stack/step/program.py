@@ -19,7 +19,7 @@ from stack.kernels.matmul import Choice as MatmulChoice
 from stack.layers.adapter import Adapter
 from stack.layers.linear import linears, sizes, use_adapters
 from stack.models import model_class
-from stack.models.stack import Execution
+from stack.models.stack import Execution, Remat
 from stack.objectives import build as build_objective
 from stack.objectives.protocol import Objective
 from stack.parallel import mesh as meshes
@@ -259,15 +259,19 @@ def pipeline_of(config: Config, stacks: Sequence[int], stages: int) -> Pipeline:
     """The pipeline of a config on so many stages, of stacks of so many layers."""
     mesh, train = config.mesh, config.train
     assert train.remat != "auto", "no program has it"
-    ticks = _TICKS[train.remat]
     return Pipeline.of(
         mesh.schedule,
         stacks,
         stages=stages,
         micro_batches=train.accumulation,
         chunks=mesh.virtual_stages,
-        costs=Costs(backward=ticks, input_gradient=ticks - 1),
+        costs=costs_of(train.remat),
     )
+
+
+def costs_of(remat: Remat) -> Costs:
+    """How many ticks a pipeline's actions take, by what is computed again."""
+    return Costs(backward=_TICKS[remat], input_gradient=_TICKS[remat] - 1)
 
 
 def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Program:

@@ -46,14 +46,17 @@ to have something to do everywhere."""
 
 
 def memory(workload: Workload) -> Memory:
-    """Bytes per device of Stack's compiled step, on the pipeline stage that holds most.
+    """Bytes per device of Stack's compiled step.
 
     Args:
         workload: the step.
     """
     work = workload.as_run()
-    ends = [(True, True)] if work.stage == 1 else [(True, False), (False, True)]
-    return max((_of_stage(work, first=first, last=last) for first, last in ends), key=lambda m: m.total)
+    if work.stage > 1:
+        from stack.planner.formula.pipeline import pipeline_memory  # It is made of what is here.
+
+        return pipeline_memory(work)
+    return _of_stage(work, first=True, last=True)
 
 
 def layers_in_flight(workload: Workload, rank: int) -> float:
@@ -142,10 +145,11 @@ def _moments(w: Workload, parts: Iterable[Parameter]) -> float:
     parts = (p for p in parts if p.trained)
     if w.optimizer == "adafactor":
         parts = (p for p in parts if not _is_factored(p))
-    return sum(_kept(w, p) * p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
+    return sum(kept_moments(w, p) * p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
 
 
-def _kept(w: Workload, part: Parameter) -> int:
+def kept_moments(w: Workload, part: Parameter) -> int:
+    """Numbers that the optimizer keeps for each of a parameter's."""
     return 1 if w.optimizer == "muon" and part.role == "matrix" else MOMENTS[w.optimizer]
 
 
@@ -209,7 +213,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
     if w.zero == 3 and (w.remat != "full" or w.sequence_parallel):
         # No layer below waits for the gradients of adapters, which are summed over devices all at once.
         ahead = 1.0 if w.adapter is not None and w.fsdp > 1 else AHEAD
-    layer = _layer_temporaries(w) * (1 + ahead)
+    layer = layer_temporaries(w) * (1 + ahead)
     score_copies, input_copies = _layout_copies(w)
     yield activations | {
         "gradients": sums,
@@ -219,7 +223,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
     if last:
         yield activations | {
             "gradients": sums,
-            "logits": 2 * s.table + _logits(w),
+            "logits": 2 * s.table + logits(w),
             "temporaries": w.scored_tokens * w.model.embed_dim * s.compute,
             "collectives": s.tables if w.zero == 3 and not w.holds_tables else 0.0,
         }
@@ -273,7 +277,7 @@ def _compute_copies(w: Workload, s: _Sizes) -> float:
 
 def _activation_bytes(w: Workload, *, rank: int) -> tuple[float, float]:
     """Saved activations on the device, and what of them offloading moves to the host."""
-    layer = _layer_residuals(w)
+    layer = layer_residuals(w)
     rows = w.micro_batch / w.context
     stack_bytes = rows * layers_in_flight(w, rank) * layer.per_layer(w.tensor)
     rest = rows * layer.once
@@ -283,7 +287,7 @@ def _activation_bytes(w: Workload, *, rank: int) -> tuple[float, float]:
     return rest + stack_bytes, stack_bytes
 
 
-def _layer_temporaries(w: Workload) -> float:
+def layer_temporaries(w: Workload) -> float:
     """What one layer's backward pass works on.
 
     As much as the layer keeps when nothing is computed again, whether it was saved or is computed again, and
@@ -298,7 +302,7 @@ def _layer_temporaries(w: Workload) -> float:
     gathers = 2 * w.micro_tokens * model.embed_dim * bytes_each if w.sequence_parallel else 0.0
     everything = rows * _trace(w, "none").per_layer(w.tensor) + gathers + _made_beside(w)
     if w.fused_attention:
-        mask = rows * (_trace(w, "none").once - _trace(w, _policy(w)).once)
+        mask = rows * (_trace(w, "none").once - _trace(w, policy(w)).once)
         return everything + mask + (_block_scores(w) if w.blocked_attention else 0.0)
     scores = w.length * model.num_heads / w.tensor
     # Softmax and its gradient in float32, both in the compute dtype too, and what dropout kept.
@@ -356,7 +360,7 @@ def _layout_copies(w: Workload) -> tuple[float, float]:
     return rows * layers * scores, rows * layers * gathers
 
 
-def _logits(w: Workload) -> float:
+def logits(w: Workload) -> float:
     """Scores of a chunk in float32 and their gradient in the compute dtype."""
     vocab = w.model.padded_vocab_size / w.tensor
     chunk = w.loss_chunk
@@ -367,16 +371,18 @@ def _is_unrolled(w: Workload) -> bool:
     return w.remat == "none" and w.model.scan_unroll >= w.model.num_layers
 
 
-def _layer_residuals(w: Workload) -> LayerResiduals:
+def layer_residuals(w: Workload) -> LayerResiduals:
+    """What a layer keeps for its backward pass."""
     if not _is_unrolled(w):
-        return _trace(w, _policy(w))
+        return _trace(w, policy(w))
     # In one piece of code the compiler keeps the activation, and the slope of one without a gate.
     layer, kept = _trace(w, "none"), 2 if w.model.gated else 3
     width = w.model.mlp_width * w.length * (4 if w.model.dtype == "float32" else 2)
     return dataclasses.replace(layer, split=layer.split + kept * width)
 
 
-def _policy(w: Workload) -> Remat:
+def policy(w: Workload) -> Remat:
+    """What is computed again, as Stack has it."""
     # Other projects' are not run here.
     return cast("Remat", w.remat) if w.remat in get_args(Remat) else "none"
 

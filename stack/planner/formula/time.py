@@ -20,12 +20,13 @@ from stack.models import model_cost
 from stack.models.cost import Axis, Layers, Product
 from stack.models.flops import keys_per_token
 from stack.parallel.rules import TABLE
-from stack.planner.formula.memory import optimizer_numbers
+from stack.planner.formula.memory import optimizer_numbers, policy
 from stack.planner.formula.projects import alternate_products
 from stack.planner.formula.result import Communication, Time
 from stack.planner.formula.shapes import Parameter
 from stack.planner.formula.workload import Workload
 from stack.step.muon import ITERATIONS
+from stack.step.program import costs_of
 
 _BYTES = 2
 """Of an activation, and of a weight as it is used."""
@@ -103,7 +104,7 @@ def step_time(work: Workload, chip: Hardware) -> Time:
         attention=busy.attention,
         memory_bound=busy.memory,
         communication={name: part for name, part in communication.items() if part.bytes},
-        bubble=(work.stage - 1) * per_micro_batch / _chunks(work),
+        bubble=(work.stage - 1) * per_micro_batch * _idle(work),
         optimizer=_optimizer(work, chip),
         host=busy.launch,
     )
@@ -287,6 +288,18 @@ def _chunks(work: Workload) -> int:
     if work.stage > 1 and work.schedule == "interleaved":
         return max(2, work.virtual_stages)
     return 1
+
+
+def _idle(work: Workload) -> float:
+    """What each stage before the last adds to the bubble, as a share of a micro-batch's time on one of them.
+
+    Weight gradients that were put off fill some of it (arXiv 2401.10241, section 2.2).
+    """
+    if work.schedule != "zero_bubble":
+        return 1 / _chunks(work)
+    ticks = costs_of(policy(work))
+    whole = ticks.forward + ticks.input_gradient + ticks.weight_gradient
+    return (ticks.forward + ticks.input_gradient - ticks.weight_gradient) / whole
 
 
 def _tensor(work: Workload, chip: Hardware, *, passes: float) -> Communication:

@@ -1,0 +1,89 @@
+"""Bytes per device of a pipeline's step, by its table: each device has the slots of the fullest stage."""
+
+from functools import cache
+
+from stack.models import model_cost
+from stack.models.cost import Axis
+from stack.parallel.pipeline.pipeline import Pipeline
+from stack.parallel.pipeline.table import Costs
+from stack.parallel.rules import TABLE
+from stack.planner.formula import memory as whole
+from stack.planner.formula.result import Memory
+from stack.planner.formula.workload import Workload
+from stack.step.program import costs_of
+
+_EXTRA_LATE = 2
+"""Slots of what is put off besides those that wait: one for what is not used, one that the compiler cuts out
+whole before the loop over its layers. Of what the backward passes keep it cuts out a layer at a time."""
+
+
+def pipeline_memory(w: Workload) -> Memory:
+    """Bytes per device of a workload with several stages.
+
+    At rest parameters and moments are split over `fsdp` and `stage`. In the loop over ticks a device has the
+    layers of its stage, and all that is in none, in the compute dtype and as sums of gradients; what waits,
+    in slots; and what a layer's backward pass, or the loss, works on.
+    """
+    plan = plan_of(w)
+    most, slots = plan.most[0], plan.slots
+    parts, compute = w.parameters, 4 if w.model.dtype == "float32" else 2
+    every = (*parts.layers, *parts.embedding, *parts.head)
+    numbers = [part.shard(fsdp=w.fsdp * w.stage, tensor=w.tensor) for part in every]
+    layer = sum(part.shard(tensor=w.tensor) for part in parts.layers if part.is_matrix) / w.model.num_layers
+    rest = sum(part.shard(tensor=w.tensor) for part in (*parts.embedding, *parts.head) if part.is_matrix)
+    here = layer * most * plan.chunks + rest
+    moments = 4 * sum(
+        whole.kept_moments(w, part) * number for part, number in zip(every, numbers, strict=True)
+    )
+    shards = sum(part.itemsize * number for part, number in zip(every, numbers, strict=True))
+    hidden = w.micro_tokens * w.model.embed_dim * compute
+    activation = hidden / (w.tensor if w.sequence_parallel else 1)
+    waiting = (slots.input + slots.gradient + 5) * activation  # And three that are under way, two unused.
+    kept = (slots.live + 1) * most * w.micro_batch * whole.layer_residuals(w).per_layer(w.tensor)
+    late = (slots.late + _EXTRA_LATE) * most * _put_off(w, compute) if slots.late else 0.0
+    working = {
+        "logits": {"logits": whole.logits(w), "temporaries": 2 * hidden},
+        "layer": {"logits": 0.0, "temporaries": whole.layer_temporaries(w) + compute * layer},
+    }
+    worst = max(working.values(), key=lambda phase: sum(phase.values()))
+    return Memory(
+        parameters=shards + compute * here,
+        gradients=w.reduce_bytes * here,
+        optimizer=0.0 if w.offload_optimizer else moments,
+        activations=kept + late + waiting,
+        collectives=0.0,
+        reserve=whole.RESERVE,
+        host=moments if w.offload_optimizer else 0.0,
+        **worst,
+    )
+
+
+def plan_of(w: Workload) -> Pipeline:
+    """The table of a workload's step; of more micro-batches than ever wait, those that do."""
+    most = w.accumulation
+    if w.schedule != "gpipe":
+        most = min(most, 3 * w.stage * w.virtual_stages)
+    return _plan(w.schedule, w.model.num_layers, w.stage, most, w.virtual_stages, costs_of(whole.policy(w)))
+
+
+@cache
+def _plan(schedule: str, layers: int, stages: int, micro_batches: int, chunks: int, costs: Costs) -> Pipeline:
+    return Pipeline.of(
+        schedule, (layers,), stages=stages, micro_batches=micro_batches, chunks=chunks, costs=costs
+    )
+
+
+def _put_off(w: Workload, compute: int) -> float:
+    """What the gradients of a layer's weights need, beside what is kept anyway.
+
+    The gradients of what its products give; and what enters them, where that is computed again.
+    """
+    (stack,) = model_cost(w.model).stacks
+    again = w.remat != "none"
+
+    def width(axis: Axis) -> float:
+        name, size = axis
+        return size / (w.tensor if "tensor" in TABLE[name] else 1)
+
+    widths = (width(product.inner) * again + width(product.columns) for product in stack.products)
+    return w.micro_tokens * compute * sum(widths)
