@@ -173,6 +173,11 @@ def _meant(path: Keys, root: type[BaseModel]) -> str:
         return RENAMED[path]
     *owner, leaf = path
     names = list(field_names(root))
+    if path in names:
+        having = [
+            kind_of(one) for one in sections_of(annotation_at(root, tuple(owner))) if leaf in one.model_fields
+        ]
+        return f"it is one of {dotted((*owner, 'kind'))}={' or '.join(having)}"
     elsewhere = [other for other in names if other[-1] == leaf]
     if elsewhere:
         best = max(elsewhere, key=lambda other: len({*other} & {*path}))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from stack.config import Config, StackError, load
+from stack.config.paths import expand
 from stack.data.tokenizer import load_tokenizer
 from stack.parallel import mesh as meshes
 from stack.step import state as states
@@ -78,6 +80,7 @@ def _open_adapter[T: "Trainer"](
         raise StackError(
             f"{found.name} is an adapter of {found.base['source']} (digest {found.base['digest']}), not of"
             f" {origin['source']} (digest {origin['digest']}); give the base it was trained beside"
+            f"{_still_there(base, found.base['source'])}"
         )
     with meshes.use(trainer.mesh):
         paths = {".".join(path): path for path in flatten_dict(state["params"])}
@@ -86,3 +89,12 @@ def _open_adapter[T: "Trainer"](
     state.pop("ema", None)  # What was kept is the average, where there is one.
     trainer.state, trainer.ledger.origin = state, origin
     return trainer
+
+
+def _still_there(base: str, source: str) -> str:
+    """Where the checkpoint lies that an adapter was trained beside, if it is an older one of the base."""
+    told = re.fullmatch(r"(.+) at step ([\d,]+)", source)
+    if told is None or expand(told[1]).resolve() != expand(base).resolve():
+        return ""
+    place = expand(base) / "checkpoints" / told[2].replace(",", "")
+    return f", which is {place}" if place.is_dir() else ""

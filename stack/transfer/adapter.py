@@ -18,7 +18,7 @@ from stack.step import state as states
 from stack.storage import durable
 from stack.train.ledger import TOKENIZER
 from stack.train.trainer import Trainer
-from stack.train.weights.adapter import ABOUT, ARRAYS, FORMAT
+from stack.train.weights.adapter import ABOUT, ARRAYS, FORMAT, digest_of
 
 
 def export_adapter(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator[str]:
@@ -46,7 +46,7 @@ def export_adapter(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator
     assert state is not None, "a run that was opened has parameters"
     arrays: dict[str, Any] = dict(flatten_dict(state.get("ema", state["params"]), sep="."))
     step, is_first = int(state["step"]), jax.process_index() == 0
-    about = {
+    about: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
         "base": {name: origin[name] for name in ("source", "digest")},
@@ -56,7 +56,6 @@ def export_adapter(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator
     try:
         if is_first:
             durable.make_folder(hidden)
-            (hidden / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
             trainer.words.save(hidden / TOKENIZER)
         sizes = [(name, array.shape) for name, array in arrays.items()]
         whole = sum(array.nbytes for array in arrays.values())
@@ -71,6 +70,8 @@ def export_adapter(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator
             pass
         if is_first:
             (hidden / SINGLE).rename(hidden / ARRAYS)
+            about["arrays"] = digest_of(hidden / ARRAYS)
+            (hidden / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
             durable.sync_tree(hidden)
             hidden.rename(target)
             durable.sync(target.parent)

@@ -162,6 +162,17 @@ def test_it_is_read_on_a_mesh_and_with_the_average_of_its_weights(folder) -> Non
             np.testing.assert_array_equal(leaf, values(trained)[name].astype(np.float32), err_msg=name)
 
 
+def test_one_whose_base_was_trained_on_names_the_checkpoint(folder) -> None:
+    run(folder, "moved", "train.steps=4")
+    run(folder, "beside", *adapter(folder, "lora", base="moved"), "train.steps=1")
+    run(folder, "moved", "train.steps=6")
+    place = folder / "runs/moved/checkpoints/4"
+    with pytest.raises(StackError, match=rf"give the base it was trained beside, which is {place}$"):
+        opened(folder, "moved", adapter=folder / "runs/beside")
+    beside = Trainer.from_run(place, devices=jax.devices()[:1], adapter=folder / "runs/beside")
+    assert beside.state is not None
+
+
 def test_one_of_another_base_is_refused_with_both(folder, capsys) -> None:
     run(folder, "other", "train.steps=4", "seed=1")
     told = (
@@ -205,5 +216,12 @@ def test_a_folder_that_is_damaged_is_told(folder) -> None:
     hurts("adapter.json", json.dumps(about | {"format": 9}), r"adapter\.json is of format 9")
     hurts("adapter.safetensors", None, r"adapter\.safetensors is missing; export the adapter again")
     hurts("adapter.safetensors", "x" * 99, r"adapter\.safetensors is damaged or no safetensors file")
+    shutil.rmtree(hurt)
+    shutil.copytree(whole, hurt)
+    flipped = bytearray((whole / "adapter.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    (hurt / "adapter.safetensors").write_bytes(flipped)
+    with pytest.raises(StackError, match=r"damaged: its bytes are not those whose digest adapter\.json has"):
+        opened(folder, "base", adapter=hurt)
     about["config"]["adapter"]["targets"][0]["rank"] = 2
     hurts("adapter.json", json.dumps(about), r"hurt at step 6: layers\.\S+ is \[1, 32, 4\], not \[1, 32, 2\]")

@@ -46,8 +46,19 @@ def standard_listeners(
         KernelTrial(program),
         Plan(program, devices, resolved=resolved),
         BadSteps(config),
-        Goodput(folder, time.time() - (time.monotonic() - environment.STARTED)),
+        Goodput(folder, _begun()),
         MetricsLog(folder, every=config.train.log_every, tensorboard=config.train.tensorboard),
         best,
         Tracking(config, folder),
     )
+
+
+_followed = False
+"""Whether another run of this process counts the time since it began."""
+
+
+def _begun() -> float:
+    """When a run began, seconds since 1970: with its process, or of a later one of it, now."""
+    global _followed
+    first, _followed = not _followed, True
+    return time.time() - (time.monotonic() - environment.STARTED if first else 0.0)

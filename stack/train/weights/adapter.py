@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+import xxhash
 
 from stack.config import Config, ConfigError, StackError, load
 from stack.config.paths import expand
@@ -23,7 +24,7 @@ from stack.train.weights.saved import Saved
 
 ABOUT, ARRAYS = "adapter.json", "adapter.safetensors"
 """The files of a small folder; the run's tokenizer lies beside them, as in the run's own."""
-FORMAT = 1
+FORMAT = 2
 
 
 class Arrays(Protocol):
@@ -124,9 +125,12 @@ def _of_folder(folder: Path, overrides: tuple[str, ...]) -> SavedAdapter:
     try:
         about = json.loads(path.read_text("utf-8"))
         if about["format"] != FORMAT:
-            raise StackError(f"{path} is of format {about['format']}, which this version does not read")
+            raise StackError(
+                f"{path} is of format {about['format']}, and this version reads {FORMAT}; export the adapter"
+                " again"
+            )
         config = Config.model_validate(about["config"])
-        step, base = int(about["step"]), dict(about["base"])
+        step, base, digest = int(about["step"]), dict(about["base"]), str(about["arrays"])
     except OSError as error:
         raise StackError(f"{path} cannot be read: {error.strerror}") from error
     except ConfigError as error:
@@ -139,18 +143,32 @@ def _of_folder(folder: Path, overrides: tuple[str, ...]) -> SavedAdapter:
         step=step,
         base=base,
         tokenizer=folder / TOKENIZER / FILE,
-        arrays=_File(folder / ARRAYS),
+        arrays=_File(folder / ARRAYS, digest),
     )
+
+
+def digest_of(path: Path) -> str:
+    """Of the bytes of a file, XXH3 with 128 bits."""
+    told = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            told.update(part)
+    return told.hexdigest()
 
 
 class _File:
     """A file of safetensors, whose names are those of parameters."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads what it says of itself."""
+    def __init__(self, path: Path, digest: str) -> None:
+        """Reads what it says of itself, and whether it is what was written."""
         if not path.is_file():
             raise StackError(f"{path} is missing; export the adapter again")
         self._tensors = open_file(path)
+        if digest_of(path) != digest:
+            raise StackError(
+                f"{path} is damaged: its bytes are not those whose digest {ABOUT} has; export the adapter"
+                " again"
+            )
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
