@@ -32,6 +32,7 @@ ELSEWHERE = {
     "python3.12 -m venv .venv && .venv/bin/pip install -e .": "makes another environment",
     "uv sync --no-dev": "makes another environment",
     "uv sync --extra cuda13": "needs a GPU",
+    "uv sync --extra lm-eval": "makes another environment",
     "stack doctor --faults": "tests/doctor/test_faults.py",
     "launch/local.sh -n 2 -d 2 configs/quickstart.yaml name=two": "tests/test_processes.py",
     "stack eval runs/quickstart --tasks my_tasks/ --json capitals.json": "tests/evaluation/test_harness.py",

@@ -74,7 +74,7 @@ def _line_number(path: Path, place: int) -> int:
 def json_text(line: str, field: str | None, where: Callable[[], str]) -> str | None:
     """The text in a JSON object, see `text_at`; without a field the object itself, a `Record`."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise StackError(
             f"{where()}: not JSON at column {error.colno}: {error.msg}; mend or remove the line"
@@ -84,7 +84,9 @@ def json_text(line: str, field: str | None, where: Callable[[], str]) -> str | N
         raise StackError(f"{where()}: JSON that is {what} to be read; mend or remove the line") from None
     if not isinstance(record, dict):
         wanted = "" if field is None else f" with a field {field!r}"
-        raise StackError(f"{where()}: a JSON {type(record).__name__}, not an object{wanted}")
+        raise StackError(
+            f"{where()}: a JSON {type(record).__name__}, not an object{wanted}; mend or remove the line"
+        )
     return Record.at(line.strip(), where()) if field is None else text_at(record, field, where)
 
 
@@ -145,7 +147,8 @@ def value_at(record: dict[str, object], path: str, where: Callable[[], str], *, 
             value = value[int(key)]
         else:
             raise StackError(
-                f"{where()}: no field {path!r}; {_what_is_there(value, above)}; set {setting} to one of them"
+                f"{where()}: no field {path!r}; {_what_is_there(value, above)}; set {setting} to one of them,"
+                " or if other lines have it, add it to this one"
             )
         above = f"{above}.{key}" if above else key
     return value

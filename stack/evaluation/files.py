@@ -162,6 +162,11 @@ def predict_file(
                 progress.advance(bar)
         except OSError as error:
             raise StackError(f"{part}: cannot be written: {error.strerror}; make room on its disk") from error
+        except KeyboardInterrupt:
+            kept = int(progress.tasks[bar].completed)
+            raise KeyboardInterrupt(
+                f"interrupted: {kept:,} of {total:,} records are kept; the same command goes on there"
+            ) from None
         finally:
             if file is not None:
                 file.close()

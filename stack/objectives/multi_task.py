@@ -91,7 +91,8 @@ class MultiTask:
           StackError: it is none of them.
         """
         if name not in self.tasks:
-            raise StackError(f"--head {name}: name one of the run's: {', '.join(self.tasks)}")
+            told = "--head is missing" if name is None else f"--head {name}"
+            raise StackError(f"{told}: name one of the run's: {', '.join(self.tasks)}")
         return self.tasks[name]
 
     def divisor(self, batch: "Mapping[str, jax.Array]") -> "dict[str, jax.Array]":

@@ -88,7 +88,7 @@ def test_a_broken_line_within_a_range_is_told_with_its_number(tmp_path, monkeypa
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n' * 30 + "{\n" + '{"text": "a"}\n' * 30)
     source = SourceConfig(kind="jsonl", path=str(file))
-    with pytest.raises(StackError, match=r"a\.jsonl:31: not JSON at column 1:"):
+    with pytest.raises(StackError, match=r"a\.jsonl:31: not JSON at column 2:"):
         [part.read() for part in cut(source, ByteTokenizer(), 0)]
 
 

@@ -1,7 +1,8 @@
 """Predictions: in order, as an evaluation scores them, on any mesh; kept where a call ends."""
 
 import json
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -290,3 +291,28 @@ def test_a_run_is_asked_by_the_command_line(tmp_path, capsys):
     write(tmp_path / "bad.jsonl", [rows[0], {"text": "x", "label": "unheard"}])
     assert main(["eval", run, "--data", str(tmp_path / "bad.jsonl")]) == 1
     assert "bad.jsonl:2: label 'unheard' is none of objective.labels (a, b, c)" in capsys.readouterr().err
+
+
+def test_an_interrupt_tells_what_is_kept_and_the_same_call_goes_on(tmp_path, monkeypatch) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(f'{{"text": "{number}"}}\n' for number in range(5)))
+    interrupts = [True]
+
+    def answers(program, params, tokenizer, records, task=None):
+        for place, _ in enumerate(records):
+            if interrupts and place == 3:
+                raise KeyboardInterrupt
+            yield {"label": "a"}
+
+    monkeypatch.setattr(files, "predict", answers)
+    told = tmp_path / "told.jsonl"
+    call = partial(
+        files.predict_file, cast("Any", None), {}, cast("Any", None), (str(asked), str(told)), name="run"
+    )
+    with pytest.raises(
+        KeyboardInterrupt, match="interrupted: 3 of 5 records are kept; the same command goes on"
+    ):
+        call()
+    interrupts.clear()
+    assert call() == 5
+    assert len(told.read_text().splitlines()) == 5

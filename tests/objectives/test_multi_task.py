@@ -121,7 +121,7 @@ def test_each_task_is_evaluated_and_asked_by_its_name(tmp_path) -> None:
     right = [answer["label"] == each.record["label"] for answer, each in zip(answers, given, strict=True)]
     assert own["tone_accuracy"] == pytest.approx(np.mean(right))
     assert "find_mrr" not in own
-    with pytest.raises(StackError, match="--head None: name one of the run's: tone, facets, find"):
+    with pytest.raises(StackError, match="--head is missing: name one of the run's: tone, facets, find"):
         next(iter(predict(*run, given)))
 
 
