@@ -298,20 +298,16 @@ def test_an_interrupt_tells_what_is_kept_and_the_same_call_goes_on(tmp_path, mon
     asked.write_text("".join(f'{{"text": "{number}"}}\n' for number in range(5)))
     interrupts = [True]
 
-    def answers(program, params, tokenizer, records, task=None):
-        for place, _ in enumerate(records):
+    def answers(*run, **_):
+        for place, _ in enumerate(run[3]):
             if interrupts and place == 3:
                 raise KeyboardInterrupt
             yield {"label": "a"}
 
     monkeypatch.setattr(files, "predict", answers)
-    told = tmp_path / "told.jsonl"
-    call = partial(
-        files.predict_file, cast("Any", None), {}, cast("Any", None), (str(asked), str(told)), name="run"
-    )
-    with pytest.raises(
-        KeyboardInterrupt, match="interrupted: 3 of 5 records are kept; the same command goes on"
-    ):
+    told, nothing = tmp_path / "told.jsonl", cast("Any", None)
+    call = partial(predict_file, nothing, {}, nothing, (str(asked), str(told)), name="run")
+    with pytest.raises(KeyboardInterrupt, match="3 of 5 records are kept; the same command goes on there"):
         call()
     interrupts.clear()
     assert call() == 5
