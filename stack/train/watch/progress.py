@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from stack.train.watch.announce import conclusion, introduction
 from stack.train.watch.listeners import Listener
@@ -135,8 +136,11 @@ class Progress(Listener):
         return self._step - step >= self._steps / _PLAIN_LINES or time.monotonic() - printed >= _PLAIN_SECONDS
 
     def _bar(self) -> Table:
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(ProgressBar(total=self._steps, completed=self._step, width=30), self.line())
+        line, bar = self.line(), Table.grid(padding=(0, 1))
+        # What is told comes first: the bar has what it leaves of the screen's width.
+        width = min(30, self._console.width - len(line) - 3)
+        shown = [ProgressBar(total=self._steps, completed=self._step, width=width)] if width >= 5 else []
+        bar.add_row(*shown, Text(line, no_wrap=True, overflow="ellipsis"))
         return bar
 
     def _safely(self, show: Callable[[], object]) -> None:

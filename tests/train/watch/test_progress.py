@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from rich.console import Console
 
 from stack.train.watch.progress import Progress
@@ -55,6 +56,16 @@ def test_a_terminal_gets_one_bar_that_moves() -> None:
     assert "step 0/100  compiling" in text
     assert sum("step 99/100  loss 2.3457  12.3k tokens/s" in frame for frame in frames) == 1
     assert "step 50  held-out: loss 2  perplexity 7.389  accuracy 0.5" in text
+
+
+@pytest.mark.parametrize("width", [50, 80, 110, 200])
+def test_the_bar_and_its_line_stay_on_one_line(width) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    progress = Progress(console)
+    progress.on_start({"step": 0, "steps": 10})
+    for step in (1, 2):
+        progress.on_metrics(step, METRICS | {"learning_rate": 1e-4, "grad_norm": 2.0})
+    assert len(console.render_lines(progress._bar())) == 1
 
 
 def test_the_time_left_is_what_the_steps_so_far_took() -> None:
