@@ -28,7 +28,7 @@ def pipeline_memory(w: Workload) -> Memory:
     most, slots = plan.most[0], plan.slots
     parts, compute = w.parameters, 4 if w.model.dtype == "float32" else 2
     every = (*parts.layers, *parts.embedding, *parts.head)
-    numbers = [part.shard(fsdp=w.fsdp * w.stage, tensor=w.tensor) for part in every]
+    numbers = [part.shard(fsdp=w.fsdp, stage=w.stage, tensor=w.tensor) for part in every]
     layer = sum(part.shard(tensor=w.tensor) for part in parts.layers if part.is_matrix) / w.model.num_layers
     rest = sum(part.shard(tensor=w.tensor) for part in (*parts.embedding, *parts.head) if part.is_matrix)
     here = layer * most * plan.chunks + rest

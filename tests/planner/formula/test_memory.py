@@ -61,7 +61,10 @@ def program_bytes(**changes: Any) -> float:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_by_shape_are_those_of_the_model(name: str) -> None:
-    one = ("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1", "mesh.sequence_parallel=false")
+    one = (
+        *("mesh.data=1", "mesh.fsdp=1", "mesh.stage=1", "mesh.tensor=1", "mesh.sequence_parallel=false"),
+        *("mesh.schedule=1f1b", "mesh.virtual_stages=1"),
+    )
     config = recipe(name, *one)
     program = programs.on_mesh(config, meshes.abstract(config.mesh, 1), "cpu")
     sizes = sorted(part.size for part in parameters(config.model))
