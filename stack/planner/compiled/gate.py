@@ -190,6 +190,12 @@ def _staged_parameters(
         else:
             yield "all-reduce", ("fsdp",), leaf.elements * reduce
         yield "all-reduce", ("data",), leaf.elements / (stages if leaf.staged else 1) / ways * reduce
+    # Every stage has the numbers of all of its replica's tokens.
+    of_row = (
+        math.prod(program.objective.sizes[axis] for axis in field.axes[1:])
+        for field in program.objective.fields
+    )
+    yield "all-gather", ("stage",), _rows(program) * 4 * sum(of_row)
     hidden = sum(_rows(program) * program.objective.sizes[stack.attention.queries] for stack in cost.stacks)
     activation = hidden / program.config.train.accumulation * program.config.model.embed_dim * compute
     if layout.sequence_parallel:
