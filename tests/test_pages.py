@@ -33,6 +33,8 @@ ELSEWHERE = {
     "uv sync --no-dev": "makes another environment",
     "uv sync --extra cuda13": "needs a GPU",
     "uv sync --extra lm-eval": "makes another environment",
+    "stack train runs/quickstart train.steps=800 optimizer.schedule.decay_steps=370": "what a run prints;"
+    " another that goes on with it is run",
     "stack doctor --faults": "tests/doctor/test_faults.py",
     "launch/local.sh -n 2 -d 2 configs/quickstart.yaml name=two": "tests/test_processes.py",
     "stack eval runs/quickstart --tasks my_tasks/ --json capitals.json": "tests/evaluation/test_harness.py",
