@@ -44,7 +44,9 @@ alone, to the digit, as they round the same sums; a family that shares its layer
 through the parts and the other pairs there."""
 WHOLE: Family = "gpt"
 """The one that goes through every pair."""
-FEW = [cell for cell in cells() if len(cell.parts) == 1 or cell.name in PAIRS]
+TABLES = {"stage gpipe", "stage interleaved", "stage zero_bubble"}
+"""Parts that differ from `stage 1f1b` in their table alone, which knows nothing of the model."""
+FEW = [cell for cell in cells() if cell.name in PAIRS or (len(cell.parts) == 1 and cell.name not in TABLES)]
 
 
 def matrix():
