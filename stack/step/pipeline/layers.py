@@ -150,7 +150,10 @@ def _pull(pull: Any, args: tuple[Any, ...], kept: list[jax.Array]) -> Callable[[
     def is_array(one: Any) -> bool:
         return isinstance(one, jax.Array)
 
-    old, tree = jax.tree.flatten(pull.args_res, is_leaf=lambda one: not isinstance(one, list | tuple | dict))
+    def is_leaf(one: Any) -> bool:
+        return one is not None and not isinstance(one, list | tuple | dict)
+
+    old, tree = jax.tree.flatten(pull.args_res, is_leaf=is_leaf)
     new = [
         after if is_array(before) else before
         for before, after in zip(old, jax.tree.leaves(args), strict=True)
