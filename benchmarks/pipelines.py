@@ -16,6 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -95,26 +96,22 @@ def measure(schedule: str, chunks: int, options: argparse.Namespace) -> tuple[in
         }
     )
     program = programs.build(config)
-    whole = Block.__call__
-    Block.__call__ = _waiting(whole, options.wait / options.layers)  # type: ignore[method-assign]
-    try:
-        with meshes.use(program.mesh):
-            params = states.init_params(program)
-            batch = {
-                field.name: jax.device_put(
-                    np.ones([options.micro_batches, 8][: len(field.axes)], np.int32),
-                    program.layout.sharding(*field.axes),
-                )
-                for field in program.objective.fields
-            }
-            step = jax.jit(partial(loss_gradient, program)).lower(params, np.int32(0), batch).compile()
-            times = []
-            for _ in range(options.repeat + 1):
-                start = time.perf_counter()
-                jax.block_until_ready(step(params, np.int32(0), batch))
-                times.append(time.perf_counter() - start)
-    finally:
-        Block.__call__ = whole  # type: ignore[method-assign]
+    waiting = _waiting(Block.__call__, options.wait / options.layers)
+    with patch.object(Block, "__call__", waiting), meshes.use(program.mesh):
+        params = states.init_params(program)
+        batch = {
+            field.name: jax.device_put(
+                np.ones([options.micro_batches, 8][: len(field.axes)], np.int32),
+                program.layout.sharding(*field.axes),
+            )
+            for field in program.objective.fields
+        }
+        step = jax.jit(partial(loss_gradient, program)).lower(params, np.int32(0), batch).compile()
+        times = []
+        for _ in range(options.repeat + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(step(params, np.int32(0), batch))
+            times.append(time.perf_counter() - start)
     return program.pipeline(program.stacks).table.ticks, statistics.median(times[1:])
 
 

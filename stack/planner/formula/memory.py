@@ -108,7 +108,7 @@ class _Sizes:
 def _of_stage(w: Workload, *, first: bool, last: bool) -> Memory:
     layers, ends = w.parameters.layers, _ends(w, first=first, last=last)
     sizes = _sizes(w, layers, ends, last=last)
-    optimizer = 4 * (_moments(w, layers) / w.stage + _moments(w, ends))
+    optimizer = 4 * (moments(w, layers) / w.stage + moments(w, ends))
     activations, stack_bytes = _activation_bytes(w, rank=0 if first else w.stage - 1)
     always = {
         "parameters": sizes.shard + _compute_copies(w, sizes),
@@ -135,21 +135,20 @@ def optimizer_numbers(workload: Workload) -> float:
     """Float32 numbers of the optimizer's state on one device; of a pipeline, with half of both ends."""
     parts = workload.parameters
     ends = (*parts.embedding, *parts.head)
-    layers = _moments(workload, parts.layers) / workload.stage
-    return layers + _moments(workload, ends) / min(workload.stage, 2)
+    layers = moments(workload, parts.layers) / workload.stage
+    return layers + moments(workload, ends) / min(workload.stage, 2)
 
 
-def _moments(w: Workload, parts: Iterable[Parameter]) -> float:
-    """Numbers of the optimizer's state on one device."""
+def moments(w: Workload, parts: Iterable[Parameter], *, stage: int = 1) -> float:
+    """Numbers of the optimizer's state on one device, of parameters that lie split over so many stages."""
     fsdp = w.fsdp if w.zero else 1
     parts = (p for p in parts if p.trained)
     if w.optimizer == "adafactor":
         parts = (p for p in parts if not _is_factored(p))
-    return sum(kept_moments(w, p) * p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
+    return sum(_kept(w, p) * p.shard(fsdp=fsdp, stage=stage, tensor=w.tensor) for p in parts)
 
 
-def kept_moments(w: Workload, part: Parameter) -> int:
-    """Numbers that the optimizer keeps for each of a parameter's."""
+def _kept(w: Workload, part: Parameter) -> int:
     return 1 if w.optimizer == "muon" and part.role == "matrix" else MOMENTS[w.optimizer]
 
 

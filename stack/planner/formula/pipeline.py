@@ -32,9 +32,7 @@ def pipeline_memory(w: Workload) -> Memory:
     layer = sum(part.shard(tensor=w.tensor) for part in parts.layers if part.is_matrix) / w.model.num_layers
     rest = sum(part.shard(tensor=w.tensor) for part in (*parts.embedding, *parts.head) if part.is_matrix)
     here = layer * most * plan.chunks + rest
-    moments = 4 * sum(
-        whole.kept_moments(w, part) * number for part, number in zip(every, numbers, strict=True)
-    )
+    moments = 4 * whole.moments(w, every, stage=w.stage)
     shards = sum(part.itemsize * number for part, number in zip(every, numbers, strict=True))
     hidden = w.micro_tokens * w.model.embed_dim * compute
     activation = hidden / (w.tensor if w.sequence_parallel else 1)
@@ -49,7 +47,7 @@ def pipeline_memory(w: Workload) -> Memory:
     return Memory(
         parameters=shards + compute * here,
         gradients=w.reduce_bytes * here,
-        optimizer=0.0 if w.offload_optimizer else moments,
+        optimizer=(0.0 if w.offload_optimizer else moments) + w.ema * shards,
         activations=kept + late + waiting,
         collectives=0.0,
         reserve=whole.RESERVE,

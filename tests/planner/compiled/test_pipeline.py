@@ -64,3 +64,12 @@ def test_the_bubble_of_a_plan_is_that_of_its_table():
         table, time = plan_of(work).table, step_time(work, load("h200"))
         busy = time.matmul + time.attention + time.memory_bound
         assert table.bubble == pytest.approx(time.bubble / (time.bubble + busy), rel=0.1)
+
+
+def test_what_the_optimizer_and_an_average_hold_is_counted():
+    whole = config({"stage": 4, "fsdp": 2}, "full")
+    plain = memory(from_config(whole, 8))
+    averaged = memory(from_config(whole.replace("optimizer.ema_decay=0.99"), 8))
+    assert averaged.optimizer - plain.optimizer == pytest.approx(plain.optimizer / 2)
+    factored = memory(from_config(whole.replace("optimizer.kind=adafactor"), 8))
+    assert factored.optimizer < 0.01 * plain.optimizer
