@@ -56,10 +56,13 @@ def dotted(path: Keys) -> str:
     return ".".join(map(str, path))
 
 
-def shown(value: Any) -> str:
-    """A value as it would be written in YAML, cut to a readable length."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+def shown(value: Any, length: int = 60) -> str:
+    """A value as it would be written in YAML, cut to a readable length in characters."""
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    except ValueError:  # Python writes no number of over 4300 digits
+        text = "a number too long to show"
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def annotation_at(root: Any, path: Keys) -> Any:
@@ -197,8 +200,11 @@ def _where(error: Any, root: type[BaseModel], located: Located) -> str:
     candidates = [path]
     if error["type"] == "value_error":
         fields = {name for section in sections_of(annotation_at(root, path)) for name in section.model_fields}
-        words = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", str(error["ctx"]["error"]))
-        keys = [[int(key) if key.isdigit() else key for key in word.split(".")] for word in words]
+        words = re.findall(r"[a-z_][a-z_0-9]*(?:\.[a-z_0-9]+)*", str(error["ctx"]["error"]))
+        keys = [
+            [int(key) if re.fullmatch("[0-9]{1,9}", key) else key for key in word.split(".")]
+            for word in words
+        ]
         mentioned = [(*path, *some) for some in keys if some[0] in fields]
         candidates = [other for other in mentioned if located.find(other)] or candidates
     places = [located.nearest_place(candidate) for candidate in candidates]

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stack.config.explain import shown
 from stack.config.objective_section import ObjectiveSection
 from stack.config.section import Section
 from stack.config.tasks import AnyTask, ClassificationConfig
@@ -20,7 +21,9 @@ class NamedTask(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.name.isidentifier():
-            raise ValueError(f"name={self.name!r} must be of letters, digits and _, and begin with a letter")
+            raise ValueError(
+                f"name={shown(self.name)} must be of letters, digits and _, and begin with a letter"
+            )
         return self
 
 
@@ -45,5 +48,5 @@ class MultiTaskConfig(ObjectiveSection):
         if len(names) < 2:
             raise ValueError("tasks has fewer than two; name several, or take the one task's kind")
         if doubled := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"tasks has {doubled[0]!r} twice; give each another name")
+            raise ValueError(f"tasks has {shown(doubled[0])} twice; give each another name")
         return self

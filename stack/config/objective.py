@@ -4,6 +4,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from stack.config.explain import shown
 from stack.config.multi_task import MultiTaskConfig
 from stack.config.objective_section import ObjectiveSection
 from stack.config.section import one_of
@@ -95,8 +96,8 @@ class RemovalConfig(WordsConfig):
         around = self.sentinel.split("{}")
         if len(around) != 2 or any(brace in part for part in around for brace in "{}"):
             raise ValueError(
-                f"sentinel={self.sentinel!r} must hold {{}} once, in the place of the number, and no other"
-                " brace"
+                f"sentinel={shown(self.sentinel)} must hold {{}} once, in the place of the number, and no"
+                " other brace"
             )
         return self
 

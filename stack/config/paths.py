@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from stack.config.errors import ConfigError, StackError
+from stack.config.explain import shown
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
@@ -15,7 +16,7 @@ def expand(path: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(path)
     if "\0" in text:
-        raise ConfigError(f"{text!r} holds a NUL, which no path may; remove it")
+        raise ConfigError(f"{shown(text)} holds a NUL, which no path may; remove it")
     try:
         return Path(text).expanduser()
     except RuntimeError:

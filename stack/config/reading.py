@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from stack.config.arguments import check_type
 from stack.config.document import Dumper, read_file, read_text, read_value
 from stack.config.errors import ConfigError
-from stack.config.explain import annotation_at, explain
+from stack.config.explain import annotation_at, explain, shown
 from stack.config.located import Keys, Located, Place, merge
 from stack.config.paths import expand
 from stack.config.tree import Config
@@ -75,7 +75,9 @@ def schema() -> dict[str, Any]:
 
 def _build(located: Located, overrides: Sequence[str] = ()) -> Config:
     if isinstance(overrides, str):
-        raise ConfigError(f"overrides must be a list, not the text {overrides!r}; write [{overrides!r}]")
+        raise ConfigError(
+            f"overrides must be a list, not the text {shown(overrides)}; write [{shown(overrides)}]"
+        )
     check_type("overrides", "they", overrides, Sequence, '["train.steps=100"]')
     located = _moved(located)
     for override in overrides:
@@ -129,7 +131,7 @@ def _for_editors(tree: Any) -> Any:
 def _override(located: Located, override: str) -> Located:
     """The values with one of them changed."""
     name, equals, text = override.partition("=")
-    place = Place(text=f"override {override!r}", layer=located.place.layer + 1)
+    place = Place(text=f"override {shown(override, 200)}", layer=located.place.layer + 1)
     if not (equals and name):
         raise ConfigError(f"{place.text}: expected name=value, for example train.steps=100")
     keys = tuple(name.split("."))
@@ -163,6 +165,6 @@ def _change(old: Located | None, keys: Keys, new: Located, default: Any) -> Loca
 def _index(key: str, length: int, place: Place) -> int:
     if not (key.isdecimal() and int(key) <= length):
         raise ConfigError(
-            f"{place.text}: a list is changed by index, 0 to {length} ({length} appends), not {key!r}"
+            f"{place.text}: a list is changed by index, 0 to {length} ({length} appends), not {shown(key)}"
         )
     return int(key)

@@ -24,8 +24,8 @@ class RuntimeConfig(Section):
         for name, value in self.compiler_options.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"compiler_options: {name!r} is no name of an option; write it without dashes, such as"
-                    " xla_gpu_enable_triton_gemm"
+                    f"compiler_options: {shown(name)} is no name of an option; write it without dashes, such"
+                    " as xla_gpu_enable_triton_gemm"
                 )
             if not isinstance(value, bool | int | float | str):
                 raise ValueError(

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from stack.config.explain import shown
 from stack.config.objective_section import ObjectiveSection
 from stack.config.section import one_of
 
@@ -58,9 +59,11 @@ class LabelledConfig(CutConfig):
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
         if doubled := sorted({name for name in self.labels if self.labels.count(name) > 1}):
-            raise ValueError(f"labels names {doubled[0]!r} twice; leave one out")
+            raise ValueError(f"labels names {shown(doubled[0])} twice; leave one out")
         if len(self.labels) == 1:
-            raise ValueError(f"labels has {self.labels[0]!r} alone, which there is no choice of; name others")
+            raise ValueError(
+                f"labels has {shown(self.labels[0])} alone, which there is no choice of; name others"
+            )
         return self
 
 

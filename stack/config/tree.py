@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, model_validator
 from stack.config.adapter import AdapterConfig
 from stack.config.condition import Condition, describe_changes
 from stack.config.data import RECORDS, DataConfig
-from stack.config.explain import kind_of
+from stack.config.explain import kind_of, shown
 from stack.config.kernels import KernelsConfig
 from stack.config.mesh import MeshConfig
 from stack.config.model import AnyModel, DecoderConfig, EncoderConfig
@@ -96,7 +96,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not _is_file_name(self.name):
-            raise ValueError(f"name={self.name!r} must be the name of one folder; set output_dir to place it")
+            raise ValueError(
+                f"name={shown(self.name)} must be the name of one folder; set output_dir to place it"
+            )
         length, limit = self.data.sequence_length, self.model.max_length
         if length > limit:
             raise ValueError(f"data.sequence_length={length} exceeds model.max_length={limit}")
@@ -177,7 +179,9 @@ class Config(Section):
                     f" objective.kind={objective.kind} reads texts; name the field that holds the text"
                 )
         if absent := [name for name in names if name not in {source.task for source in self.data.sources}]:
-            raise ValueError(f"objective.tasks: no source of data.sources is of task {absent[0]!r}; add one")
+            raise ValueError(
+                f"objective.tasks: no source of data.sources is of task {shown(absent[0])}; add one"
+            )
 
     def _check_duplicates(self) -> None:
         objective, how = self.objective, self.data.deduplicate

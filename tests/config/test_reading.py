@@ -247,6 +247,19 @@ def test_a_kind_may_be_overridden_and_survives_a_dump():
     assert isinstance(parse("seed: 1").model, DecoderConfig)
 
 
+@pytest.mark.parametrize("text", ["9" * 5000, "é" * 5000, "0." * 2500, "-" + "9" * 5000])
+@pytest.mark.parametrize("field", ["name", "train.steps", "sample.prompt.x", "objective.sentinel"])
+def test_a_long_value_is_told_in_one_line_of_readable_length(field, text):
+    line = error("objective: {kind: span_corruption}\n", f"{field}={text}")
+    assert len(line) < 500
+    assert "\n" not in line
+
+
+def test_a_number_that_python_cannot_write_is_refused_from_python_too():
+    with pytest.raises(ConfigError, match="too long to show"):
+        Config(train={"steps": -(10**5000)})  # pyrefly: ignore[bad-argument-type]
+
+
 def test_text_that_looks_like_a_number_is_asked_for_in_quotes():
     assert error("name: 2024\n") == "run.yaml:1: name=2024 must be text; put it in quotes"
 
