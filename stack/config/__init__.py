@@ -1,6 +1,7 @@
 """The config tree and its readers."""
 
 from stack.config.adapter import AdapterConfig, AdapterTargetConfig
+from stack.config.average import AverageConfig
 from stack.config.data import DataConfig, SourceConfig, Weight, weight_at
 from stack.config.errors import ConfigError, StackError
 from stack.config.kernels import Fp8Config, KernelsConfig
@@ -47,6 +48,7 @@ __all__ = [
     "AXES",
     "AdapterConfig",
     "AdapterTargetConfig",
+    "AverageConfig",
     "BlockConfig",
     "CausalConfig",
     "ChatConfig",

@@ -3,6 +3,7 @@
 import math
 
 from stack.config.errors import ConfigError
+from stack.config.instances import check_instances
 from stack.config.mesh import AXES, MeshConfig
 from stack.config.pipeline import check_pipeline
 from stack.config.tree import Config
@@ -59,6 +60,7 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
             )
     _check_blocks(config, tensor)
     check_pipeline(config, sizes["stage"])
+    check_instances(config, sizes)
     if config.mesh.sequence_parallel and config.data.sequence_length % tensor:
         raise ConfigError(
             f"mesh.sequence_parallel splits data.sequence_length={config.data.sequence_length} over "

@@ -5,6 +5,7 @@ from typing import Any, Self
 from pydantic import NonNegativeInt, model_validator
 
 from stack.config.adapter import AdapterConfig
+from stack.config.average import AverageConfig
 from stack.config.condition import Condition, describe_changes
 from stack.config.data import RECORDS, DataConfig
 from stack.config.explain import kind_of, shown
@@ -68,6 +69,7 @@ class Config(Section):
     """What for, by `kind`."""
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
+    average: AverageConfig = AverageConfig()
     kernels: KernelsConfig = KernelsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     adapter: AdapterConfig | None = None
@@ -122,6 +124,7 @@ class Config(Section):
                 f"optimizer.schedule.warmup_steps={warmup}{after} leaves nothing of train.steps={steps}"
             )
         self._check_unfreezing()
+        self._check_average()
         if self.train.profile_steps and self.train.profile_steps[1] > steps:
             raise ValueError(
                 f"train.profile_steps={list(self.train.profile_steps)} goes beyond train.steps={steps}"
@@ -149,6 +152,30 @@ class Config(Section):
                 f" {max(1, (steps - 1) // number)} or less"
                 + ("" if steps > number else f", and train.steps above {number}")
             )
+
+    def _check_average(self) -> None:
+        every, evaluates = self.average.every, self.eval.every if self.data.heldout_fraction else 0
+        if not self.average.apart:
+            return
+        for name, steps in (("train.steps", self.train.steps), ("eval.every", evaluates)):
+            if steps % every:
+                nearest = max(1, round(steps / every)) * every
+                raise ValueError(
+                    f"{name}={steps} comes between two averages, and only those are kept and evaluated; with"
+                    f" average.every={every} set it to {nearest}"
+                )
+        unread = {
+            "adapter": self.adapter is not None,
+            "optimizer.frozen": bool(self.optimizer.frozen),
+            "optimizer.ema_decay": bool(self.optimizer.ema_decay),
+            "train.offload_optimizer": self.train.offload_optimizer,
+            "stability.recompute_every": bool(self.stability.recompute_every),
+        }
+        for name, is_set in unread.items():
+            if is_set:
+                raise ValueError(
+                    f"{name} is not built for instances that are averaged; leave {name} out, or average"
+                )
 
     def _check_records(self) -> None:
         objective = self.objective

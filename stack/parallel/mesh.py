@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from stack.config import AXES, MeshConfig
 from stack.config.layout import resolve
@@ -80,3 +80,9 @@ def abstract(config: MeshConfig, num_devices: int) -> AbstractMesh:
     """The same mesh of devices that are not here."""
     sizes = resolve(config, num_devices)
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def retype(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The same shards on the same devices, under a mesh of other axes or axis types."""
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)

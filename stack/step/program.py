@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from stack.config import Config, ConfigError
+from stack.config.instances import instance_config, num_instances
 from stack.config.layout import check_divides
 from stack.data.fields import abstract_batch
 from stack.kernels.attention import Choice
@@ -23,6 +24,7 @@ from stack.models.stack import Execution, Remat
 from stack.objectives import build as build_objective
 from stack.objectives.protocol import Objective
 from stack.parallel import mesh as meshes
+from stack.parallel.instances import Instances
 from stack.parallel.pipeline.pipeline import Pipeline
 from stack.parallel.pipeline.table import Costs
 from stack.parallel.rules import ELEMENTWISE, Layout, Role
@@ -245,6 +247,21 @@ class Program:
         numbers = {path[0]: leaf.shape[0] for (path, leaf), axes in leaves if axes[0] == "layers"}
         return tuple(numbers.values())
 
+    @cached_property
+    def instances(self) -> Instances | None:
+        """Where the instances lie that train apart; None where there are none."""
+        if not self.config.average.apart:
+            return None
+        return Instances(num_instances(self.config, self.layout.size("data")), self.mesh)
+
+    @cached_property
+    def instance(self) -> "Program":
+        """What one instance runs: a plain program on the mesh of a slice, of devices that are not named."""
+        config, sizes = instance_config(self.config, self.layout.size("data")), dict(self.mesh.shape)
+        shape = tuple((sizes | {"data": config.mesh.data}).values())
+        mesh = AbstractMesh(shape, self.mesh.axis_names, axis_types=self.mesh.axis_types)
+        return on_mesh_like(self, mesh, config)
+
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch, for compiling."""
         sizes = {"batch": self.config.train.batch_size, **self.objective.sizes}
@@ -305,9 +322,10 @@ def on_mesh(
     return program
 
 
-def on_mesh_like(program: Program, mesh: Mesh) -> Program:
-    """The same program on another mesh of the same shape and kind of devices."""
-    config, layout = program.config, _layout(program.config, mesh)
+def on_mesh_like(program: Program, mesh: Mesh | AbstractMesh, config: Config | None = None) -> Program:
+    """The same program on another mesh of the same kind of devices; of the same shape, or with a config."""
+    config = config or program.config
+    layout = _layout(config, mesh)
     return Program(
         config=config, mesh=mesh, layout=layout, attention=program.attention, matmul=program.matmul
     )

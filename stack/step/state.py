@@ -17,14 +17,21 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stack.parallel import mesh as meshes
-from stack.step import float8, guard
+from stack.step import float8, guard, instances
 from stack.step.program import Path, Program
 
 State = dict[str, Any]
 """{"params": ..., "opt_state": ..., "step": int32 scalar, "guard": see `guard.Guard`}; the optimizer's
 moments may be in host memory.
 Parameters that are not trained are under "frozen", where there are any; the moving average of the others
-under "ema", where there is one; what delayed scaling looks back on under "float8"."""
+under "ema", where there is one; what delayed scaling looks back on under "float8".
+Where instances train apart: {"params": the last average, "outer": the momentum of the outer step, if it has
+any, "instances": of each such a state, [instances, ...]}."""
+
+
+def without_training(state: State) -> State:
+    """The parts of a state that evaluations and samples ask for."""
+    return {name: part for name, part in state.items() if name not in ("opt_state", "outer", "instances")}
 
 
 def init(program: Program, params: dict[str, Any] | None = None) -> State:
@@ -37,13 +44,14 @@ def init(program: Program, params: dict[str, Any] | None = None) -> State:
     mesh = concrete(program)
     with meshes.use(mesh):
         params, frozen = program.split(init_params(program) if params is None else params)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(program)["opt_state"])
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, _abstract(program)["opt_state"])
         state = _with_frozen(frozen) | {
             "params": params,
             "opt_state": jax.jit(program.optimizer.init, out_shardings=shardings)(params),
             "step": jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())),
         }
-        return completed(program, state)
+        state = completed(program, state)
+    return state if program.instances is None else instances.spread(program, state)
 
 
 MAY_BE_NEW = ("guard", "ema", "float8")
@@ -52,6 +60,8 @@ MAY_BE_NEW = ("guard", "ema", "float8")
 
 def completed(program: Program, state: State) -> State:
     """A state with the parts that it lacks: a guard that has seen nothing, an average that begins here."""
+    if "instances" in state:
+        return state
     if "guard" not in state:
         mesh = concrete(program)
         state |= {"guard": jax.device_put(guard.init(program.config.stability), NamedSharding(mesh, P()))}
@@ -82,11 +92,17 @@ def init_params(program: Program, some: Collection[Path] | None = None) -> dict:
     options = {"xla_backend_optimization_level": 0} if on_cpu else {}
     with meshes.use(auto):
         params = jax.jit(init, out_shardings=shardings, compiler_options=options)()
-    return jax.tree.map(lambda array, like: retype(array, like.sharding), params, wanted)
+    return jax.tree.map(lambda array, like: meshes.retype(array, like.sharding), params, wanted)
 
 
 def abstract(program: Program) -> State:
     """Shapes, dtypes and shardings of the state, for restoring and for compiling."""
+    state = _abstract(program)
+    return state if program.instances is None else instances.abstract(program, state)
+
+
+def _abstract(program: Program) -> State:
+    """The same where no instances train apart."""
     mesh = program.mesh
     with meshes.use(mesh):
         params, frozen = program.split(program.parameters)
@@ -146,12 +162,6 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
 
 
-def retype(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """The same shards on the same devices, under a mesh of other axis types."""
-    shards = [shard.data for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
-
-
 def to_host(array: Any, layer: int | None = None) -> np.ndarray:
     """An array of a mesh, or what one layer has of it, whole on this host; every process calls.
 
@@ -160,7 +170,7 @@ def to_host(array: Any, layer: int | None = None) -> np.ndarray:
       layer: its number; None: all of the array.
     """
     auto = automatic(array.sharding.mesh)
-    array, whole = retype(array, NamedSharding(auto, array.sharding.spec)), NamedSharding(auto, P())
+    array, whole = meshes.retype(array, NamedSharding(auto, array.sharding.spec)), NamedSharding(auto, P())
     with meshes.use(auto):
         return np.asarray(_gather(whole)(array) if layer is None else _gather_layer(whole)(array, layer))
 

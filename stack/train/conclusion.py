@@ -70,7 +70,7 @@ def _take_best(trainer: "Trainer", checkpoints: Checkpoints, reached: int) -> in
     if step is None or step == reached:
         return step
     assert trainer.state is not None, "a run that ends has a state"
-    trainer.state = {name: part for name, part in trainer.state.items() if name != "opt_state"}  # Its memory.
+    trainer.state = states.without_training(trainer.state)  # Its memory.
     try:
         trainer.state = trainer.ledger.parameters(checkpoints, step, states.abstract(trainer.program))
     except DamagedError as error:

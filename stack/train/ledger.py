@@ -18,7 +18,7 @@ from stack.data.dataset import digest
 from stack.data.position import Position
 from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokenizer
 from stack.hardware.defaults import Setting
-from stack.step.state import MAY_BE_NEW, State
+from stack.step.state import MAY_BE_NEW, State, without_training
 from stack.storage import durable
 from stack.train import record as records
 from stack.train.best import find_best
@@ -148,8 +148,7 @@ class Ledger:
         Raises:
           DamagedError: it is not as it was written.
         """
-        wanted = {name: part for name, part in abstract.items() if name != "opt_state"}
-        return checkpoints.restore(step, self._parts(checkpoints, step, wanted))
+        return checkpoints.restore(step, self._parts(checkpoints, step, without_training(abstract)))
 
     def tokenizer(self) -> Tokenizer:
         """The run's own, once it has a checkpoint; before that the one the config names.

@@ -47,7 +47,7 @@ def open_run[T: "Trainer"](
             raise StackError("a checkpoint by its step, or the best, is of a run's own; leave --adapter out")
         return _open_adapter(partial(make, **options), folder, os.fspath(adapter), overrides)
     trainer = make(load(folder, overrides), **options)
-    parts = {name: part for name, part in states.abstract(trainer.program).items() if name != "opt_state"}
+    parts = states.without_training(states.abstract(trainer.program))
     with Checkpoints(trainer.ledger.store) as checkpoints:
         warn = logging.getLogger("stack").warning
         trainer.state = trainer.ledger.restore(checkpoints, parts, data=None, warn=warn, of=step)

@@ -57,9 +57,9 @@ def replay(trainer: "Trainer", step: int) -> Iterator[str]:
         for number in range(first, step):
             rows = batch(number)
             before = jax.tree.map(jnp.copy, state) if number + 1 == step else None
-            after, metrics = trainer.train_step(state, rows)  # The very program of the run.
+            after, metrics = trainer.steps.advance(number, state, rows)  # The very program of the run.
             if before is not None:
-                twice, _ = trainer.train_step(before, rows)
+                twice, _ = trainer.steps.advance(number, before, rows)
                 names = different_leaves(after, twice)
                 if names:
                     problems.append(
@@ -69,8 +69,9 @@ def replay(trainer: "Trainer", step: int) -> Iterator[str]:
             state = after
             if (record := recorded.get(number + 1)) is not None:
                 compared += 1
+                values = trainer.steps.read(metrics)
                 for name in ("loss", "grad_norm"):
-                    value = float(metrics[name])
+                    value = values[name]
                     if value != record[name] and not (value != value and record[name] != record[name]):
                         problems.append(
                             f"step {number + 1:,}: {name} is {value!r}, the run had {record[name]!r}"

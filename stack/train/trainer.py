@@ -37,7 +37,8 @@ from stack.step import program as programs
 from stack.step import state as states
 from stack.step.guard import all_finite
 from stack.step.options import compiler_options, compiler_settings
-from stack.step.step import eval_step, train_step
+from stack.step.step import eval_step
+from stack.step.steps import steps_of
 from stack.step.tiles import tile_settings, with_tuned
 from stack.train import opening, starting
 from stack.train.best import Best
@@ -98,6 +99,7 @@ class Trainer:
         self.state: states.State | None = None
         settings = (*variable_settings(), *compiler_settings(self.program), *tile_settings(self.program))
         self._compiler_options = compiler_options(settings)
+        self.steps = steps_of(self.program, self._compiler_options)
         self._recompute = Recompute(self.program, self._compiler_options)
         self._heartbeat = Heartbeat(config.train)
         self._stragglers = Stragglers(list(self.mesh.devices.flat))
@@ -256,8 +258,7 @@ class Trainer:
     @cached_property
     def train_step(self) -> Any:
         """The jitted step (state, batch) -> (state, metrics); the state's buffers are donated."""
-        step = partial(train_step, self.program)
-        return jax.jit(step, donate_argnums=0, compiler_options=self._compiler_options)
+        return self.steps.step
 
     @property
     def batch(self) -> Callable[[int], Batch]:
@@ -293,7 +294,7 @@ class Trainer:
     def _train(self, checkpoints: Checkpoints, stop: Stop) -> int:
         """To the last step; returns it."""
         config, best = self.config, self.best
-        late, reached = LateReader(self._told), self.ledger.position.step
+        late, reached = LateReader(self._told, self.steps.read), self.ledger.position.step
         steps = range(reached, reached if best.ended else config.train.steps)
         audit = self._audit.note if self._audit else None
         with (
@@ -305,7 +306,7 @@ class Trainer:
                 trace.before(step, self.state)
                 if _due(step + 1, config.stability.recompute_every):
                     self._recompute.check(step + 1, self._trained(), batch)
-                self.state, metrics = self.train_step(self.state, batch)
+                self.state, metrics = self.steps.advance(step, self.state, batch)
                 self._heartbeat.beat(step + 1, waited)
                 late.push(step + 1, metrics | {"data_wait_seconds": waited, "checkpoint_seconds": saving})
                 saving = 0.0

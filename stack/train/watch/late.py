@@ -1,7 +1,6 @@
 """Reading metrics without making the devices wait."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -13,9 +12,13 @@ class LateReader:
     on, so the host's wait costs nothing.
     """
 
-    def __init__(self, tell: Callable[[int, dict[str, float]], object]) -> None:
-        """`tell` gets the number of steps taken and their metrics as Python floats."""
-        self._tell = tell
+    def __init__(
+        self,
+        tell: Callable[[int, dict[str, float]], object],
+        read: Callable[[dict[str, jax.Array]], dict[str, float]],
+    ) -> None:
+        """`tell` gets the number of steps taken and their metrics, as `read` makes numbers of them."""
+        self._tell, self._read = tell, read
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -28,5 +31,4 @@ class LateReader:
         pending, self._pending = self._pending, None
         if pending is not None:
             step, metrics = pending
-            values: Any = jax.device_get(metrics)
-            self._tell(step, {name: float(value) for name, value in values.items()})
+            self._tell(step, self._read(metrics))

@@ -122,7 +122,7 @@ def _place(weights: Weights, path: str, sharding: NamedSharding) -> jax.Array:
         array = jax.jit(partial(jnp.zeros, shape, jnp.float32), out_shardings=whole)()
         for layer in layers:
             array = _put(whole)(array, _spread(partial(weights.read, path, layer), shape[1:], one), layer)
-    return states.retype(array, sharding)
+    return meshes.retype(array, sharding)
 
 
 def _spread(

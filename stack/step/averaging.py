@@ -1,0 +1,184 @@
+"""Instances that train apart and are averaged now and then: local SGD and DiLoCo.
+
+Within a period each slice of the mesh runs the plain training step of its instances as a program of its own,
+so that nothing can be said between them. Only at its end are all devices in one program, which averages.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stack.config import AverageConfig
+from stack.parallel import mesh as meshes
+from stack.parallel import messages
+from stack.step.instances import common, instances_of
+from stack.step.program import Program
+from stack.step.state import State
+from stack.step.step import Batch, train_step
+
+
+def train_steps(program: Program, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    """One step of each instance of a slice: the plain step of one instance, on its rows.
+
+    Args:
+      program: of one instance.
+      state: of the instances of the slice, [instances, ...].
+      batch: their rows, those of the first instance first.
+
+    Returns:
+      The next state, and the metrics of each instance, [instances].
+    """
+    number = jax.tree.leaves(state)[0].shape[0]
+    if number == 1:
+        one = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), state)
+        after, metrics = train_step(program, one, _laid_out(program, batch))
+        return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), (after, metrics))
+    rows = {name: _by_instance(program, values, number) for name, values in batch.items()}
+
+    def step(index: Any, state: State) -> tuple[State, dict[str, jax.Array]]:
+        one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), state)
+        return train_step(program, one, _laid_out(program, jax.tree.map(lambda leaf: leaf[index], rows)))
+
+    def turn(index: jax.Array, carried: Any) -> Any:
+        new = step(index, carried[0])
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+        return jax.tree.map(put, carried, new)
+
+    shapes = jax.eval_shape(partial(step, 0), state)[1]
+    metrics = jax.tree.map(lambda like: jnp.zeros((number, *like.shape), like.dtype), shapes)
+    return jax.lax.fori_loop(0, number, turn, (state, metrics))
+
+
+def average(config: AverageConfig, params: Any, outer: Any, apart: Any) -> tuple[Any, Any, Any]:
+    """The end of a period.
+
+    With outer `none` all go on from the average of the instances (arXiv 1805.09767, equation 2); with
+    `nesterov` the way from the average to where the period began is the gradient of a step of SGD (arXiv
+    2311.08105, algorithm 1).
+
+    Args:
+      config: what becomes of the average.
+      params: where the period began.
+      outer: the momentum, like `params`; None where there is none.
+      apart: the parameters of the instances now, [instances, ...].
+
+    Returns:
+      The new parameters, the new momentum, and the parameters of the instances: the new ones of each.
+    """
+    means = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), apart)
+    if config.outer == "none":
+        new = means
+    else:
+        way = jax.tree.map(jnp.subtract, params, means)
+        outer = jax.tree.map(lambda old, now: config.momentum * old + now, outer, way)
+        steps = jax.tree.map(lambda old, now: config.momentum * old + now, outer, way)
+        new = jax.tree.map(lambda old, step: old - config.learning_rate * step, params, steps)
+    return new, outer, jax.tree.map(_like_all, new, apart)
+
+
+def _like_all(new: jax.Array, apart: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(new, apart.shape, out_sharding=jax.typeof(apart).sharding)
+
+
+class AveragedSteps:
+    """The steps of instances; see `Steps`."""
+
+    def __init__(self, program: Program, options: Mapping[str, Any]) -> None:
+        """Compiles when it is first asked, with these options of the compiler."""
+        self._program, self._options = program, dict(options)
+        self._instances, self._told = instances_of(program), 0
+
+    @cached_property
+    def _steps(self) -> Any:
+        steps = partial(train_steps, self._program.instance)
+        return jax.jit(steps, donate_argnums=0, compiler_options=self._options)
+
+    @cached_property
+    def _average(self) -> Any:
+        step = partial(average, self._program.config.average)
+        return jax.jit(step, donate_argnums=(0, 1, 2), compiler_options=self._options)
+
+    def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        """One step of every instance, slice by slice; the metrics are of each, [instances].
+
+        Every process runs the slices that it has devices of. The state's buffers are donated.
+        """
+        instances, after, metrics = self._instances, {}, {}
+        parts = {
+            index: jax.tree.map(partial(instances.part, index=index), state["instances"])
+            for index in instances.local
+        }
+        for index, part in parts.items():
+            rows = {name: instances.rows(values, index) for name, values in batch.items()}
+            with meshes.use(instances.slice_meshes[index]):
+                after[index], metrics[index] = self._steps(part, rows)
+        return state | {"instances": self._join(after)}, self._join(metrics)
+
+    def advance(self, step: int, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        """The same after so many steps, and the average if a period ends with it."""
+        state, metrics = self.step(state, batch)
+        ends = (step + 1) % self._program.config.average.every == 0
+        return (self.average(state) if ends else state), metrics
+
+    def average(self, state: State) -> State:
+        """The state after the average that ends a period; its buffers are donated."""
+        program, apart = self._program, state["instances"]
+        with meshes.use(instances_of(program).mesh):
+            params, outer, new = self._average(
+                common(program, state["params"]), common(program, state.get("outer")), apart["params"]
+            )
+        back = partial(jax.tree.map, lambda leaf, like: meshes.retype(leaf, like.sharding))
+        after = {"params": back(params, program.parameters), "instances": apart | {"params": new}}
+        return state | after | ({} if outer is None else {"outer": back(outer, program.parameters)})
+
+    def read(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """The metrics of a step as the means of all instances; numbers of the host as they are.
+
+        Processes tell each other in words: their devices are at the next step, and apart.
+        """
+        of_each = {name: value for name, value in metrics.items() if isinstance(value, jax.Array)}
+        values = jax.device_get(
+            {name: [shard.data for shard in value.addressable_shards] for name, value in of_each.items()}
+        )
+        own: dict[str, dict[int, float]] = {name: {} for name in of_each}
+        for name, array in of_each.items():
+            for shard, data in zip(array.addressable_shards, values[name], strict=True):
+                first = shard.index[0].start or 0
+                own[name] |= {first + place: float(value) for place, value in enumerate(data)}
+        chosen = {name: {one: own[name][one] for one in self._instances.own} for name in own}
+        means = {name: sum(told.values()) / len(told) for name, told in self._of_all(chosen).items()}
+        return {name: float(means.get(name, value)) for name, value in metrics.items()}
+
+    def _of_all(self, own: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+        if jax.process_count() == 1:
+            return own
+        name, self._told = f"instances/{self._told}", self._told + 1
+        told = messages.gather(name, json.dumps(own))
+        text = None
+        if told is not None:
+            each = [json.loads(one) for one in told]
+            text = json.dumps({key: {k: v for one in each for k, v in one[key].items()} for key in own})
+        return json.loads(messages.broadcast(name, text))
+
+    def _join(self, parts: dict[int, Any]) -> Any:
+        trees = [jax.tree.flatten(part) for part in parts.values()]
+        joined = [
+            self._instances.join(dict(zip(parts, leaves, strict=True)))
+            for leaves in zip(*(leaves for leaves, _ in trees), strict=True)
+        ]
+        return jax.tree.unflatten(trees[0][1], joined)
+
+
+def _laid_out(program: Program, batch: Batch) -> Batch:
+    layout, axes = program.layout, {field.name: field.axes for field in program.objective.fields}
+    return {name: layout.shard(values, *axes.get(name, ("batch",))) for name, values in batch.items()}
+
+
+def _by_instance(program: Program, values: jax.Array, number: int) -> jax.Array:
+    """[rows, ...] -> [instances, rows of each, ...], whole on every device of the slice: it is small."""
+    values = program.layout.everywhere(values)
+    return values.reshape(number, values.shape[0] // number, *values.shape[1:])

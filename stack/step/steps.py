@@ -1,0 +1,58 @@
+"""The steps of a run, as the host sees them."""
+
+from collections.abc import Mapping
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import jax
+
+from stack.step.averaging import AveragedSteps
+from stack.step.program import Program
+from stack.step.state import State
+from stack.step.step import Batch, train_step
+
+Metrics = dict[str, jax.Array]
+
+
+class Steps(Protocol):
+    """What a trainer asks of its program."""
+
+    @property
+    def step(self) -> Any:
+        """(state, batch) -> (state, metrics), jitted; the state's buffers are donated."""
+        ...
+
+    def advance(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """The step that follows so many, and whatever else is done with the state after it."""
+        ...
+
+    def read(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Metrics as numbers; waits for them."""
+        ...
+
+
+class PlainSteps:
+    """One program on all devices."""
+
+    def __init__(self, program: Program, options: Mapping[str, Any]) -> None:
+        """Compiles when it is first asked, with these options of the compiler."""
+        self._program, self._options = program, dict(options)
+
+    @cached_property
+    def step(self) -> Any:
+        """See `train_step`."""
+        step = partial(train_step, self._program)
+        return jax.jit(step, donate_argnums=0, compiler_options=self._options)
+
+    def advance(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """The step, and nothing else."""
+        return self.step(state, batch)
+
+    def read(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """They are whole everywhere."""
+        return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+
+
+def steps_of(program: Program, options: Mapping[str, Any]) -> Steps:
+    """The steps of a program, compiled with these options when they are first asked for."""
+    return PlainSteps(program, options) if program.instances is None else AveragedSteps(program, options)
