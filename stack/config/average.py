@@ -15,7 +15,7 @@ class AverageConfig(Section):
     instance hears of another.
     """
 
-    conditions = (Condition(fields=("learning_rate", "momentum"), other="outer", values=("nesterov",)),)
+    conditions = (Condition(fields=("outer_learning_rate", "outer_momentum"), other="outer", values=("nesterov",)),)
 
     every: PositiveInt = 1
     """Steps from one average to the next (local SGD, arXiv 1805.09767); 1, with outer none, is data
@@ -26,9 +26,9 @@ class AverageConfig(Section):
     instances: int | None = Field(default=None, ge=2)
     """Into how many parts train.batch_size is split; null: mesh.data. The numbers of a run depend on it, and
     not on how the instances lie on mesh.data, which is a multiple of them or divides them."""
-    learning_rate: float = Field(default=0.7, gt=0.0)
+    outer_learning_rate: float = Field(default=0.7, gt=0.0)
     """Of the outer step; 1 goes all the way to the average."""
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    outer_momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Of the outer step."""
 
     @property

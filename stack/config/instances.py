@@ -47,6 +47,13 @@ def check_instances(config: Config, sizes: dict[str, int]) -> None:
         )
 
 
+def with_instances(config: Config, data: int) -> Config:
+    """The same with the number of instances written out, so that a run keeps them on another mesh."""
+    if not config.average.apart:
+        return config
+    return config.replace(f"average.instances={num_instances(config, data)}")
+
+
 def instance_config(config: Config, data: int) -> Config:
     """What one instance of a run is: a plain run on its part of the batch and of the mesh."""
     number = num_instances(config, data)

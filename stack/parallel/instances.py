@@ -61,13 +61,9 @@ class Instances:
         return tuple(number for number, mesh in enumerate(self.slice_meshes) if mesh.local_devices)
 
     @cached_property
-    def own(self) -> tuple[int, ...]:
-        """The instances whose numbers this process tells the others: of slices whose first device it has."""
-        process = jax.process_index()
-        slices = [
-            index for index in self.local if self.slice_meshes[index].devices.flat[0].process_index == process
-        ]
-        return tuple(index * self.each + one for index in slices for one in range(self.each))
+    def firsts(self) -> frozenset[jax.Device]:
+        """The first device of each slice, whose process speaks for the slice."""
+        return frozenset(mesh.devices.flat[0] for mesh in self.slice_meshes)
 
     def stacked(self, spec: P) -> NamedSharding:
         """Of [instances, ...], where one instance's array is partitioned so."""
@@ -79,12 +75,12 @@ class Instances:
 
     def part(self, array: jax.Array, index: int) -> jax.Array:
         """What a slice has of [instances, ...]: [instances of the slice, ...]."""
-        spec = array.sharding.spec
+        spec = _spec(array)
         return self._on_slice(array, index, P(None, *spec[1:]), (self.each, *array.shape[1:]))
 
     def rows(self, array: jax.Array, index: int) -> jax.Array:
         """What a slice has of the rows of a batch, which are split over `data` first: [rows, ...]."""
-        mesh, first, *rest = self.slice_meshes[index], *array.sharding.spec
+        mesh, (first, *rest) = self.slice_meshes[index], (*_spec(array), None)[: array.ndim]
         names = first if isinstance(first, tuple) else (first,)
         kept = tuple(name for name in names if name is not None and mesh.shape[name] > 1)
         shape = (array.shape[0] // self.slices, *array.shape[1:])
@@ -95,9 +91,7 @@ class Instances:
         first = next(iter(parts.values()))
         shards = [shard.data for part in parts.values() for shard in part.addressable_shards]
         shape = (self.number, *first.shape[1:])
-        return jax.make_array_from_single_device_arrays(
-            shape, self.stacked(P(*first.sharding.spec[1:])), shards
-        )
+        return jax.make_array_from_single_device_arrays(shape, self.stacked(P(*_spec(first)[1:])), shards)
 
     def _on_slice(self, array: jax.Array, index: int, spec: P, shape: tuple[int, ...]) -> jax.Array:
         mine = self._devices[index]
@@ -115,3 +109,8 @@ def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
     if not names:
         return None
     return names[0] if len(names) == 1 else names
+
+
+def _spec(array: jax.Array) -> P:
+    assert isinstance(array.sharding, NamedSharding)
+    return array.sharding.spec

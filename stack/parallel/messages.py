@@ -41,6 +41,11 @@ def broadcast(name: str, text: str | None) -> str:
     return _client().blocking_key_value_get(f"stack/{name}", _FOREVER_MS)
 
 
+def forget(name: str) -> None:
+    """Process 0 takes back what it said, once all have heard it."""
+    _client().key_value_delete(f"stack/{name}")
+
+
 def from_first(number: int) -> int:
     """A number as process 0 has it; between steps only, as it is a collective."""
     if jax.process_count() == 1:

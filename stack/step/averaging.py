@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stack.config import AverageConfig
 from stack.parallel import mesh as meshes
@@ -18,7 +19,9 @@ from stack.parallel import messages
 from stack.step.instances import common, instances_of
 from stack.step.program import Program
 from stack.step.state import State
-from stack.step.step import Batch, train_step
+from stack.step.step import Batch, update
+
+_SUMS = "sums."
 
 
 def train_steps(program: Program, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -30,18 +33,23 @@ def train_steps(program: Program, state: State, batch: Batch) -> tuple[State, di
       batch: their rows, those of the first instance first.
 
     Returns:
-      The next state, and the metrics of each instance, [instances].
+      The next state, and of each instance, [instances], the metrics that are no sums, and the objective's
+      sums with `sums.` before their names.
     """
+
+    def of_one(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        state, sums, told = update(program, state, _laid_out(program, batch))
+        return state, told | {f"{_SUMS}{name}": value for name, value in sums.items()}
+
     number = jax.tree.leaves(state)[0].shape[0]
     if number == 1:
         one = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), state)
-        after, metrics = train_step(program, one, _laid_out(program, batch))
-        return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), (after, metrics))
+        return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), of_one(one, batch))
     rows = {name: _by_instance(program, values, number) for name, values in batch.items()}
 
     def step(index: Any, state: State) -> tuple[State, dict[str, jax.Array]]:
         one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), state)
-        return train_step(program, one, _laid_out(program, jax.tree.map(lambda leaf: leaf[index], rows)))
+        return of_one(one, jax.tree.map(lambda leaf: leaf[index], rows))
 
     def turn(index: jax.Array, carried: Any) -> Any:
         new = step(index, carried[0])
@@ -74,9 +82,9 @@ def average(config: AverageConfig, params: Any, outer: Any, apart: Any) -> tuple
         new = means
     else:
         way = jax.tree.map(jnp.subtract, params, means)
-        outer = jax.tree.map(lambda old, now: config.momentum * old + now, outer, way)
-        steps = jax.tree.map(lambda old, now: config.momentum * old + now, outer, way)
-        new = jax.tree.map(lambda old, step: old - config.learning_rate * step, params, steps)
+        outer = jax.tree.map(lambda old, now: config.outer_momentum * old + now, outer, way)
+        steps = jax.tree.map(lambda old, now: config.outer_momentum * old + now, outer, way)
+        new = jax.tree.map(lambda old, step: old - config.outer_learning_rate * step, params, steps)
     return new, outer, jax.tree.map(_like_all, new, apart)
 
 
@@ -136,33 +144,47 @@ class AveragedSteps:
         return state | after | ({} if outer is None else {"outer": back(outer, program.parameters)})
 
     def read(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """The metrics of a step as the means of all instances; numbers of the host as they are.
+        """The metrics of a step, of all instances together; waits for them.
 
-        Processes tell each other in words: their devices are at the next step, and apart.
+        Those of the objective are made of the sum of its sums, others are means. Processes tell each other in
+        words: their devices are at the next step, and apart.
         """
-        of_each = {name: value for name, value in metrics.items() if isinstance(value, jax.Array)}
-        values = jax.device_get(
-            {name: [shard.data for shard in value.addressable_shards] for name, value in of_each.items()}
-        )
-        own: dict[str, dict[int, float]] = {name: {} for name in of_each}
-        for name, array in of_each.items():
-            for shard, data in zip(array.addressable_shards, values[name], strict=True):
-                first = shard.index[0].start or 0
-                own[name] |= {first + place: float(value) for place, value in enumerate(data)}
-        chosen = {name: {one: own[name][one] for one in self._instances.own} for name in own}
-        means = {name: sum(told.values()) / len(told) for name, told in self._of_all(chosen).items()}
-        return {name: float(means.get(name, value)) for name, value in metrics.items()}
+        arrays = {name: value for name, value in metrics.items() if isinstance(value, jax.Array)}
+        of_host = {name: float(value) for name, value in metrics.items() if name not in arrays}
+        told = self._of_all(self._own(arrays))
+        sums = {
+            name.removeprefix(_SUMS): np.float64(sum(values))
+            for name, values in told.items()
+            if name.startswith(_SUMS)
+        }
+        means = {
+            name: sum(values) / len(values) for name, values in told.items() if not name.startswith(_SUMS)
+        }
+        objective = self._program.objective.metrics(sums)
+        return {name: float(value) for name, value in objective.items()} | means | of_host
 
-    def _of_all(self, own: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    def _own(self, arrays: Mapping[str, jax.Array]) -> dict[str, list[float]]:
+        """The values of the instances that this process speaks for."""
+        firsts = self._instances.firsts
+        shards = {
+            name: [shard.data for shard in array.addressable_shards if shard.device in firsts]
+            for name, array in arrays.items()
+        }
+        values = jax.device_get(shards)
+        return {name: [float(one) for part in parts for one in part] for name, parts in values.items()}
+
+    def _of_all(self, own: dict[str, list[float]]) -> dict[str, list[float]]:
+        """The same of all processes."""
         if jax.process_count() == 1:
             return own
-        name, self._told = f"instances/{self._told}", self._told + 1
-        told = messages.gather(name, json.dumps(own))
-        text = None
-        if told is not None:
-            each = [json.loads(one) for one in told]
-            text = json.dumps({key: {k: v for one in each for k, v in one[key].items()} for key in own})
-        return json.loads(messages.broadcast(name, text))
+        name, before = f"instances/{self._told}", f"instances/{self._told - 1}"
+        texts = messages.gather(name, json.dumps(own))
+        if texts is not None and self._told:  # Who tells of this step has heard of the one before.
+            messages.forget(before)
+        self._told += 1
+        each = [] if texts is None else [json.loads(text) for text in texts]
+        joined = {key: [value for one in each for value in one[key]] for key in own}
+        return json.loads(messages.broadcast(name, json.dumps(joined)))
 
     def _join(self, parts: dict[int, Any]) -> Any:
         trees = [jax.tree.flatten(part) for part in parts.values()]

@@ -34,6 +34,12 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
       learning_rate, and skipped: 1 where the step's numbers are bad, and parameters and optimizer state are
       those before it.
     """
+    state, sums, told = update(program, state, batch)
+    return state, program.objective.metrics(sums) | told
+
+
+def update(program: Program, state: State, batch: Batch) -> tuple[State, Sums, dict[str, jax.Array]]:
+    """The same, with the objective's sums before they are metrics, and the rest of these."""
     config, step = program.config, state["step"]
     gradient, sums = loss_gradient(
         program, state["params"], step, batch, state.get("frozen"), state.get("float8")
@@ -45,20 +51,20 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, dic
     )
     params, opt_state = apply(program, gradient, state["opt_state"], state["params"], is_good)
     rate = schedule(config.optimizer, steps=config.train.steps)
-    metrics = program.objective.metrics(sums) | {
+    told = {
         "grad_norm": norm,
         "learning_rate": jnp.asarray(rate(step - state["guard"]["skipped"])),
         "skipped": 1 - is_good.astype(jnp.float32),
     }
     changed = {"params": params, "opt_state": opt_state, "step": step + 1, "guard": after}
     if latest is not None:
-        metrics["float8_excess"] = float8.excess(state["float8"], latest)
+        told["float8_excess"] = float8.excess(state["float8"], latest)
         history = float8.advance(state["float8"], latest)
         changed["float8"] = guard.choose(is_good, history, state["float8"])
     if decay := config.optimizer.ema_decay:
         applied = step - state["guard"]["skipped"]
         changed["ema"] = ema.average(decay, state["ema"], params, applied=applied, is_good=is_good)
-    return state | changed, metrics
+    return state | changed, sums, told
 
 
 def apply(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from stack.config import Config, ConfigError, Fp8Config, ScheduleConfig, StackError
+from stack.config import AverageConfig, Config, ConfigError, Fp8Config, ScheduleConfig, StackError
 from stack.config.fields import flatten, suggest
 from stack.data.position import Position
 from stack.hardware.defaults import Setting, compared
@@ -12,7 +12,7 @@ from stack.step.optimizer import schedule
 from stack.versions import RECORDED, installed_version
 
 _IDENTITY = (
-    *("seed", "init_from", "model", "objective", "optimizer", "adapter", "data"),
+    *("seed", "init_from", "model", "objective", "optimizer", "adapter", "data", "average"),
     *("train.batch_size", "train.grad_reduce_dtype", "kernels.matmul"),
     *(f"kernels.fp8.{name}" for name in Fp8Config.model_fields),
     *("stability.spike_deviations", "stability.spike_window"),
@@ -43,6 +43,7 @@ _CONTENT = {
 """What a fingerprint's parts are called: rows and order are how this version of Stack makes rows of documents
 and orders them; records is how an objective reads them, a chat template among it."""
 _BEFORE = {"init_from": None, "adapter": None, "kernels": {"matmul": "xla"}}
+_BEFORE |= {"average": AverageConfig().model_dump()}
 """What a config that does not say it began with."""
 _DROPOUT = "attention dropout"
 _DRAWS = {_DROPOUT: "2"}

@@ -19,6 +19,8 @@ from jax.experimental import multihost_utils
 from stack import environment
 from stack.config import Config, StackError
 from stack.config.arguments import check_type
+from stack.config.instances import with_instances
+from stack.config.layout import resolve
 from stack.config.paths import expand
 from stack.data.dataset import Data, Dataset, open_data
 from stack.data.entry import DamagedEntryError
@@ -92,7 +94,8 @@ class Trainer:
         devices = list(environment.devices() if devices is None else devices)
         config = with_labels(config).settled()
         resolved = auto.is_auto(config)
-        self.config = config = auto.resolve(config, devices)
+        config = auto.resolve(config, devices)
+        self.config = config = with_instances(config, resolve(config.mesh, len(devices))["data"])
         self.folder = expand(config.output_dir) / config.name
         self.program = with_tuned(programs.build(config, devices), logging.getLogger("stack").warning)
         self.mesh = states.concrete(self.program)
@@ -306,7 +309,7 @@ class Trainer:
                 trace.before(step, self.state)
                 if _due(step + 1, config.stability.recompute_every):
                     self._recompute.check(step + 1, self._trained(), batch)
-                self.state, metrics = self.steps.advance(step, self.state, batch)
+                self.state, metrics = self.steps.advance(step, self._trained(), batch)
                 self._heartbeat.beat(step + 1, waited)
                 late.push(step + 1, metrics | {"data_wait_seconds": waited, "checkpoint_seconds": saving})
                 saving = 0.0

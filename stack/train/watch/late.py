@@ -1,8 +1,7 @@
 """Reading metrics without making the devices wait."""
 
 from collections.abc import Callable
-
-import jax
+from typing import Any
 
 
 class LateReader:
@@ -15,13 +14,13 @@ class LateReader:
     def __init__(
         self,
         tell: Callable[[int, dict[str, float]], object],
-        read: Callable[[dict[str, jax.Array]], dict[str, float]],
+        read: Callable[[dict[str, Any]], dict[str, float]],
     ) -> None:
         """`tell` gets the number of steps taken and their metrics, as `read` makes numbers of them."""
         self._tell, self._read = tell, read
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, Any]] | None = None
 
-    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def push(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes the metrics of the step just dispatched and hands on those of the one before."""
         self.flush()
         self._pending = (step, metrics)
