@@ -15,7 +15,9 @@ class AverageConfig(Section):
     instance hears of another.
     """
 
-    conditions = (Condition(fields=("outer_learning_rate", "outer_momentum"), other="outer", values=("nesterov",)),)
+    conditions = (
+        Condition(fields=("outer_learning_rate", "outer_momentum"), other="outer", values=("nesterov",)),
+    )
 
     every: PositiveInt = 1
     """Steps from one average to the next (local SGD, arXiv 1805.09767); 1, with outer none, is data

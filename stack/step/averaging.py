@@ -12,13 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from stack.config import AverageConfig
 from stack.parallel import mesh as meshes
 from stack.parallel import messages
 from stack.step.instances import common, instances_of
-from stack.step.program import Program
-from stack.step.state import State
+from stack.step.program import Program, on_mesh_like
+from stack.step.state import State, abstract
 from stack.step.step import Batch, update
 
 _SUMS = "sums."
@@ -125,6 +127,40 @@ class AveragedSteps:
             with meshes.use(instances.slice_meshes[index]):
                 after[index], metrics[index] = self._steps(part, rows)
         return state | {"instances": self._join(after)}, self._join(metrics)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step of the instances of one slice, traced and typed for its devices."""
+        instances, program = self._instances, self._program
+        mesh = instances.slice_meshes[0]
+        one = on_mesh_like(program, mesh, program.instance.config)
+
+        def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            assert isinstance(leaf.sharding, NamedSharding)
+            sharding = NamedSharding(mesh, P(None, *leaf.sharding.spec))
+            return jax.ShapeDtypeStruct((instances.each, *leaf.shape), leaf.dtype, sharding=sharding)
+
+        def rows(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(
+                (instances.each * leaf.shape[0], *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding
+            )
+
+        with meshes.use(mesh):
+            return self._steps.lower(
+                jax.tree.map(stack, abstract(one)), jax.tree.map(rows, one.abstract_batch())
+            )
+
+    def lower_average(self) -> jax.stages.Lowered:
+        """The average at the end of a period, traced and typed for all devices."""
+        state, mesh = abstract(self._program), self._instances.mesh
+
+        def common(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            assert isinstance(leaf.sharding, NamedSharding)
+            sharding = self._instances.common(leaf.sharding.spec)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        params, outer = (jax.tree.map(common, state.get(part)) for part in ("params", "outer"))
+        with meshes.use(mesh):
+            return self._average.lower(params, outer, state["instances"]["params"])
 
     def advance(self, step: int, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """The same after so many steps, and the average if a period ends with it."""

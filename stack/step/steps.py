@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 import jax
 
+from stack.parallel import mesh as meshes
 from stack.step.averaging import AveragedSteps
 from stack.step.program import Program
-from stack.step.state import State
+from stack.step.state import State, abstract, concrete
 from stack.step.step import Batch, train_step
 
 Metrics = dict[str, jax.Array]
@@ -20,6 +21,10 @@ class Steps(Protocol):
     @property
     def step(self) -> Any:
         """(state, batch) -> (state, metrics), jitted; the state's buffers are donated."""
+        ...
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step, traced and typed for the devices of the program's mesh, which need not be here."""
         ...
 
     def advance(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -43,6 +48,11 @@ class PlainSteps:
         """See `train_step`."""
         step = partial(train_step, self._program)
         return jax.jit(step, donate_argnums=0, compiler_options=self._options)
+
+    def lower(self) -> jax.stages.Lowered:
+        """On all devices."""
+        with meshes.use(concrete(self._program)):
+            return self.step.lower(abstract(self._program), self._program.abstract_batch())
 
     def advance(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
         """The step, and nothing else."""

@@ -21,11 +21,10 @@ from jax.experimental import topologies
 from stack.config import Config, StackError
 from stack.environment import quiet_discovery
 from stack.kernels.attention.absent import traced_for
-from stack.parallel import mesh as meshes
 from stack.step import program as programs
 from stack.step import state as states
 from stack.step.options import compiler_options, compiler_settings
-from stack.step.step import train_step
+from stack.step.steps import steps_of
 
 DEVICES_PER_HOST = 8
 """Of an HGX or DGX machine."""
@@ -137,15 +136,9 @@ def lower_step(program: programs.Program, options: Mapping[str, Any] | None = No
       program: of the run.
       options: of the compiler; None: those that the trainer has.
     """
-    mesh = states.concrete(program)
     options = compiler_options(compiler_settings(program)) if options is None else options
-    with meshes.use(mesh), traced_for(mesh.devices.flat[0]):
-        step = jax.jit(
-            lambda state, batch: train_step(program, state, batch),
-            donate_argnums=0,
-            compiler_options=dict(options),
-        )
-        return step.lower(states.abstract(program), program.abstract_batch())
+    with traced_for(states.concrete(program).devices.flat[0]):
+        return steps_of(program, options).lower()
 
 
 def compile_lowered(
