@@ -49,9 +49,8 @@ def check_instances(config: Config, sizes: dict[str, int]) -> None:
 
 def with_instances(config: Config, data: int) -> Config:
     """The same with the number of instances written out, so that a run keeps them on another mesh."""
-    if not config.average.apart:
-        return config
-    return config.replace(f"average.instances={num_instances(config, data)}")
+    number = num_instances(config, data)
+    return config if number == 1 else config.replace(f"average.instances={number}")
 
 
 def instance_config(config: Config, data: int) -> Config:

@@ -4,6 +4,7 @@ Within a period each slice of the mesh runs the plain training step of its insta
 so that nothing can be said between them. Only at its end are all devices in one program, which averages.
 """
 
+import itertools
 import json
 from collections.abc import Mapping
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from stack.step.state import State, abstract
 from stack.step.step import Batch, update
 
 _SUMS = "sums."
+_calls = itertools.count()  # Every process counts alike.
 
 
 def train_steps(program: Program, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -100,7 +102,8 @@ class AveragedSteps:
     def __init__(self, program: Program, options: Mapping[str, Any]) -> None:
         """Compiles when it is first asked, with these options of the compiler."""
         self._program, self._options = program, dict(options)
-        self._instances, self._told = instances_of(program), 0
+        self._instances = instances_of(program)
+        self._before: str | None = None
 
     @cached_property
     def _steps(self) -> Any:
@@ -213,11 +216,11 @@ class AveragedSteps:
         """The same of all processes."""
         if jax.process_count() == 1:
             return own
-        name, before = f"instances/{self._told}", f"instances/{self._told - 1}"
+        name = f"instances/{next(_calls)}"
         texts = messages.gather(name, json.dumps(own))
-        if texts is not None and self._told:  # Who tells of this step has heard of the one before.
-            messages.forget(before)
-        self._told += 1
+        if texts is not None and self._before:  # Who tells of this step has heard of the one before.
+            messages.forget(self._before)
+        self._before = name
         each = [] if texts is None else [json.loads(text) for text in texts]
         joined = {key: [value for one in each for value in one[key]] for key in own}
         return json.loads(messages.broadcast(name, json.dumps(joined)))

@@ -256,7 +256,12 @@ class Program:
 
     @cached_property
     def instance(self) -> "Program":
-        """What one instance runs: a plain program on the mesh of a slice, of devices that are not named."""
+        """What one instance runs: a plain program on the mesh of a slice, of devices that are not named.
+
+        Where none train apart, it is this one.
+        """
+        if self.instances is None:
+            return self
         config, sizes = instance_config(self.config, self.layout.size("data")), dict(self.mesh.shape)
         shape = tuple((sizes | {"data": config.mesh.data}).values())
         mesh = AbstractMesh(shape, self.mesh.axis_names, axis_types=self.mesh.axis_types)

@@ -46,7 +46,7 @@ def check(compiled: Compiled, config: Config) -> list[Finding]:
       config: the config it was compiled from.
     """
     mesh = meshes.abstract(config.mesh, compiled.devices)
-    allowance = limits(programs.on_mesh(config, mesh, "gpu"))
+    allowance = limits(programs.on_mesh(config, mesh, "gpu").instance)
     results = [finding for finding in compiled.findings if finding.kind in FAILURES]
     return results + over_limits(compiled, allowance)
 

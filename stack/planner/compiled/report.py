@@ -170,7 +170,7 @@ def compile_plan(
         compiled, estimate = _compile(lowered, device, schedule=schedule)
     text = compiled.as_text() or ""
     mesh = dict(program.mesh.shape)
-    operations = tuple(collectives(text, mesh))
+    operations = tuple(collectives(text, dict(program.instance.mesh.shape)))
     memory = _memory(compiled, chip.memory_bytes)
     return Compiled(
         hardware=chip.name,
@@ -184,7 +184,9 @@ def compile_plan(
         attention=str(program.attention).removeprefix("attention: "),
         findings=(
             *involuntary(warnings, lowered, device),
-            *findings(program, operations, need=memory.total, memory=memory.device, warnings=warnings),
+            *findings(
+                program.instance, operations, need=memory.total, memory=memory.device, warnings=warnings
+            ),
         ),
         seconds=time.perf_counter() - start,
         versions=_versions(),

@@ -31,6 +31,7 @@ def introduce(program: Program, data: Data, folder: Path, ledger: Ledger) -> dic
         "mesh": " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device",
         "zero": config.mesh.zero,
         **({"pipeline": str(program.pipeline(program.stacks))} if layout.size("stage") > 1 else {}),
+        **({"average": _average(program)} if program.instances else {}),
         "attention": str(program.attention),
         "settings": [str(setting) for setting in ledger.settings],
         "products": str(program.matmul),
@@ -52,6 +53,7 @@ def introduction(info: Mapping[str, Any]) -> Text:
         "data": f"{info['train_tokens']:,} tokens, {info['heldout_tokens']:,} held out",
         "devices": f"{info['devices']}; mesh {info['mesh']}; zero {info['zero']}",
         "pipeline": info.get("pipeline"),
+        "average": info.get("average"),
         "set": "\n".join(info.get("settings", ())),
         "planned": info.get("planned"),
         "memory": info.get("memory"),
@@ -59,6 +61,19 @@ def introduction(info: Mapping[str, Any]) -> Text:
         "folder": info["folder"],
     }
     return _lines(*((label, text) for label, text in rows.items() if text))
+
+
+def _average(program: Program) -> str:
+    """How many train apart, and when and how they are averaged."""
+    average, instances = program.config.average, program.instances
+    assert instances is not None, "there are some"
+    how = {
+        "none": "their mean (local SGD)",
+        "nesterov": f"an outer step of rate {average.outer_learning_rate:g}, momentum"
+        f" {average.outer_momentum:g} (DiLoCo)",
+    }[average.outer]
+    every = "every step" if average.every == 1 else f"every {average.every:,} steps"
+    return f"{instances.number} instances, {every} {how}"
 
 
 def _in_8_bits(products: str) -> str | None:
