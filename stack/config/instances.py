@@ -13,6 +13,11 @@ def num_instances(config: Config, data: int) -> int:
     return config.average.instances or data
 
 
+def num_here(config: Config, data: int) -> int:
+    """Of those, how many are in this run."""
+    return 1 if config.average.folder is not None else num_instances(config, data)
+
+
 def check_instances(config: Config, sizes: dict[str, int]) -> None:
     """Refuses instances that cannot lie on a mesh, or share a batch evenly.
 
@@ -25,16 +30,30 @@ def check_instances(config: Config, sizes: dict[str, int]) -> None:
     where = f"average.every={config.average.every}"
     if config.average.every == 1:
         where = f"average.outer={config.average.outer}"
+    tasks = getattr(config.objective, "tasks", ())
+    if "retrieval" in (config.objective.kind, *(task.objective.kind for task in tasks)):
+        raise ConfigError(
+            f"{where}: objective.kind=retrieval compares all rows of a batch; instances part them; leave"
+            " average out"
+        )
     if number == 1:
         raise ConfigError(
             f"{where}: mesh.data=1 makes one instance, and there is nothing to average; set"
             " average.instances, or mesh.data, or leave average out"
         )
+    if config.average.folder is not None:
+        data *= number  # Each has such a mesh.
     if number % data and data % number:
         best = max(size for size in range(1, number + 1) if data % size == 0 or size % data == 0)
         raise ConfigError(
             f"average.instances={number} and mesh.data={data}: neither divides the other; set"
             f" average.instances={best}"
+        )
+    layers = min(config.model.num_layers, getattr(config.model, "decoder_layers", config.model.num_layers))
+    if config.average.fragments > layers:
+        raise ConfigError(
+            f"average.fragments={config.average.fragments}: each takes one of {layers} layers at least; set"
+            f" it to {layers}"
         )
     train = config.train
     ways = max(1, data // number) * sizes["fsdp"]
@@ -55,11 +74,11 @@ def with_instances(config: Config, data: int) -> Config:
 
 def instance_config(config: Config, data: int) -> Config:
     """What one instance of a run is: a plain run on its part of the batch and of the mesh."""
-    number = num_instances(config, data)
+    number, here = num_instances(config, data), num_here(config, data)
     return config.model_copy(
         update={
             "average": type(config.average)(),
             "train": config.train.model_copy(update={"batch_size": config.train.batch_size // number}),
-            "mesh": config.mesh.model_copy(update={"data": data // math.gcd(number, data)}),
+            "mesh": config.mesh.model_copy(update={"data": data // math.gcd(here, data)}),
         }
     )

@@ -157,6 +157,8 @@ class Config(Section):
         every, evaluates = self.average.every, self.eval.every if self.data.heldout_fraction else 0
         if not self.average.apart:
             return
+        if self.mesh.auto and self.average.instances is None:
+            raise ValueError("mesh: auto leaves open how many instances are averaged; set average.instances")
         for name, steps in (("train.steps", self.train.steps), ("eval.every", evaluates)):
             if steps % every:
                 nearest = max(1, round(steps / every)) * every

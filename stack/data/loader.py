@@ -33,6 +33,7 @@ def training_batches(
     layout: Layout,
     position: Position = BEGINNING,
     audit: Callable[[int, np.ndarray], None] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Callable[[int], Batch]:
     """The function from a step to its batch.
 
@@ -48,11 +49,13 @@ def training_batches(
       layout: how a batch lies on the mesh.
       position: where the run stands.
       audit: told of every step that is read: its number, counted from 1, and those of this process's rows.
+      part: which part of how many equal ones of each batch is wanted.
 
     Raises:
       ValueError: the data has no such field.
     """
     order = training_order(dataset, seed=seed, shuffle=shuffle)
+    size = batch_size // part[1]
 
     def batch(step: int) -> Batch:
         def rows(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +65,7 @@ def training_batches(
                 audit(step + 1, numbers)
             return numbers, _draws(seed, TRAINING, wanted)
 
-        return _assemble(dataset, fields, rows, batch_size, layout)
+        return _assemble(dataset, fields, rows, size, layout, first=part[0] * size)
 
     return batch
 
@@ -157,13 +160,19 @@ def _assemble(
     rows: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     batch_size: int,
     layout: Layout,
+    *,
+    first: int = 0,
 ) -> Batch:
-    """`rows` maps places in the batch to row numbers and draws; asked only for places of this process."""
+    """`rows` maps places in the batch to row numbers and draws; asked only for places of this process.
+
+    Those of the rows that are wanted begin at `first`.
+    """
     by_row = layout.sharding("batch")
     indices = by_row.addressable_devices_indices_map((batch_size,)).values()
     everywhere = np.arange(batch_size)
     places = np.unique(np.concatenate([everywhere[index[0]] for index in indices if index]))
-    local = {**dataset.examples.read(dataset, *rows(places), fields), "example": places.astype(np.int32)}
+    read = dataset.examples.read(dataset, *rows(first + places), fields)
+    local = {**read, "example": (first + places).astype(np.int32)}
     axes = (zip(field.axes, local[field.name].shape, strict=True) for field in fields)
     sizes = {axis: size for pairs in axes for axis, size in pairs}
     abstract = abstract_batch(fields, sizes=sizes | {"batch": batch_size}, layout=layout)

@@ -165,6 +165,17 @@ class AveragedSteps:
         with meshes.use(mesh):
             return self._average.lower(params, outer, state["instances"]["params"])
 
+    def begin(self, state: State, step: int) -> tuple[State, int]:
+        """Where it is."""
+        return state, step
+
+    def settle(self) -> None:
+        """There is nothing."""
+
+    def notes(self) -> list[str]:
+        """None."""
+        return []
+
     def advance(self, step: int, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """The same after so many steps, and the average if a period ends with it."""
         state, metrics = self.step(state, batch)

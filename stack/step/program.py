@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from stack.config import Config, ConfigError
-from stack.config.instances import instance_config, num_instances
+from stack.config.instances import instance_config, num_here
 from stack.config.layout import check_divides
 from stack.data.fields import abstract_batch
 from stack.kernels.attention import Choice
@@ -252,7 +252,7 @@ class Program:
         """Where the instances lie that train apart; None where there are none."""
         if not self.config.average.apart:
             return None
-        return Instances(num_instances(self.config, self.layout.size("data")), self.mesh)
+        return Instances(num_here(self.config, self.layout.size("data")), self.mesh)
 
     @cached_property
     def instance(self) -> "Program":

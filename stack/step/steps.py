@@ -11,6 +11,7 @@ from stack.step.averaging import AveragedSteps
 from stack.step.program import Program
 from stack.step.state import State, abstract, concrete
 from stack.step.step import Batch, train_step
+from stack.step.streaming import StreamedSteps
 
 Metrics = dict[str, jax.Array]
 
@@ -25,6 +26,18 @@ class Steps(Protocol):
 
     def lower(self) -> jax.stages.Lowered:
         """The step, traced and typed for the devices of the program's mesh, which need not be here."""
+        ...
+
+    def begin(self, state: State, step: int) -> tuple[State, int]:
+        """Where to go on: a state and its steps, those that are given if nothing knows better."""
+        ...
+
+    def settle(self) -> None:
+        """Waits for what a checkpoint of the state relies on."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What a person should know, told once."""
         ...
 
     def advance(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -54,6 +67,17 @@ class PlainSteps:
         with meshes.use(concrete(self._program)):
             return self.step.lower(abstract(self._program), self._program.abstract_batch())
 
+    def begin(self, state: State, step: int) -> tuple[State, int]:
+        """Where it is."""
+        return state, step
+
+    def settle(self) -> None:
+        """There is nothing."""
+
+    def notes(self) -> list[str]:
+        """None."""
+        return []
+
     def advance(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
         """The step, and nothing else."""
         return self.step(state, batch)
@@ -65,4 +89,7 @@ class PlainSteps:
 
 def steps_of(program: Program, options: Mapping[str, Any]) -> Steps:
     """The steps of a program, compiled with these options when they are first asked for."""
-    return PlainSteps(program, options) if program.instances is None else AveragedSteps(program, options)
+    if program.instances is None:
+        return PlainSteps(program, options)
+    makes = AveragedSteps if program.config.average.folder is None else StreamedSteps
+    return makes(program, options)

@@ -19,6 +19,7 @@ from stack.data.position import Position
 from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokenizer
 from stack.hardware.defaults import Setting
 from stack.step.state import MAY_BE_NEW, State, without_training
+from stack.step.steps import Steps
 from stack.storage import durable
 from stack.train import record as records
 from stack.train.best import find_best
@@ -136,6 +137,12 @@ class Ledger:
             )
         self.position = self._without(Position())
         return None
+
+    def begin(self, steps: Steps, state: State) -> State:
+        """The state to go on with: the one that was restored, unless its steps know of a later one."""
+        state, step = steps.begin(state, self.position.step)
+        self.position = self.position.at(step, self._config.train.batch_size)
+        return state
 
     def parameters(self, checkpoints: Checkpoints, step: int, abstract: State) -> State:
         """The parts of a state that hold parameters, of one checkpoint of this run.

@@ -17,7 +17,7 @@ def batches_of(
     audit: Callable[[int, np.ndarray], None] | None = None,
 ) -> Callable[[int], Batch]:
     """The function from a step to its batch, as the config of a run says; see `training_batches`."""
-    config = program.config
+    config, average = program.config, program.config.average
     return training_batches(
         dataset,
         fields=program.objective.fields,
@@ -27,4 +27,5 @@ def batches_of(
         layout=program.layout,
         position=position,
         audit=audit,
+        part=(average.instance, average.runs),
     )

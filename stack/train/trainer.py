@@ -19,8 +19,6 @@ from jax.experimental import multihost_utils
 from stack import environment
 from stack.config import Config, StackError
 from stack.config.arguments import check_type
-from stack.config.instances import with_instances
-from stack.config.layout import resolve
 from stack.config.paths import expand
 from stack.data.dataset import Data, Dataset, open_data
 from stack.data.entry import DamagedEntryError
@@ -94,8 +92,7 @@ class Trainer:
         devices = list(environment.devices() if devices is None else devices)
         config = with_labels(config).settled()
         resolved = auto.is_auto(config)
-        config = auto.resolve(config, devices)
-        self.config = config = with_instances(config, resolve(config.mesh, len(devices))["data"])
+        self.config = config = auto.resolve(config, devices)
         self.folder = expand(config.output_dir) / config.name
         self.program = with_tuned(programs.build(config, devices), logging.getLogger("stack").warning)
         self.mesh = states.concrete(self.program)
@@ -258,7 +255,7 @@ class Trainer:
         """The same text of one prompt in pieces, as they come."""
         return stream_text(self.program, self.trained, self.words, prompt, seed=seed)
 
-    @cached_property
+    @property
     def train_step(self) -> Any:
         """The jitted step (state, batch) -> (state, metrics); the state's buffers are donated."""
         return self.steps.step
@@ -289,6 +286,7 @@ class Trainer:
             self.ledger.begins = True
         else:
             self.state = states.completed(self.program, self.state)
+        self.state = self.ledger.begin(self.steps, self.state)
         _ = self.compared
         if jax.process_index() == 0:  # Last: what could not go on leaves the folder as it was.
             self.ledger.write(self.data.fingerprint, self.tokenizer)
@@ -347,6 +345,7 @@ class Trainer:
     def _save(self, step: int, checkpoints: Checkpoints) -> None:
         record = self.ledger.record(step, self.data.fingerprint, self._listeners.on_save(step)).as_dict()
         state, sync = self._trained(), self._listeners.sync
+        self.steps.settle()
         is_finite = all_finite(state["params"])
         best = self.best.among
         checkpoints.save(step, state, record, is_finite=is_finite, before_commit=sync, best=best)
@@ -355,7 +354,7 @@ class Trainer:
         """Tells of the saves that have ended; why the last one failed, if it did, told before or not."""
         if wait:
             checkpoints.wait()
-        self._warn(self._heartbeat.notes())
+        self._warn((*self._heartbeat.notes(), *self.steps.notes()))
         for saved in checkpoints.poll():
             if saved.error is None:
                 self._listeners.on_checkpoint(saved.step)

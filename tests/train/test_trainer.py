@@ -314,7 +314,7 @@ def test_metrics_of_a_step_are_read_only_when_the_next_is_dispatched(folder, mon
         return read(array)
 
     made = trainer(folder, "late", "checkpoint.every=0")
-    step = made.train_step
+    step = made.steps.step
 
     def dispatched(state, batch):
         state, metrics = step(state, batch)
@@ -324,7 +324,7 @@ def test_metrics_of_a_step_are_read_only_when_the_next_is_dispatched(folder, mon
         step_of.update({id(value): number for value in metrics.values()})
         return state, metrics
 
-    made.train_step = dispatched
+    made.steps.step = dispatched
     monkeypatch.setattr(ArrayImpl, "_value", property(recorded))
     made.fit()
     first, last = events.index(("dispatch", 1)), events.index(("dispatch", 8))

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stack.config import Config, ConfigError, load
+from stack.config.instances import with_instances
 from stack.config.layout import check_divides
 from stack.config.layout import resolve as resolve_mesh
 from stack.config.reading import RUN_CONFIG
@@ -20,7 +21,7 @@ from stack.planner.search.search import RUNNABLE, apply_layout, fastest_first, r
 
 
 def resolve(config: Config, devices: Sequence[jax.Device]) -> Config:
-    """The config with what it leaves to the planner filled in; the same on every process.
+    """The config with what it leaves to the planner, or to the mesh, filled in; the same on every process.
 
     `mesh: auto` takes the fastest mesh and ZeRO stage, `remat: auto` the fastest remat, of those that
     run and fit; nothing else changes. A run that goes on keeps what its folder says, where that still
@@ -33,6 +34,11 @@ def resolve(config: Config, devices: Sequence[jax.Device]) -> Config:
     Raises:
       ConfigError: the chip is not known, or no layout divides, runs and fits.
     """
+    resolved = _resolve(config, devices)
+    return with_instances(resolved, resolve_mesh(resolved.mesh, len(devices))["data"])
+
+
+def _resolve(config: Config, devices: Sequence[jax.Device]) -> Config:
     if not is_auto(config):
         return config
     if earlier := _earlier(config, len(devices)):

@@ -52,7 +52,8 @@ class Speedometer(Listener):
         if last is None:
             return values
         seconds = now - last
-        places = self._config.train.batch_size * self._config.data.sequence_length
+        rows = self._config.train.batch_size // self._config.average.runs
+        places = rows * self._config.data.sequence_length
         used = self._mfu(places / seconds / self._devices)
         values |= {
             "step_seconds": seconds,
