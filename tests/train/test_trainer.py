@@ -314,7 +314,8 @@ def test_metrics_of_a_step_are_read_only_when_the_next_is_dispatched(folder, mon
         return read(array)
 
     made = trainer(folder, "late", "checkpoint.every=0")
-    step = made.steps.step
+    steps: Any = made.steps
+    step = steps.step
 
     def dispatched(state, batch):
         state, metrics = step(state, batch)
@@ -324,7 +325,7 @@ def test_metrics_of_a_step_are_read_only_when_the_next_is_dispatched(folder, mon
         step_of.update({id(value): number for value in metrics.values()})
         return state, metrics
 
-    made.steps.step = dispatched
+    steps.step = dispatched
     monkeypatch.setattr(ArrayImpl, "_value", property(recorded))
     made.fit()
     first, last = events.index(("dispatch", 1)), events.index(("dispatch", 8))

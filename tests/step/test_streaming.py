@@ -1,0 +1,257 @@
+"""Instances that are runs of their own: they meet in a folder, in turn, late, in few bits, and not always."""
+
+import json
+import signal
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import config, records, saved_state, start, wait_for_step
+
+from stack import ConfigError, StackError, Trainer
+from stack.parallel import mesh as meshes
+from stack.parallel.meeting import Meeting
+from stack.step import state as states
+from stack.step.program import build
+from stack.step.step import loss_gradient
+from stack.train import starting
+from stack.train.checkpoint.checkpoints import named_leaves
+
+SGD = (
+    *("optimizer.kind=sgd", "optimizer.clip_norm=null", "optimizer.weight_decay=0", "optimizer.beta1=0"),
+    *("optimizer.learning_rate=0.5", "optimizer.schedule.warmup_steps=0"),
+)
+DILOCO = (
+    "average.every=4",
+    "average.instances=2",
+    "average.outer=nesterov",
+    "model.num_layers=3",
+    "mesh.fsdp=1",
+)
+Params = dict[str, np.ndarray]
+
+
+def instance(folder: Path, number: int, *overrides: str) -> Trainer:
+    """One of the runs, on a device of its own."""
+    meets = (f"average.folder={folder / 'there'}", f"average.instance={number}", "average.wait_seconds=60")
+    made = config(folder, f"run-{number}", *DILOCO, *meets, *overrides)
+    return Trainer(made, devices=jax.devices()[number : number + 1])
+
+
+def params_of(state: dict[str, Any]) -> Params:
+    return {name: states.to_host(leaf) for name, leaf in named_leaves(state["params"]).items()}
+
+
+def train(made: Trainer, steps: int) -> Params:
+    with meshes.use(made.mesh):
+        state = starting.begin(made.program, made.tokenizer, warn=print)[0]
+        state, _ = made.steps.begin(state, 0)
+        for step in range(steps):
+            state, _ = made.steps.advance(step, state, made.batch(step))
+        return params_of(state)
+
+
+def train_all(folder: Path, steps: int, *overrides: str) -> list[Params]:
+    """What each of two runs has as the average after so many steps; they train side by side."""
+    found: dict[int, Params] = {}
+    runs = [instance(folder, number, *overrides) for number in range(2)]
+
+    def turn(number: int) -> None:
+        found[number] = train(runs[number], steps)
+
+    threads = [threading.Thread(target=turn, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[number] for number in range(2)]
+
+
+def test_runs_that_meet_have_the_numbers_of_one_run(tmp_path):
+    mine, other = train_all(tmp_path, 8, *SGD)
+    whole = train(Trainer(config(tmp_path, "whole", *DILOCO, *SGD), devices=jax.devices()[:1]), 8)
+    for name, values in whole.items():
+        np.testing.assert_array_equal(mine[name], other[name])
+        np.testing.assert_allclose(mine[name], values, atol=5e-6, err_msg=name)
+
+
+def by_hand(made: Trainer, steps: int, *, fragments: int, delay: int, kept: float) -> Params:
+    """Streaming DiLoCo in NumPy, in float64 but for the gradients of one instance's rows."""
+    average, rate = made.config.average, made.config.optimizer.learning_rate
+    layers, gap = made.config.model.num_layers, average.every // fragments
+    size = made.config.train.batch_size // 2
+    plain = made.config.replace(
+        *("average.every=1", "average.outer=none", "average.instances=null", "average.folder=null"),
+        *("average.instance=0", "average.wait_seconds=600", "average.fragments=1", "average.delay=0"),
+        f"train.batch_size={size}",
+    )
+    one = build(plain, jax.devices()[:1])
+    batches = Trainer(plain.replace(f"train.batch_size={2 * size}"), devices=jax.devices()[:1])
+
+    def masks(fragment: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, values in outer.items():
+            if name.startswith("layers."):
+                here = np.arange(layers) % fragments == fragment
+                found[name] = here.reshape(-1, *[1] * (values.ndim - 1))
+            else:
+                found[name] = np.array(fragment == (0 if "table" in name else fragments - 1))
+        return found
+
+    with meshes.use(states.concrete(one)):
+        outer: Params = {name: v.astype(np.float64) for name, v in params_of(states.init(one)).items()}
+        likes = one.split(one.parameters)[0]
+        gradient = jax.jit(partial(loss_gradient, one))
+        momentum = {name: np.zeros_like(values) for name, values in outer.items()}
+        inner, sent = [dict(outer) for _ in range(2)], {}
+        for step in range(steps):
+            rows = {name: np.asarray(values) for name, values in batches.batch(step).items()}
+            for number, params in enumerate(inner):
+                mine = slice(number * size, (number + 1) * size)
+                batch = jax.tree.map(
+                    lambda values, like: jax.device_put(values[mine], like.sharding),  # noqa: B023
+                    rows,
+                    one.abstract_batch(),
+                )
+                arrays = [
+                    jax.device_put(np.float32(params[name]), leaf.sharding)
+                    for name, leaf in named_leaves(likes).items()
+                ]
+                found, _ = gradient(
+                    jax.tree.unflatten(jax.tree.structure(likes), arrays), np.int32(step), batch
+                )
+                for name, values in named_leaves(found).items():
+                    params[name] = params[name] - rate * np.asarray(values, np.float64)
+            if (step + 1) % gap == 0:
+                sent[step + 1] = {
+                    name: outer[name] - np.mean([params[name] for params in inner], axis=0) for name in outer
+                }
+            if (way := sent.pop(step + 1 - delay, None)) is not None:
+                here = masks(((step + 1 - delay) // gap - 1) % fragments)
+                for name, where in here.items():
+                    momentum[name] = np.where(where, 0.9 * momentum[name] + way[name], momentum[name])
+                    new = outer[name] - 0.7 * (0.9 * momentum[name] + way[name])
+                    outer[name] = np.where(where, new, outer[name])
+                    for params in inner:
+                        mixed = kept * params[name] + (1 - kept) * outer[name] if delay else outer[name]
+                        params[name] = np.where(where, mixed, params[name])
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("fragments", "delay", "kept"), [(2, 1, 0.5), pytest.param(2, 0, 0.0, marks=pytest.mark.full)]
+)
+def test_fragments_in_turn_and_late_are_a_loop_in_numpy(tmp_path, fragments, delay, kept):
+    how = (f"average.fragments={fragments}", f"average.delay={delay}")
+    mine, other = train_all(tmp_path, 11, *SGD, *how)
+    wanted = by_hand(instance(tmp_path, 0, *SGD, *how), 11, fragments=fragments, delay=delay, kept=kept)
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(mine[name], other[name])
+        np.testing.assert_allclose(mine[name], values, atol=5e-6, err_msg=name)
+
+
+def test_what_is_sent_in_four_bits_is_an_eighth_and_still_an_average(tmp_path):
+    exact, _ = train_all(tmp_path / "exact", 8)
+    few, other = train_all(tmp_path / "few", 8, "average.sent_as=int4")
+    for name, values in exact.items():
+        np.testing.assert_array_equal(few[name], other[name])
+        np.testing.assert_allclose(few[name], values, atol=0.02, err_msg=name)
+    assert any((few[name] != values).any() for name, values in exact.items())
+    whole, narrow = (np.load(tmp_path / name / "there" / "1" / "0.npz") for name in ("exact", "few"))
+    with whole, narrow:
+        sizes = [sum(sent[name].nbytes for name in sent if name != "names") for sent in (whole, narrow)]
+    assert sizes[1] < sizes[0] / 6.5  # A scale for each 64, and of each array the last 64 are filled up.
+
+
+def test_a_run_goes_on_while_an_average_is_on_its_way(tmp_path):
+    """Bit for bit; alone, as the other instance never comes."""
+    how = ("average.wait_seconds=0.01", "average.fragments=2", "average.delay=1", "eval.every=0")
+    whole = instance(tmp_path / "whole", 0, *how)
+    whole.fit(progress=False)
+    for _ in range(7):
+        made = instance(tmp_path / "parts", 0, *how, "train.stop_after_minutes=1e-9")
+        with pytest.raises(StackError, match=r"train\.stop_after_minutes"):
+            made.fit(progress=False)
+    instance(tmp_path / "parts", 0, *how).fit(progress=False)
+    assert saved_state(tmp_path / "parts", "run-0") == saved_state(tmp_path / "whole", "run-0")
+
+
+def test_an_instance_that_dies_is_left_out_and_comes_back(tmp_path):
+    """Real processes: the second is killed within a period, and started again."""
+    there = tmp_path / "there"
+    how = ("train.steps=120", "eval.every=0", "average.every=10", "average.instances=2", "mesh.fsdp=1")
+    how += (
+        "average.outer=nesterov",
+        f"average.folder={there}",
+        "average.wait_seconds=2",
+        "train.log_every=1",
+    )
+    how += ("checkpoint.every=10",)
+    first, second = (start(tmp_path, f"run-{n}", *how, f"average.instance={n}") for n in range(2))
+    try:
+        wait_for_step(tmp_path, "run-1", 23, second)
+        second.send_signal(signal.SIGKILL)
+        second.communicate()
+        wait_for_step(tmp_path, "run-0", 41, first)
+        second = start(tmp_path, "run-1", *how, "average.instance=1")
+        outputs = [process.communicate(timeout=120) for process in (first, second)]
+    finally:
+        for process in (first, second):
+            process.kill()
+    assert [process.returncode for process in (first, second)] == [0, 0], outputs
+    assert "was made without instance 1" in "".join(outputs[0])
+    assert "the others made averages without this instance: it goes on from that of step" in "".join(
+        outputs[1]
+    )
+    closed = {int(path.parent.name): json.loads(path.read_text()) for path in there.glob("*/instances.json")}
+    assert closed[12] == [0, 1], closed
+    mine, other = (saved_state(tmp_path, f"run-{n}") for n in range(2))
+    assert {name: data for name, data in mine.items() if name.startswith(("params.", "outer."))} == {
+        name: data for name, data in other.items() if name.startswith(("params.", "outer."))
+    }
+    steps = [line["step"] for line in records(tmp_path, "run-1") if line["kind"] == "train"]
+    assert steps[-1] == 120
+    assert len(steps) < 120
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("average.instances=null",), "folder: set instances to how many meet there"),
+        (("average.instance=2",), r"instance=2 must be below instances=2"),
+        (("average.fragments=3",), r"fragments=3 does not divide every=4; set fragments=2"),
+        (("average.every=8", "average.fragments=8"), r"average\.fragments=8: .* set it to 3"),
+        (("average.delay=4",), r"delay=4 must be below the 4 steps"),
+        (("average.kept=0.2",), r"kept=0\.2 is not read with delay=0"),
+        (("average.folder=null", "average.fragments=2"), r"fragments=2 .*not read with folder=null"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_can(tmp_path, overrides, told):
+    with pytest.raises(ConfigError, match=told):
+        instance(tmp_path, 0, *overrides)
+
+
+def test_instances_that_are_not_alike_do_not_meet(tmp_path):
+    train_all(tmp_path, 1)
+    with pytest.raises(StackError, match=r"began with optimizer\.learning_rate=0\.01, not 0\.02"):
+        train(instance(tmp_path, 0, "optimizer.learning_rate=0.02"), 1)
+    with pytest.raises(StackError, match="the run run-0 is instance 0 there"):
+        train(instance(tmp_path, 0, "name=another"), 1)
+
+
+def test_a_round_is_closed_once_for_all(tmp_path):
+    first, late = (Meeting(tmp_path, instance=number, instances=2, wait_seconds=0.05) for number in range(2))
+    first.send(1, {"values": np.arange(3)})
+    assert first.close(1) == (0,)
+    late.send(1, {"values": np.arange(3)})
+    assert late.close(1) == first.close(1) == (0,)
+    assert first.newest() is None
+    first.keep(1, {"values": np.arange(3)})
+    assert late.newest() == 1
+    np.testing.assert_array_equal(late.kept(1)["values"], np.arange(3))
+    first.forget(2)
+    assert late.closed(1) is None
