@@ -1,5 +1,6 @@
 """Every command of the pages runs as it is written, in order, in one folder; long ones are only shortened."""
 
+import json
 import os
 import re
 import shutil
@@ -296,3 +297,17 @@ def test_the_page_on_pipelines_runs_and_shows_what_is_printed(folder) -> None:
     assert shown in printed
     assert (folder / "schedule.png").is_file()
     assert "pipeline  1f1b, 4 stages of 2 layers, 8 micro-batches, bubble 27%" in printed
+
+
+@pytest.mark.full
+def test_the_page_on_averaging_runs(folder) -> None:
+    (_, one), (_, first), (_, two), (_, second) = blocks(ROOT / "docs" / "averaging.md")
+    (folder / "diloco.yaml").write_text(one)
+    (folder / "apart.yaml").write_text(two)
+    few = r"\1 train.steps=20 eval.batches=2 eval.baselines=false data.sources.0.max_bytes=300000"
+    printed = [run(re.sub(r"(stack train \w+\.yaml)", few, lines), folder) for lines in (first, second)]
+    assert "average   4 instances, every 10 steps an outer step of rate 0.7, momentum 0.9" in printed[0]
+    told = [json.loads(line) for line in (folder / "runs/first/metrics.jsonl").read_text().splitlines()]
+    other = [json.loads(line) for line in (folder / "runs/second/metrics.jsonl").read_text().splitlines()]
+    losses = [[line["loss"] for line in lines if line["kind"] == "eval"] for lines in (told, other)]
+    assert losses[0] == losses[1]

@@ -252,6 +252,8 @@ def test_a_round_is_closed_once_for_all(tmp_path):
     assert first.newest() is None
     first.keep(1, {"values": np.arange(3)})
     assert late.newest() == 1
-    np.testing.assert_array_equal(late.kept(1)["values"], np.arange(3))
+    kept = late.kept(1)
+    assert kept is not None
+    np.testing.assert_array_equal(kept["values"], np.arange(3))
     first.forget(2)
     assert late.closed(1) is None
