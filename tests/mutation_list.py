@@ -1,6 +1,7 @@
 """Lines that are broken one at a time by `python tests/mutations.py`, and the tests that must see it."""
 
 from mutation import Mutation
+from mutation_average import AVERAGING
 from mutation_fp8 import FP8
 from mutation_pipeline import PIPELINES
 from mutation_preference import PREFERENCE
@@ -9,6 +10,7 @@ MUTATIONS = (
     *FP8,
     *PREFERENCE,
     *PIPELINES,
+    *AVERAGING,
     Mutation(
         "what is given is predicted too",
         "stack/objectives/records.py",

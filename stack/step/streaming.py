@@ -32,7 +32,13 @@ from stack.step.step import Batch
 _ALIKE = ("seed", "init_from", "model", "objective", "optimizer", "data", "train", "average", "stability")
 _OWN = ("average.instance", "average.folder", "average.wait_seconds", "data.cache_dir", "data.workers")
 _OWN += ("train.accumulation", "train.remat", "train.log_every", "train.profile_steps", "train.audit")
-_OWN += ("train.offload_activations", "train.stop_after_minutes", "train.tensorboard")
+_OWN += (
+    "train.steps",
+    "optimizer.schedule",
+    "train.offload_activations",
+    "train.stop_after_minutes",
+    "train.tensorboard",
+)
 """What instances may differ in."""
 
 

@@ -24,6 +24,9 @@ _FREE = (
     # How a model runs, and nothing of what it is.
     "model.scan_unroll",
     "objective.logits_bytes",
+    # Where instances meet, and for how long they wait.
+    "average.folder",
+    "average.wait_seconds",
     # Told instead, with the jump that they make.
     "optimizer.learning_rate",
     "optimizer.schedule",

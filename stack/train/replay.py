@@ -37,6 +37,11 @@ def replay(trainer: "Trainer", step: int) -> Iterator[str]:
     """
     if not 1 <= step <= trainer.config.train.steps:
         raise ConfigError(f"--replay {step}: a step is from 1 to train.steps={trainer.config.train.steps}")
+    if trainer.config.average.folder is not None:
+        raise ConfigError(
+            "--replay: what this run took of the others at average.folder is not kept; replay one whose"
+            " instances are all its own"
+        )
     with Checkpoints(trainer.ledger.store) as checkpoints, meshes.use(trainer.mesh):
         whole = states.abstract(trainer.program)
         notes: list[str] = []
