@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
-from stack.config import Config, ConfigError, DecoderConfig, EvalConfig, MeshConfig, SourceConfig
+from stack.config import (
+    AverageConfig,
+    Config,
+    ConfigError,
+    DecoderConfig,
+    EvalConfig,
+    MeshConfig,
+    SourceConfig,
+)
 from stack.config.condition import Condition
 from stack.config.explain import annotation_at, sections_of
 from stack.config.section import Section
@@ -34,7 +42,7 @@ CASES = [
 
 
 def build(section: Any, values: dict[str, Any]) -> Section:
-    """A section with these fields, named by their paths; a source has a path where it needs one."""
+    """A section with these fields, named by their paths; sources and meetings have what they need."""
     fields: dict[str, Any] = {}
     for path, value in values.items():
         *owners, leaf = path.split(".")
@@ -44,6 +52,8 @@ def build(section: Any, values: dict[str, Any]) -> Section:
         inner[leaf] = value
     if section is SourceConfig and fields.get("kind", "python") not in ("python", "synthetic"):
         fields.setdefault("path", "somewhere")
+    if section is AverageConfig and fields.get("folder"):
+        fields |= {"every": 8, "instances": 2}
     return section(**fields)
 
 
@@ -87,6 +97,8 @@ def other_value(section: Any, path: str) -> Any:
 def deciding(section: Any, condition: Condition) -> tuple[list[Any], list[Any]]:
     """Values of the field that decides: those with which the others are read, and those without."""
     kind = type_at(section, condition.other)
+    if kind is str:
+        return ["somewhere"], [None]
     if not condition.values:
         return [(condition.unless or 0) + (1 if kind is int else 0.5)], [condition.unless]
     choices = [False, True] if kind is bool else list(get_args(kind))

@@ -79,7 +79,7 @@ def test_every_field_is_of_the_run_or_free() -> None:
     free = {
         name
         for name in names
-        if not name.startswith(("model.", "objective.", "optimizer.", "data.")) and name != "seed"
+        if not name.startswith(("model.", "objective.", "optimizer.", "data.", "average.")) and name != "seed"
     }
     assert free - set(_IDENTITY) == {
         *("name", "output_dir", "target", "kernels.attention", "runtime.compiler_options"),
