@@ -119,7 +119,7 @@ def test_a_field_that_is_not_read_keeps_its_default(section, condition, field):
     for decisive in unread:
         build(section, {condition.other: decisive} | below)
         with pytest.raises(ConfigError) as error:
-            build(section, {condition.other: decisive, field: value} | beside)
+            build(section, {condition.other: decisive, field: value} | below | beside)
         line = str(error.value)
         assert "\n" not in line
         assert f"not read with {condition.other}=" in line
@@ -127,10 +127,10 @@ def test_a_field_that_is_not_read_keeps_its_default(section, condition, field):
         assert f"or set {condition.remedy}" in line
 
     for decisive in read:
-        built = build(section, {condition.other: decisive} | beside)
+        built = build(section, {condition.other: decisive} | below | beside)
         if field in NOT_BUILT or field == "path":  # A source that reads its path has one already.
             continue
-        changed = build(section, {condition.other: decisive, field: value} | beside)
+        changed = build(section, {condition.other: decisive, field: value} | below | beside)
         assert value_at(changed, field) != value_at(built, field)
 
 
