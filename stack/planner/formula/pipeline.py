@@ -27,13 +27,11 @@ def pipeline_memory(w: Workload) -> Memory:
     plan = plan_of(w)
     most, slots = plan.most[0], plan.slots
     parts, compute = w.parameters, 4 if w.model.dtype == "float32" else 2
-    every = (*parts.layers, *parts.embedding, *parts.head)
-    numbers = [part.shard(fsdp=w.fsdp, stage=w.stage, tensor=w.tensor) for part in every]
     layer = sum(part.shard(tensor=w.tensor) for part in parts.layers if part.is_matrix) / w.model.num_layers
-    rest = sum(part.shard(tensor=w.tensor) for part in (*parts.embedding, *parts.head) if part.is_matrix)
+    rest = sum(part.shard(tensor=w.tensor) for part in parts.ends if part.is_matrix)
     here = layer * most * plan.chunks + rest
-    moments = 4 * whole.moments(w, every, stage=w.stage)
-    shards = sum(part.itemsize * number for part, number in zip(every, numbers, strict=True))
+    moments = 4 * whole.optimizer_numbers(w)
+    shards = sum(p.itemsize * p.shard(fsdp=w.fsdp, stage=w.stage, tensor=w.tensor) for p in parts)
     hidden = w.micro_tokens * w.model.embed_dim * compute
     activation = hidden / (w.tensor if w.sequence_parallel else 1)
     waiting = (slots.input + slots.gradient + 5) * activation  # And three that are under way, two unused.
@@ -57,11 +55,15 @@ def pipeline_memory(w: Workload) -> Memory:
 
 
 def plan_of(w: Workload) -> Pipeline:
-    """The table of a workload's step; of more micro-batches than ever wait, those that do."""
-    most = w.accumulation
+    """The table of a workload's step, or of as few micro-batches as wait and hold what more would.
+
+    That is once the pipeline has filled: idle ticks and slots are then those of any number.
+    """
+    micro_batches = w.accumulation
     if w.schedule != "gpipe":
-        most = min(most, 3 * w.stage * w.virtual_stages)
-    return _plan(w.schedule, w.model.num_layers, w.stage, most, w.virtual_stages, costs_of(whole.policy(w)))
+        micro_batches = min(micro_batches, w.stage * (2 if w.schedule == "interleaved" else 1))
+    costs = costs_of(whole.policy(w))
+    return _plan(w.schedule, w.model.num_layers, w.stage, micro_batches, w.virtual_stages, costs)
 
 
 @cache

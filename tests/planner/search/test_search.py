@@ -65,7 +65,8 @@ def test_the_reasons_name_a_case():
     rejections = Rejections()
     list(meshes(release_layout(SMALL, CPU), 2 * 3 * 5 * 16, Space(), rejections))
     assert rejections["tensor does not divide the kv heads"].example == "tensor=3 does not divide 2 kv heads"
-    assert rejections["stage does not divide the layers"].example == "stage=3 does not divide 4 layers"
+    example = "stage=5: there are 4 layers, and each stage needs one"
+    assert rejections["no pipeline of so many stages"].example == example
     assert rejections["fsdp leaves a matrix whole"].example.startswith("fsdp=5 splits no axis of ")
     assert "rows over" in rejections["the batch does not divide over the replicas"].example
 
@@ -182,10 +183,10 @@ def test_devices_that_nothing_divides_get_the_nearest_that_work():
     with pytest.raises(ConfigError) as error:
         search.search(SMALL, hardware=CPU, devices=40)
     assert str(error.value) == (
-        "no layout splits train.batch_size=24 over 40 devices; use 24 or 48 devices, or a train.batch_size "
+        "no layout splits train.batch_size=24 over 40 devices; use 36 or 48 devices, or a train.batch_size "
         "that is a multiple of 20"
     )
-    for devices, rows in ((24, 24), (48, 24), (40, 20)):
+    for devices, rows in ((36, 24), (48, 24), (40, 20)):
         config = SMALL.replace(f"train.batch_size={rows}", "eval.batch_size=null")
         assert search.search(config, hardware=CPU, devices=devices).best
 
