@@ -22,7 +22,8 @@ def pipeline_memory(w: Workload) -> Memory:
 
     At rest parameters and moments are split over `fsdp` and `stage`. In the loop over ticks a device has the
     layers of its stage, and all that is in none, in the compute dtype and as sums of gradients; what waits,
-    in slots; and what a layer's backward pass, or the loss, works on.
+    in slots; and what a layer's backward pass, or the loss, works on. After it the gradients lie as the
+    parameters do, beside their sums.
     """
     plan = plan_of(w)
     most, slots = plan.most[0], plan.slots
@@ -37,21 +38,21 @@ def pipeline_memory(w: Workload) -> Memory:
     waiting = (slots.input + slots.gradient + 5) * activation  # And three that are under way, two unused.
     kept = (slots.live + 1) * most * w.micro_batch * whole.layer_residuals(w).per_layer(w.tensor)
     late = (slots.late + _EXTRA_LATE) * most * _put_off(w, compute) if slots.late else 0.0
-    working = {
-        "logits": {"logits": whole.logits(w), "temporaries": 2 * hidden},
-        "layer": {"logits": 0.0, "temporaries": whole.layer_temporaries(w) + compute * layer},
+    always = {
+        "parameters": shards,
+        "gradients": w.reduce_bytes * here,
+        "optimizer": (0.0 if w.offload_optimizer else moments) + w.ema * shards,
+        "reserve": whole.RESERVE,
+        "host": moments if w.offload_optimizer else 0.0,
     }
-    worst = max(working.values(), key=lambda phase: sum(phase.values()))
-    return Memory(
-        parameters=shards + compute * here,
-        gradients=w.reduce_bytes * here,
-        optimizer=(0.0 if w.offload_optimizer else moments) + w.ema * shards,
-        activations=kept + late + waiting,
-        collectives=0.0,
-        reserve=whole.RESERVE,
-        host=moments if w.offload_optimizer else 0.0,
-        **worst,
+    always |= dict.fromkeys(("activations", "logits", "temporaries", "collectives"), 0.0)
+    loop = {"parameters": shards + compute * here, "activations": kept + late + waiting}
+    phases = (
+        loop | {"logits": whole.logits(w), "temporaries": 2 * hidden},
+        loop | {"temporaries": whole.layer_temporaries(w) + compute * layer},
+        {"gradients": w.reduce_bytes * here + shards},
     )
+    return Memory(**max((always | phase for phase in phases), key=lambda phase: sum(phase.values())))
 
 
 def plan_of(w: Workload) -> Pipeline:

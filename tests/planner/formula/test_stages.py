@@ -14,7 +14,7 @@ from stack.parallel import mesh as meshes
 from stack.parallel.pipeline.pipeline import Pipeline
 from stack.planner.compiled.gate import limits
 from stack.planner.formula.links import exchange_seconds, ring_seconds
-from stack.planner.formula.memory import memory
+from stack.planner.formula.memory import memory, policy
 from stack.planner.formula.pipeline import plan_of
 from stack.planner.formula.time import published_time, step_time
 from stack.planner.formula.workload import Workload, from_config
@@ -47,7 +47,7 @@ def whole_table(w: Workload) -> Pipeline:
         stages=w.stage,
         micro_batches=w.accumulation,
         chunks=w.virtual_stages,
-        costs=costs_of(w.remat),
+        costs=costs_of(policy(w)),
     )
 
 
