@@ -20,7 +20,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from stack.hardware import chip as chips
-from stack.planner.formula.time import step_time
+from stack.planner.formula.time import published_time
 from stack.planner.validate import Run, percentile, validate
 
 FITTED = {
@@ -107,7 +107,7 @@ def _error(run: Run, constants: dict[str, dict[str, float]]) -> float:
 def _predict(run: Run, constants: dict[str, float]) -> float:
     chip = chips.load(run.hardware)
     efficiency = chips.Efficiency(**constants, memory=MEMORY, launch_seconds=LAUNCH_SECONDS)
-    return step_time(run.work, dataclasses.replace(chip, efficiency=efficiency)).total
+    return published_time(run.work, dataclasses.replace(chip, efficiency=efficiency)).total
 
 
 def _generation(run: Run) -> str:

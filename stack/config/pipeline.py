@@ -26,7 +26,7 @@ def check_pipeline(config: Config, stages: int) -> None:
         "optimizer.frozen": bool(config.optimizer.frozen),
         "kernels.matmul=fp8": config.kernels.matmul == "fp8",
         "train.offload_activations": config.train.offload_activations,
-        "objective.kind=retrieval": _compares_rows(config),
+        "objective.kind=retrieval": compares_rows(config),
     }
     for name, is_set in unread.items():
         if is_set:
@@ -66,7 +66,7 @@ def _check_parts(config: Config, stages: int) -> None:
         )
 
 
-def _compares_rows(config: Config) -> bool:
+def compares_rows(config: Config) -> bool:
     """Whether the loss of a row depends on the other rows of a batch."""
     tasks = getattr(config.objective, "tasks", ())
     return "retrieval" in (config.objective.kind, *(task.objective.kind for task in tasks))

@@ -55,6 +55,8 @@ def find_remedy(work: Workload, hardware: Hardware) -> Remedy | None:
       hardware: the chip.
     """
     for changed in _changes(work):
+        if changed.why_no_pipeline():
+            continue
         need = memory(changed)
         if fits(need, hardware):
             overrides = _overrides(work, changed)
@@ -65,7 +67,7 @@ def find_remedy(work: Workload, hardware: Hardware) -> Remedy | None:
 def _changes(work: Workload) -> Iterator[Workload]:
     """Steps that differ from one, the nearest first."""
     remats: list[Remat] = [work.remat] if work.remat == "full" else [work.remat, *_COMPUTED_AGAIN]
-    stages = [work.zero] if work.zero == 3 or work.fsdp == 1 else [work.zero, 3]
+    stages = [work.zero] if work.zero == 3 or work.fsdp == 1 or work.stage > 1 else [work.zero, 3]
     settings = [
         dataclasses.replace(work, remat=remat, zero=zero)
         for zero in stages
@@ -86,7 +88,7 @@ def _changes(work: Workload) -> Iterator[Workload]:
                     work,
                     fsdp=fsdp,
                     tensor=tensor,
-                    zero=3,
+                    zero=3 if work.stage == 1 else work.zero,
                     remat="full",
                     micro_batch=1,
                     batch=math.ceil(work.batch / replicas) * replicas,

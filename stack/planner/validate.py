@@ -16,7 +16,7 @@ from stack.config import ConfigError, DecoderConfig
 from stack.hardware import chip as chips
 from stack.hardware.chip import Precision
 from stack.planner.formula.projects import published_memory
-from stack.planner.formula.time import step_time
+from stack.planner.formula.time import published_time
 from stack.planner.formula.workload import Remat, Schedule, Workload
 from stack.planner.search.layouts import describe
 
@@ -205,7 +205,7 @@ def lines(validation: Validation, *, worst: int = 12) -> list[str]:
 def why(run: Run) -> str:
     """What of the prediction the error most likely lies in: its largest uncertain part."""
     chip, work = _chip(run.hardware), run.work
-    time = step_time(work, chip)
+    time = published_time(work, chip)
     if run.error < 0 and work.devices > chip.domain_size and time.exposed > 0.1 * time.total:
         return f"{time.exposed / time.total:.0%} exposed communication, over networks slower than their peak"
     if time.attention > 0.25 * time.total:
@@ -260,7 +260,7 @@ def _run(row: Mapping[str, str | None], line: int) -> Run:
         source=cells["source"],
         work=work,
         seconds=seconds,
-        predicted_seconds=step_time(work, chip).total,
+        predicted_seconds=published_time(work, chip).total,
         memory=_number(cells, "peak_memory_gib") * GIB if cells["peak_memory_gib"] else None,
         predicted_memory=published_memory(work).total,
     )

@@ -14,7 +14,8 @@ from stack.config import ConfigError
 from stack.doctor.calibrate import fit_products, fit_transfers, hardware, lines, run, write
 from stack.doctor.timing import Attention, Measurement, Product, Sizes, Transfer, measure, repeated
 from stack.hardware.chip import Hardware, load
-from stack.planner.formula.time import product_seconds, ring_seconds
+from stack.planner.formula.links import ring_seconds
+from stack.planner.formula.time import product_seconds
 
 WEIGHTS = ((512, 512), (1024, 1024), (4096, 4096), (4096, 14336))
 BYTES = (2**18, 2**20, 2**24, 2**28)

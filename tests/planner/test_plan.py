@@ -196,6 +196,18 @@ def test_a_remedy_makes_it_fit(hardware, devices, overrides):
     assert mended.bytes_per_device == pytest.approx(remedy.bytes_per_device)
 
 
+def test_the_remedy_of_a_pipeline_is_one():
+    staged = ("mesh={fsdp: 1, data: 2, stage: 4, zero: 1, schedule: interleaved}", "train.accumulation=4")
+    result = plan(llama("train.remat=none", *staged), hardware="a100-40gb", devices=8)
+    assert not result.fits
+    remedy = find_remedy(result.work, result.hardware)
+    assert remedy is not None
+    assert not any(one.startswith("mesh.zero") for one in remedy.overrides)
+    assert remedy.devices > 8
+    more = dict(one.split("=") for one in remedy.overrides)
+    assert int(more["train.accumulation"]) % 4 == 0
+
+
 def test_what_no_number_of_devices_holds_is_said_so():
     result = plan(llama("data.sequence_length=8192"), hardware="h100", devices=8)
     tiny = dataclasses.replace(result.hardware, memory_bytes=2e9)

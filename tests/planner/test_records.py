@@ -8,7 +8,7 @@ import pytest
 from stack import load
 from stack.config import DecoderConfig
 from stack.parallel import mesh as meshes
-from stack.planner.formula.memory import layers_in_flight
+from stack.planner.formula.projects import layers_in_flight
 from stack.planner.formula.published import (
     activation_bytes_per_layer,
     gpt_parameters,

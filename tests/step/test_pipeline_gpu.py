@@ -1,12 +1,15 @@
 """What a pipeline's compiled GPU step sends and holds is what its table says."""
 
 from functools import cache
+from typing import NamedTuple
 
 import pytest
 
 from stack.config import Config, DataConfig, DecoderConfig, KernelsConfig, MeshConfig, TrainConfig
 from stack.planner.compiled.gate import check
 from stack.planner.compiled.report import Compiled, compile_plan
+from stack.planner.formula.memory import memory
+from stack.planner.formula.workload import from_config
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_gpu_compiler")]
 
@@ -23,7 +26,7 @@ def config(micro_batches: int, **mesh: object) -> Config:
             num_layers=LAYERS,
             embed_dim=EMBED,
             num_heads=4,
-            max_length=LENGTH,
+            max_length=3 * LENGTH,
             norm="rmsnorm",
             qkv_bias=False,
         ),
@@ -43,6 +46,19 @@ def compiled(micro_batches: int, **mesh: object) -> Compiled:
     return compile_plan(whole, hardware="h200", devices=number, schedule=False)
 
 
+class Bytes(NamedTuple):
+    """Of a device."""
+
+    compiled: float
+    planned: float
+
+
+def sizes(micro_batches: int, **mesh: object) -> Bytes:
+    whole = config(micro_batches, **mesh)
+    found = compiled(micro_batches, **mesh)
+    return Bytes(found.memory.temporaries, memory(from_config(whole, found.devices)).program)
+
+
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -50,6 +66,7 @@ def compiled(micro_batches: int, **mesh: object) -> Compiled:
         pytest.param({"stage": 4, "tensor": 2, "sequence_parallel": True}, id="sequence parallel"),
         # Of sizes that 3 does not divide.
         pytest.param({"stage": 3, "tensor": 2}, id="uneven"),
+        pytest.param({"stage": 4, "data": 2, "fsdp": 2}, id="16 devices"),
     ],
 )
 def test_one_activation_goes_each_way_in_a_tick_and_nothing_is_moved_besides(mesh: dict):
@@ -62,15 +79,27 @@ def test_one_activation_goes_each_way_in_a_tick_and_nothing_is_moved_besides(mes
         (("stage",), ticks, LENGTH * EMBED // share)
     ] * 2
     assert {dtype for one in permutes for dtype, _ in one.arrays} == {"bf16"}
+    gathered = [array for one in found.collectives if one.kind == "all-gather" for array in one.arrays]
+    activations = [shape for dtype, shape in gathered if dtype in ("bf16", "f32") and LENGTH in shape]
+    assert bool(activations) == (share > 1), "only sequence parallelism gathers them, over tensor"
     assert check(found, whole) == []
 
 
-def test_memory_is_that_of_the_micro_batches_that_wait():
-    """1F1B holds as many as there are stages, however many there are; GPipe holds all of them."""
-    few, many = compiled(8, stage=4), compiled(32, stage=4)
+@pytest.mark.parametrize("stages", [4, 8])
+def test_memory_is_that_of_the_micro_batches_that_wait(stages: int):
+    """1F1B holds as many as there are stages, however many there are; GPipe holds all of them.
+
+    And so says the plan.
+    """
+    few, many = (sizes(number, stage=stages) for number in (8, 32))
     tokens = 4 * 4 * LENGTH * 24  # The numbers of a batch are whole on every device.
-    assert abs(many.memory.temporaries - few.memory.temporaries) <= tokens + 2**20
-    gpipe = compiled(8, stage=4, schedule="gpipe")
-    # Four more inputs of each of three layers; and what the last stage has made, of which 1F1B keeps one.
-    waiting = (4 * LAYERS // 4 + 7) * ACTIVATION
-    assert gpipe.memory.temporaries - few.memory.temporaries == pytest.approx(waiting, rel=0.05)
+    assert abs(many.compiled - few.compiled) <= tokens + 2**20
+    assert many.planned == few.planned
+    few_gpipe, many_gpipe = (sizes(number, stage=stages, schedule="gpipe") for number in (8, 32))
+    # An input of each layer of a stage; and what the last stage has made, of which 1F1B keeps one.
+    layers = -(-LAYERS // stages)
+    waiting = ((8 - stages) * layers + 7) * ACTIVATION
+    assert few_gpipe.compiled - few.compiled == pytest.approx(waiting, rel=0.05)
+    growth = 24 * (layers + 1) * ACTIVATION
+    assert many_gpipe.compiled - few_gpipe.compiled == pytest.approx(growth, rel=0.05, abs=tokens)
+    assert many_gpipe.planned - few_gpipe.planned == pytest.approx(growth, rel=0.05)

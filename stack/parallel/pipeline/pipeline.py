@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from stack.parallel.pipeline.places import KINDS, Rows, Slots, divide, place
+from stack.parallel.pipeline.places import KINDS, Rows, Slots, divide, place, slots_of
 from stack.parallel.pipeline.schedules import SCHEDULES, Kind, Shape, in_halves
 from stack.parallel.pipeline.table import Costs, Table, lay_out
 
@@ -92,18 +92,14 @@ class Pipeline:
         return self.first[own], self.layers[own], self.most[stack]
 
     @cached_property
-    def _placed(self) -> tuple[Rows[np.ndarray], Slots]:
-        return place(self.table, self.layers)
-
-    @property
     def rows(self) -> Rows[np.ndarray]:
         """What each stage does in each tick."""
-        return self._placed[0]
+        return place(self.table, self.layers)
 
-    @property
+    @cached_property
     def slots(self) -> Slots:
         """Places for what waits."""
-        return self._placed[1]
+        return slots_of(self.table)
 
     def counts(self, stack: int, kind: Kind) -> frozenset[int]:
         """How many layers of a stack are done in a tick."""

@@ -46,6 +46,10 @@ class Rows[Array](NamedTuple):
     arrived_gradient: Array
 
 
+type Spans = dict[tuple[int, int], tuple[int, int]]
+"""By micro-batch and chunk, the ticks, both included, in which what belongs to it waits."""
+
+
 class Slots(NamedTuple):
     """How many there are of each."""
 
@@ -55,7 +59,7 @@ class Slots(NamedTuple):
     gradient: int
 
 
-def place(table: Table, layers: np.ndarray) -> tuple[Rows[np.ndarray], Slots]:
+def place(table: Table, layers: np.ndarray) -> Rows[np.ndarray]:
     """Gives everything that waits a slot.
 
     Args:
@@ -65,18 +69,11 @@ def place(table: Table, layers: np.ndarray) -> tuple[Rows[np.ndarray], Slots]:
     shape = table.shape
     fields = {name: np.zeros((table.ticks, shape.stages), np.int32) for name in Rows._fields}
     found = [{entry.action: entry for entry in entries} for entries in table.stages]
-    spans: dict[str, list[dict[tuple[int, int], tuple[int, int]]]] = {
-        name: [{} for _ in found] for name in Slots._fields
-    }
-    for stage, entries in enumerate(found):
-        for entry in entries.values():
-            _span(table, found, stage, entry, spans)
+    spans = _spans(table, found)
     taken = {name: [_slots(of_stage) for of_stage in spans[name]] for name in spans}
-    number = {
-        name: max((slot + 1 for slots in taken[name] for slot in slots.values()), default=0) for name in taken
-    }
+    slots = _number(spans)
     for name in (*Slots._fields, "arrived_input", "arrived_gradient"):
-        fields[name][:] = number[name.removeprefix("arrived_")]
+        fields[name][:] = getattr(slots, name.removeprefix("arrived_"))
     for stage, entries in enumerate(found):
         for action, entry in entries.items():
             where = action[1:]
@@ -99,10 +96,39 @@ def place(table: Table, layers: np.ndarray) -> tuple[Rows[np.ndarray], Slots]:
                 there, name = target[0], "input" if action.kind == "forward" else "gradient"
                 slot = taken[name][there][target[1]]
                 fields[f"arrived_{name}"][end, there] = slot
-    return Rows(**fields), Slots(**number)
+    return Rows(**fields)
 
 
-def _span(table: Table, found: list[dict[Action, Entry]], stage: int, entry: Entry, spans: dict) -> None:
+def slots_of(table: Table) -> Slots:
+    """How many slots `place` gives: as many as things wait at once on the stage where most do."""
+    return _number(_spans(table, [{entry.action: entry for entry in entries} for entries in table.stages]))
+
+
+def _number(spans: dict[str, list[Spans]]) -> Slots:
+    return Slots(**{name: max(map(_most, of_stages)) for name, of_stages in spans.items()})
+
+
+def _most(spans: Spans) -> int:
+    """The most spans of [begin, end], both included, that overlap."""
+    if not spans:
+        return 0
+    begins, ends = (np.sort(column) for column in zip(*spans.values(), strict=True))
+    over = np.searchsorted(ends, begins, side="left")
+    return int((np.arange(1, len(begins) + 1) - over).max())
+
+
+def _spans(table: Table, found: list[dict[Action, Entry]]) -> dict[str, list[Spans]]:
+    """For each kind of slot and stage, when things wait."""
+    spans: dict[str, list[Spans]] = {name: [{} for _ in found] for name in Slots._fields}
+    for stage, entries in enumerate(found):
+        for entry in entries.values():
+            _span(table, found, stage, entry, spans)
+    return spans
+
+
+def _span(
+    table: Table, found: list[dict[Action, Entry]], stage: int, entry: Entry, spans: dict[str, list[Spans]]
+) -> None:
     """The ticks, both included, in which what an action makes or needs waits."""
     action, where = entry.action, entry.action[1:]
     if action.kind == "weight_gradient":
@@ -138,7 +164,7 @@ def _next(table: Table, stage: int, action: Action) -> tuple[int, tuple[int, int
     return part % stages, (action.micro_batch, part // stages)
 
 
-def _slots(spans: dict[tuple[int, int], tuple[int, int]]) -> dict[tuple[int, int], int]:
+def _slots(spans: Spans) -> dict[tuple[int, int], int]:
     """The first free slot for each, in time."""
     until: list[int] = []
     slots = {}

@@ -51,28 +51,11 @@ def memory(workload: Workload) -> Memory:
     Args:
         workload: the step.
     """
-    work = workload.as_run()
-    if work.stage > 1:
+    if workload.stage > 1:
         from stack.planner.formula.pipeline import pipeline_memory  # It is made of what is here.
 
-        return pipeline_memory(work)
-    return _of_stage(work, first=True, last=True)
-
-
-def layers_in_flight(workload: Workload, rank: int) -> float:
-    """Layers whose activations a pipeline stage holds at once, each of one micro-batch.
-
-    1F1B holds `stage - rank` micro-batches; interleaving (stage - rank - 1) x 2 + (v - 1) x stage + 1
-    of the v times smaller parts, which on the first stage is 1 + (stage - 1) / (stage v) times as much
-    (arXiv 2205.05198, section 4.2.3); GPipe all of them.
-    """
-    w, v = workload, workload.virtual_stages
-    parts = w.stage - rank
-    if w.schedule == "interleaved" and v > 1:
-        parts = 2 * (w.stage - rank - 1) + (v - 1) * w.stage + 1
-    if w.schedule == "gpipe":
-        parts = v * w.accumulation
-    return min(parts, v * w.accumulation) * w.model.num_layers / (w.stage * v)
+        return pipeline_memory(workload)
+    return _of_one_stage(workload)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,11 +88,9 @@ class _Sizes:
     compute: int
 
 
-def _of_stage(w: Workload, *, first: bool, last: bool) -> Memory:
-    layers, ends = w.parameters.layers, _ends(w, first=first, last=last)
-    sizes = _sizes(w, layers, ends, last=last)
-    optimizer = 4 * (moments(w, layers) / w.stage + moments(w, ends))
-    activations, stack_bytes = _activation_bytes(w, rank=0 if first else w.stage - 1)
+def _of_one_stage(w: Workload) -> Memory:
+    sizes, optimizer = _sizes(w), 4 * optimizer_numbers(w)
+    activations, stack_bytes = _activation_bytes(w)
     always = {
         "parameters": sizes.shard + _compute_copies(w, sizes),
         "optimizer": (0.0 if w.offload_optimizer else optimizer) + w.ema * sizes.trained,
@@ -117,35 +98,15 @@ def _of_stage(w: Workload, *, first: bool, last: bool) -> Memory:
         "host": (optimizer if w.offload_optimizer else 0.0) + (stack_bytes if w.offload_activations else 0.0),
     }
     always |= dict.fromkeys(_CATEGORIES, 0.0)
-    phases = [always | phase for phase in _phases(w, sizes, activations, last=last)]
+    phases = [always | phase for phase in _phases(w, sizes, activations)]
     return Memory(**max(phases, key=lambda phase: sum(phase.values())))
 
 
-def _ends(w: Workload, *, first: bool, last: bool) -> tuple[Parameter, ...]:
-    """The parameters of a pipeline stage that are in no layer."""
-    parts = w.parameters
-    if first and last:
-        return (*parts.embedding, *parts.head)
-    if first:
-        return parts.embedding
-    return (*parts.head, parts.words) if w.model.tied_embeddings else parts.head
-
-
 def optimizer_numbers(workload: Workload) -> float:
-    """Float32 numbers of the optimizer's state on one device; of a pipeline, with half of both ends."""
-    parts = workload.parameters
-    ends = (*parts.embedding, *parts.head)
-    layers = moments(workload, parts.layers) / workload.stage
-    return layers + moments(workload, ends) / min(workload.stage, 2)
-
-
-def moments(w: Workload, parts: Iterable[Parameter], *, stage: int = 1) -> float:
-    """Numbers of the optimizer's state on one device, of parameters that lie split over so many stages."""
-    fsdp = w.fsdp if w.zero else 1
-    parts = (p for p in parts if p.trained)
-    if w.optimizer == "adafactor":
-        parts = (p for p in parts if not _is_factored(p))
-    return sum(_kept(w, p) * p.shard(fsdp=fsdp, stage=stage, tensor=w.tensor) for p in parts)
+    """Float32 numbers of the optimizer's state on one device."""
+    w, fsdp = workload, workload.fsdp if workload.zero else 1
+    parts = [p for p in w.parameters if p.trained and not (w.optimizer == "adafactor" and _is_factored(p))]
+    return sum(_kept(w, p) * p.shard(fsdp=fsdp, stage=w.stage, tensor=w.tensor) for p in parts)
 
 
 def _kept(w: Workload, part: Parameter) -> int:
@@ -156,8 +117,8 @@ def _is_factored(part: Parameter) -> bool:
     return sum(size >= FACTORED for _, size in part.axes) >= 2
 
 
-def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ...], *, last: bool) -> _Sizes:
-    compute = 4 if w.model.dtype == "float32" else 2
+def _sizes(w: Workload) -> _Sizes:
+    layers, ends, compute = w.parameters.layers, w.parameters.ends, 4 if w.model.dtype == "float32" else 2
     fsdp = w.fsdp if w.zero else 1
 
     def trained(parts: Iterable[Parameter]) -> tuple[Parameter, ...]:
@@ -173,20 +134,19 @@ def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ..
         return whole(p for p in parts if fsdp > 1 or p.itemsize != compute)
 
     some, some_ends = trained(layers), trained(ends)
-    matrices = [p.shard(tensor=w.tensor) / w.stage for p in some if p.is_matrix]
-    matrices += [p.shard(tensor=w.tensor) for p in some_ends if p.is_matrix]
+    matrices = (p.shard(tensor=w.tensor) for p in (*some, *some_ends) if p.is_matrix)
     scores = w.parameters.scores
     return _Sizes(
-        shard=shard(layers) / w.stage + shard(ends),
-        trained=shard(some) / w.stage + shard(some_ends),
-        layers_trained=shard(some) / w.stage,
-        copied=copied(layers) / w.stage + copied(ends),
-        trained_whole=whole(some) / w.stage + whole(some_ends),
-        layers_trained_whole=whole(some) / w.stage,
+        shard=shard(layers) + shard(ends),
+        trained=shard(some) + shard(some_ends),
+        layers_trained=shard(some),
+        copied=copied(layers) + copied(ends),
+        trained_whole=whole(some) + whole(some_ends),
+        layers_trained_whole=whole(some),
         layer=whole(layers) / w.model.num_layers,
         layer_copied=copied(layers) / w.model.num_layers,
         layer_trained=whole(some) / w.model.num_layers,
-        table=4 * scores.shard(tensor=w.tensor) if last and scores.trained else 0.0,
+        table=4 * scores.shard(tensor=w.tensor) if scores.trained else 0.0,
         tables=whole(ends),
         tables_trained=whole(some_ends),
         matrices=tuple(sorted(matrices)),
@@ -197,7 +157,7 @@ def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ..
 _CATEGORIES = ("gradients", "activations", "logits", "temporaries", "collectives")
 
 
-def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> Iterable[dict[str, float]]:
+def _phases(w: Workload, s: _Sizes, activation_bytes: float) -> Iterable[dict[str, float]]:
     """What is held besides parameters and moments, in each phase of a step that can be the worst."""
     several = w.accumulation > 1
     whole_sums = s.trained_whole * w.reduce_bytes / s.compute
@@ -219,13 +179,12 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
         "logits": s.table,
         "temporaries": score_copies + input_copies,
     }
-    if last:
-        yield activations | {
-            "gradients": sums,
-            "logits": 2 * s.table + logits(w),
-            "temporaries": w.scored_tokens * w.model.embed_dim * s.compute,
-            "collectives": s.tables if w.zero == 3 and not w.holds_tables else 0.0,
-        }
+    yield activations | {
+        "gradients": sums,
+        "logits": 2 * s.table + logits(w),
+        "temporaries": w.scored_tokens * w.model.embed_dim * s.compute,
+        "collectives": s.tables if w.zero == 3 and not w.holds_tables else 0.0,
+    }
     stack = s.layers_trained if w.zero == 3 else s.layers_trained_whole
     in_flight = 0.0
     if w.zero == 3:
@@ -274,11 +233,11 @@ def _compute_copies(w: Workload, s: _Sizes) -> float:
     return s.copied
 
 
-def _activation_bytes(w: Workload, *, rank: int) -> tuple[float, float]:
+def _activation_bytes(w: Workload) -> tuple[float, float]:
     """Saved activations on the device, and what of them offloading moves to the host."""
     layer = layer_residuals(w)
     rows = w.micro_batch / w.context
-    stack_bytes = rows * layers_in_flight(w, rank) * layer.per_layer(w.tensor)
+    stack_bytes = rows * w.model.num_layers * layer.per_layer(w.tensor)
     rest = rows * layer.once
     if w.offload_activations:
         # Two layers are on their way at a time.
@@ -352,7 +311,7 @@ def _layout_copies(w: Workload) -> tuple[float, float]:
     """
     if w.remat != "none" or _is_unrolled(w):
         return 0.0, 0.0
-    rows, layers = w.micro_batch / w.context, w.model.num_layers / w.stage
+    rows, layers = w.micro_batch / w.context, w.model.num_layers
     scores = 0.0 if w.fused_attention else 4 * w.length**2 * w.model.num_heads / w.tensor
     gathers = _trace(w, "none").whole if w.sequence_parallel and w.micro_batch > 1 else 0.0
     gathers *= 0.5 if w.zero == 3 else 1

@@ -22,46 +22,49 @@ def pipeline_memory(w: Workload) -> Memory:
 
     At rest parameters and moments are split over `fsdp` and `stage`. In the loop over ticks a device has the
     layers of its stage, and all that is in none, in the compute dtype and as sums of gradients; what waits,
-    in slots; and what a layer's backward pass, or the loss, works on.
+    in slots; and what a layer's backward pass, or the loss, works on. After it the gradients lie as the
+    parameters do, beside their sums.
     """
     plan = plan_of(w)
     most, slots = plan.most[0], plan.slots
     parts, compute = w.parameters, 4 if w.model.dtype == "float32" else 2
-    every = (*parts.layers, *parts.embedding, *parts.head)
-    numbers = [part.shard(fsdp=w.fsdp, stage=w.stage, tensor=w.tensor) for part in every]
     layer = sum(part.shard(tensor=w.tensor) for part in parts.layers if part.is_matrix) / w.model.num_layers
-    rest = sum(part.shard(tensor=w.tensor) for part in (*parts.embedding, *parts.head) if part.is_matrix)
+    rest = sum(part.shard(tensor=w.tensor) for part in parts.ends if part.is_matrix)
     here = layer * most * plan.chunks + rest
-    moments = 4 * whole.moments(w, every, stage=w.stage)
-    shards = sum(part.itemsize * number for part, number in zip(every, numbers, strict=True))
+    moments = 4 * whole.optimizer_numbers(w)
+    shards = sum(p.itemsize * p.shard(fsdp=w.fsdp, stage=w.stage, tensor=w.tensor) for p in parts)
     hidden = w.micro_tokens * w.model.embed_dim * compute
     activation = hidden / (w.tensor if w.sequence_parallel else 1)
     waiting = (slots.input + slots.gradient + 5) * activation  # And three that are under way, two unused.
     kept = (slots.live + 1) * most * w.micro_batch * whole.layer_residuals(w).per_layer(w.tensor)
     late = (slots.late + _EXTRA_LATE) * most * _put_off(w, compute) if slots.late else 0.0
-    working = {
-        "logits": {"logits": whole.logits(w), "temporaries": 2 * hidden},
-        "layer": {"logits": 0.0, "temporaries": whole.layer_temporaries(w) + compute * layer},
+    always = {
+        "parameters": shards,
+        "gradients": w.reduce_bytes * here,
+        "optimizer": (0.0 if w.offload_optimizer else moments) + w.ema * shards,
+        "reserve": whole.RESERVE,
+        "host": moments if w.offload_optimizer else 0.0,
     }
-    worst = max(working.values(), key=lambda phase: sum(phase.values()))
-    return Memory(
-        parameters=shards + compute * here,
-        gradients=w.reduce_bytes * here,
-        optimizer=(0.0 if w.offload_optimizer else moments) + w.ema * shards,
-        activations=kept + late + waiting,
-        collectives=0.0,
-        reserve=whole.RESERVE,
-        host=moments if w.offload_optimizer else 0.0,
-        **worst,
+    always |= dict.fromkeys(("activations", "logits", "temporaries", "collectives"), 0.0)
+    loop = {"parameters": shards + compute * here, "activations": kept + late + waiting}
+    phases = (
+        loop | {"logits": whole.logits(w), "temporaries": 2 * hidden},
+        loop | {"temporaries": whole.layer_temporaries(w) + compute * layer},
+        {"gradients": w.reduce_bytes * here + shards},
     )
+    return Memory(**max((always | phase for phase in phases), key=lambda phase: sum(phase.values())))
 
 
 def plan_of(w: Workload) -> Pipeline:
-    """The table of a workload's step; of more micro-batches than ever wait, those that do."""
-    most = w.accumulation
+    """The table of a workload's step, or of as few micro-batches as wait and hold what more would.
+
+    That is once the pipeline has filled: idle ticks and slots are then those of any number.
+    """
+    micro_batches = w.accumulation
     if w.schedule != "gpipe":
-        most = min(most, 3 * w.stage * w.virtual_stages)
-    return _plan(w.schedule, w.model.num_layers, w.stage, most, w.virtual_stages, costs_of(whole.policy(w)))
+        micro_batches = min(micro_batches, w.stage * (2 if w.schedule == "interleaved" else 1))
+    costs = costs_of(whole.policy(w))
+    return _plan(w.schedule, w.model.num_layers, w.stage, micro_batches, w.virtual_stages, costs)
 
 
 @cache

@@ -9,7 +9,7 @@ import math
 from stack.models import model_cost
 from stack.models.cost import Layers, Product
 from stack.parallel.rules import TABLE
-from stack.planner.formula.memory import MOMENTS, layers_in_flight
+from stack.planner.formula.memory import MOMENTS
 from stack.planner.formula.result import Memory
 from stack.planner.formula.shapes import parameters
 from stack.planner.formula.workload import Remat, Workload
@@ -45,6 +45,22 @@ def published_memory(workload: Workload) -> Memory:
     """
     work = workload.as_run()
     return max((_of_stage(work, rank) for rank in range(work.stage)), key=lambda memory: memory.total)
+
+
+def layers_in_flight(workload: Workload, rank: int) -> float:
+    """Layers whose activations a pipeline stage holds at once, each of one micro-batch.
+
+    1F1B holds `stage - rank` micro-batches; interleaving (stage - rank - 1) x 2 + (v - 1) x stage + 1
+    of the v times smaller parts, which on the first stage is 1 + (stage - 1) / (stage v) times as much
+    (arXiv 2205.05198, section 4.2.3); GPipe all of them.
+    """
+    w, v = workload, workload.virtual_stages
+    parts = w.stage - rank
+    if w.schedule == "interleaved" and v > 1:
+        parts = 2 * (w.stage - rank - 1) + (v - 1) * w.stage + 1
+    if w.schedule == "gpipe":
+        parts = v * w.accumulation
+    return min(parts, v * w.accumulation) * w.model.num_layers / (w.stage * v)
 
 
 def alternate_products(layers: Layers) -> list[tuple[Product, int]]:

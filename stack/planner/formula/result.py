@@ -57,6 +57,12 @@ class Communication:
     exposed: float
     """Seconds not hidden behind arithmetic."""
 
+    def __mul__(self, times: float) -> "Communication":
+        """Several times."""
+        return Communication(
+            bytes=self.bytes * times, seconds=self.seconds * times, exposed=self.exposed * times
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Time:

@@ -82,6 +82,11 @@ class Parameters:
         yield from self.head
 
     @property
+    def ends(self) -> tuple[Parameter, ...]:
+        """Those in no layer."""
+        return (*self.embedding, *self.head)
+
+    @property
     def reaches_layers(self) -> bool:
         """Whether anything is trained in the layers or below them, so that gradients go back through them."""
         return any(part.trained for part in (*self.embedding, *self.layers))

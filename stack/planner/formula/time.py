@@ -5,8 +5,8 @@ the weights, attention at a share of its own, elementwise work at the memory's b
 a share of the links, and a gap before every kernel. The shares are those of the chip's generation
 (`Efficiency`); nothing here knows a model or a source by name.
 
-Pipelines follow arXiv 2104.04473 (section 2.2). Ring collectives move (n - 1) / n of the data over each
-link, an all-reduce twice that; over several nodes, all chips of a group in a node share the traffic
+Pipelines wait and send as `stack.planner.formula.stages` says. Ring collectives move (n - 1) / n of the data
+over each link, an all-reduce twice that; over several nodes, all chips of a group in a node share the traffic
 between nodes.
 """
 
@@ -20,13 +20,13 @@ from stack.models import model_cost
 from stack.models.cost import Axis, Layers, Product
 from stack.models.flops import keys_per_token
 from stack.parallel.rules import TABLE
-from stack.planner.formula.memory import optimizer_numbers, policy
+from stack.planner.formula.links import ring_seconds
+from stack.planner.formula.memory import optimizer_numbers
 from stack.planner.formula.projects import alternate_products
 from stack.planner.formula.result import Communication, Time
-from stack.planner.formula.shapes import Parameter
+from stack.planner.formula.stages import Stages, elements, own_stages, published_stages
 from stack.planner.formula.workload import Workload
 from stack.step.muon import ITERATIONS
-from stack.step.program import costs_of
 
 _BYTES = 2
 """Of an activation, and of a weight as it is used."""
@@ -79,11 +79,20 @@ class Seconds:
 
 def step_time(work: Workload, chip: Hardware) -> Time:
     """The time of one optimizer step, by what it is spent on."""
+    return _step(work, chip, own_stages(work, chip))
+
+
+def published_time(work: Workload, chip: Hardware) -> Time:
+    """The same where the pipeline is another project's."""
     work = work.as_run()
+    return _step(work, chip, published_stages(work, chip))
+
+
+def _step(work: Workload, chip: Hardware, stages: Stages) -> Time:
     base, added, head = _layer_forward(work, chip), _added(work, chip), _head(work, chip)
     forward = base + added
     recomputation, backward = _recomputation(work, forward), _backward(work, base) + added * 2
-    layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
+    layers, micro_batches = stages.layers, work.accumulation
     layer = forward + recomputation + backward
     # All stages run side by side; the last has the head as well and sets the pace.
     busy = (layer * layers + head) * micro_batches
@@ -94,17 +103,19 @@ def step_time(work: Workload, chip: Hardware) -> Time:
         "context": _context(work, chip, layer.attention),
     }
     per_micro_batch = layer.total * layers + sum(part.exposed for part in inside.values()) * layers
-    communication = {name: _times(part, layers * micro_batches) for name, part in inside.items()}
-    communication["stage"] = _stage(work, chip)
-    communication["fsdp"] = _fsdp(work, chip, forward.total, (recomputation + backward).total, head.total)
-    communication["data"] = _data(work, chip, backward.total * layers)
+    communication = {name: part * (layers * micro_batches) for name, part in inside.items()}
+    communication["stage"] = stages.communication
+    communication["fsdp"] = _fsdp(
+        work, chip, stages, forward.total, (recomputation + backward).total, head.total
+    )
+    communication["data"] = _data(work, chip, backward.total * stages.beside)
     communication["host"] = _host_memory(work, chip, layer.total)
     return Time(
         matmul=busy.matmul,
         attention=busy.attention,
         memory_bound=busy.memory,
         communication={name: part for name, part in communication.items() if part.bytes},
-        bubble=(work.stage - 1) * per_micro_batch * _idle(work),
+        bubble=per_micro_batch * stages.idle,
         optimizer=_optimizer(work, chip),
         host=busy.launch,
     )
@@ -201,26 +212,6 @@ def product_seconds(rows: float, columns: float, inner: float, precision: Precis
     return max(2 * rows * columns * inner / (_peak(chip, precision) * share), read)
 
 
-def ring_seconds(size: float, members: int, stride: int, chip: Hardware) -> float:
-    """An all-gather whose result has `size` bytes, or a reduce-scatter of so many.
-
-    Args:
-      size: bytes.
-      members: devices that take part.
-      stride: distance between them in the order of devices; those within a domain share fast links.
-      chip: its links.
-    """
-    if members == 1:
-        return 0.0
-    inside = max(1, min(members, chip.domain_size // stride))
-    nodes = math.ceil(members / inside)
-    seconds = size * (members - 1) / members / chip.domain_bandwidth if inside > 1 else 0.0
-    if nodes > 1:
-        seconds = max(seconds, size * (nodes - 1) / nodes / (chip.network_bandwidth * inside))
-    latency = chip.domain_latency * (inside - 1) + chip.network_latency * (nodes - 1)
-    return seconds / chip.efficiency.link + latency
-
-
 def _peak(chip: Hardware, precision: Precision) -> float:
     if precision in chip.peak_flops:
         return chip.peak_flops[precision]
@@ -283,25 +274,6 @@ def _head(work: Workload, chip: Hardware) -> Seconds:
     )
 
 
-def _chunks(work: Workload) -> int:
-    """Parts of the model a stage holds; interleaving needs two at least."""
-    if work.stage > 1 and work.schedule == "interleaved":
-        return max(2, work.virtual_stages)
-    return 1
-
-
-def _idle(work: Workload) -> float:
-    """What each stage before the last adds to the bubble, as a share of a micro-batch's time on one of them.
-
-    Weight gradients that were put off fill some of it (arXiv 2401.10241, section 2.2).
-    """
-    if work.schedule != "zero_bubble":
-        return 1 / _chunks(work)
-    ticks = costs_of(policy(work))
-    whole = ticks.forward + ticks.input_gradient + ticks.weight_gradient
-    return (ticks.forward + ticks.input_gradient - ticks.weight_gradient) / whole
-
-
 def _tensor(work: Workload, chip: Hardware, *, passes: float) -> Communication:
     """One layer, one micro-batch: two all-reduces each pass (arXiv 1909.08053), or as much in halves."""
     size = work.micro_tokens * work.model.embed_dim * _BYTES
@@ -319,63 +291,35 @@ def _context(work: Workload, chip: Hardware, attention: float) -> Communication:
     return _beside(size * (work.context - 1) / work.context, seconds, attention, chip)
 
 
-def _stage(work: Workload, chip: Hardware) -> Communication:
-    """A step's activations from stage to stage and their gradients back."""
-    if work.stage == 1:
-        return Communication(bytes=0.0, seconds=0.0, exposed=0.0)
-    ways = work.tensor if work.sequence_parallel else 1
-    size = work.micro_tokens * work.model.embed_dim * _BYTES / ways
-    inside = 2 * work.tensor * work.context <= chip.domain_size
-    bandwidth = chip.domain_bandwidth if inside else chip.network_bandwidth
-    latency = chip.domain_latency if inside else chip.network_latency
-    one = size / (bandwidth * chip.efficiency.link) + latency
-    times = 2 * _chunks(work) * work.accumulation
-    # 1F1B waits for its neighbours at each turn; interleaved, there is other work meanwhile.
-    overlap = chip.efficiency.overlap if work.schedule == "interleaved" else 0.0
-    exposed = one * times * (1 - overlap) + 2 * (work.stage - 1) * one
-    return Communication(bytes=size * times, seconds=one * times, exposed=exposed)
+def _at_rest(work: Workload) -> float:
+    """Elements of the matrices that are trained, split over `tensor` and the stages."""
+    return elements(work, work.parameters, trained=True) / work.stage
 
 
-def _matrix_elements(work: Workload, *, trained: bool) -> tuple[float, float]:
-    """Elements of the matrices of one layer, and of the embedding and the head, split over tensor.
-
-    Of all of them, or of those that are trained.
-    """
-    parts = work.parameters
-
-    def elements(some: Iterable[Parameter]) -> float:
-        return sum(p.shard(tensor=work.tensor) for p in some if p.is_matrix and (p.trained or not trained))
-
-    layer = elements(parts.layers) / work.model.num_layers
-    return layer, elements((*parts.embedding, *parts.head))
-
-
-def _on_device(work: Workload, *, trained: bool) -> float:
-    """Elements of the matrices of the fullest pipeline stage."""
-    layer, ends = _matrix_elements(work, trained=trained)
-    return layer * work.model.num_layers / work.stage + ends / min(work.stage, 2)
-
-
-def _fsdp(work: Workload, chip: Hardware, forward: float, rest: float, head: float) -> Communication:
+def _fsdp(
+    work: Workload, chip: Hardware, stages: Stages, forward: float, rest: float, head: float
+) -> Communication:
     """A step's gathers of weights and scatters of gradients (arXiv 1910.02054), by ZeRO stage."""
     stride = work.tensor * work.context * work.expert * work.stage
     ways = work.fsdp
     share = (ways - 1) / ways
-    layers, micro_batches = work.model.num_layers / work.stage, work.accumulation
-    reduced = _on_device(work, trained=True) * work.reduce_bytes
+    layers, micro_batches, parts = stages.layers, work.accumulation, work.parameters
+    layer, layer_trained = (
+        elements(work, parts.layers, trained=only) / work.model.num_layers for only in (False, True)
+    )
+    ends, ends_trained = (elements(work, parts.ends, trained=only) for only in (False, True))
+    reduced = (layer_trained * layers + ends_trained * stages.ends) * work.reduce_bytes
     if work.zero == 0:
         size = reduced
         seconds = 2 * ring_seconds(size, ways, stride, chip)
-        return _beside(2 * size * share, seconds, rest * layers, chip)
+        return _beside(2 * size * share, seconds, rest * stages.beside, chip)
     if work.zero < 3:
-        size, scatters = _on_device(work, trained=False), micro_batches if work.zero == 2 else 1
+        size, scatters = layer * layers + ends * stages.ends, micro_batches if work.zero == 2 else 1
         gather = ring_seconds(size * _BYTES, ways, stride, chip)
         scatter = ring_seconds(reduced, ways, stride, chip)
-        one = _beside(size * _BYTES * share, gather, forward * layers, chip)
-        return _sum((one, _times(_beside(reduced * share, scatter, rest * layers, chip), scatters)))
-    layer, ends = _matrix_elements(work, trained=False)
-    layer_trained, ends_trained = _matrix_elements(work, trained=True)
-    parts = []
+        one = _beside(size * _BYTES * share, gather, forward * stages.beside, chip)
+        return _sum((one, _beside(reduced * share, scatter, rest * stages.beside, chip) * scatters))
+    every = []
     once = 1 if work.holds_tables else micro_batches
     for size, trained, bytes_each, before, after, times in (
         (layer, layer_trained, 1 if work.float8_gathers else _BYTES, forward, rest, layers * micro_batches),
@@ -384,16 +328,16 @@ def _fsdp(work: Workload, chip: Hardware, forward: float, rest: float, head: flo
         gather = ring_seconds(size * bytes_each, ways, stride, chip)
         scatter = ring_seconds(trained * work.reduce_bytes, ways, stride, chip)
         both = (size * bytes_each + trained * work.reduce_bytes) * share
-        parts.append(_times(_beside(size * bytes_each * share, gather, before, chip), times))
-        parts.append(_times(_beside(both, gather + scatter, after, chip), times))
-    return _sum(parts)
+        every.append(_beside(size * bytes_each * share, gather, before, chip) * times)
+        every.append(_beside(both, gather + scatter, after, chip) * times)
+    return _sum(every)
 
 
 def _data(work: Workload, chip: Hardware, backward: float) -> Communication:
     """An all-reduce of what each device holds of the gradient, beside the last backward pass."""
     ways = work.data * work.expert
     stride = work.tensor * work.context * work.stage * work.fsdp
-    size = _on_device(work, trained=True) * work.reduce_bytes / (work.fsdp if work.zero else 1)
+    size = _at_rest(work) * work.reduce_bytes / (work.fsdp if work.zero else 1)
     seconds = 2 * ring_seconds(size, ways, stride, chip)
     return _beside(2 * size * (ways - 1) / ways, seconds, backward, chip)
 
@@ -410,7 +354,7 @@ def _host_memory(work: Workload, chip: Hardware, layer: float) -> Communication:
         ways = work.tensor if work.sequence_parallel else 1
         size = 2 * work.micro_tokens * work.model.embed_dim * _BYTES / ways
         one = _beside(size, size / chip.host_bandwidth, layer, chip)
-        parts.append(_times(one, work.model.num_layers / work.stage * work.accumulation))
+        parts.append(one * (work.model.num_layers / work.stage * work.accumulation))
     return _sum(parts)
 
 
@@ -419,8 +363,8 @@ def _optimizer(work: Workload, chip: Hardware) -> float:
 
     The weight is written once more as it is used; of an average the old is read and the new written.
     """
-    weights = _on_device(work, trained=True) / (work.fsdp if work.zero else 1)
-    numbers = optimizer_numbers(work) + work.ema * weights
+    weights = _at_rest(work) / (work.fsdp if work.zero else 1)
+    numbers = optimizer_numbers(dataclasses.replace(work, stage=1)) / work.stage + work.ema * weights
     update = (weights * (3 * 4 + _BYTES) + numbers * 2 * 4) / _bandwidth(chip)
     return update + (_muon(work, chip) if work.optimizer == "muon" else 0.0)
 
@@ -460,10 +404,6 @@ def _beside(volume: float, seconds: float, arithmetic: float, chip: Hardware) ->
     longer = max(0.0, seconds - arithmetic)
     exposed = longer + (seconds - longer) * (1 - chip.efficiency.overlap)
     return Communication(bytes=volume, seconds=seconds, exposed=exposed)
-
-
-def _times(part: Communication, times: float) -> Communication:
-    return Communication(bytes=part.bytes * times, seconds=part.seconds * times, exposed=part.exposed * times)
 
 
 def _sum(parts: Iterable[Communication]) -> Communication:

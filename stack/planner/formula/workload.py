@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from stack.config import AdapterConfig, Config, ConfigError, ModelConfig
 from stack.config.layout import check_divides, resolve
+from stack.config.pipeline import compares_rows
 from stack.hardware.chip import Hardware, Precision
 from stack.kernels.linear_cross_entropy import chunk_columns, chunk_tokens
 from stack.models.cost import Sizes
@@ -76,6 +77,8 @@ class Workload:
     offload_activations: bool = False
     reduce_bytes: int = 4
     """Of one element of a gradient while it is summed: 4 float32, 2 bfloat16."""
+    compares_rows: bool = False
+    """The loss of a row depends on the other rows of a batch."""
 
     @property
     def devices(self) -> int:
@@ -141,18 +144,16 @@ class Workload:
         return rows * chunk_columns(tokens, rows, length)
 
     def as_run(self) -> "Workload":
-        """Itself, a pipeline's ZeRO 2 and 3 as 1.
+        """Itself, another project's pipeline under ZeRO 2 and 3 as under 1.
 
         A pipeline gathers its weights once and adds up the gradients of its micro-batches before it
         scatters them, as torch.distributed.pipelining does under FSDP: both again for each of many small
-        micro-batches would take as long as the arithmetic.
+        micro-batches would take as long as the arithmetic. Stack's has ZeRO 1 and no other.
         """
         return self if self.stage == 1 else dataclasses.replace(self, zero=min(self.zero, 1))
 
     def why_modelled(self) -> str | None:
         """Why the trainer cannot run it, so that it is only modelled; None: it runs."""
-        if self.stage > 1:
-            return f"stage={self.stage} runs where a config asks for it; no search chooses it yet"
         for name in ("context", "expert"):
             if getattr(self, name) > 1:
                 return f"{name}={getattr(self, name)} is not built yet"
@@ -162,6 +163,31 @@ class Workload:
             return "overlapped tensor parallelism is not built yet"
         if self.remat not in get_args(StackRemat):
             return f"remat {self.remat} is another project's; save_qkv_proj is the nearest here"
+        return self.why_no_pipeline()
+
+    def why_no_pipeline(self) -> str | None:
+        """Why its stages cannot be, as `stack.config.pipeline` has it; None: they can, or it has one."""
+        stages, parts, layers = self.stage, self.virtual_stages, self.model.num_layers
+        if stages == 1:
+            return None
+        absent = {
+            "adapter": self.adapter is not None,
+            "optimizer.frozen": bool(self.frozen),
+            "float8": self.precision == "float8",
+            "offload_activations": self.offload_activations,
+            "a loss that compares rows": self.compares_rows,
+        }
+        for name, is_set in absent.items():
+            if is_set:
+                return f"{name} has no pipeline yet"
+        if self.zero != 1:
+            return f"zero {self.zero} has no pipeline, which adds up gradients before it scatters them"
+        if stages > layers:
+            return f"stage={stages}: there are {layers} layers, and each stage needs one"
+        if parts > 1 and layers % (stages * parts):
+            return f"stage={stages} of {parts} parts each do not divide {layers} layers"
+        if self.schedule == "interleaved" and self.accumulation % stages:
+            return f"interleaved, groups of {stages} micro-batches do not divide {self.accumulation}"
         return None
 
 
@@ -224,6 +250,7 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         offload_optimizer=train.offload_optimizer,
         offload_activations=train.offload_activations,
         reduce_bytes=4 if train.grad_reduce_dtype == "float32" else 2,
+        compares_rows=compares_rows(config),
     )
 
 

@@ -2,8 +2,10 @@
 
 Layouts that only repeat another are left out: `zero: 0` with `fsdp` above 1 is plain data parallelism
 over both axes; stages 1 and 2 without `fsdp` split nothing; stage 2 is stage 1 where there is one
-micro-batch; the GPipe schedule has the bubble of 1F1B
-and more activations; a model without experts has nothing for `expert` to split.
+micro-batch; a model without experts has nothing for `expert` to split. Of pipelines those are left out that
+another is no slower and no larger than: GPipe has the bubble of 1F1B and holds more, interleaved in one part
+is 1F1B; replicas split weights over `fsdp` as far as it goes, and `data` takes the rest; and fewer
+micro-batches than stages are taken where there are not as many rows.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ from typing import Any, Literal
 
 from stack.config.model import ModelConfig
 from stack.planner.formula.shapes import parameters
-from stack.planner.formula.workload import Remat, Workload
+from stack.planner.formula.workload import Remat, Schedule, Workload
 
 REMATS: tuple[Remat, ...] = ("full", "save_qkv_proj", "dots", "none")
 """From the least memory to the least arithmetic."""
@@ -57,7 +59,7 @@ class Space:
     zero: Sequence[int] = (0, 1, 2, 3)
     sequence_parallel: Sequence[bool] = (False, True)
     overlapped_tensor_parallel: Sequence[bool] = (False,)
-    virtual_stages: bool = True
+    schedules: Sequence[Schedule] = ("1f1b", "interleaved", "zero_bubble")
     accumulation: int | None = None
     """Micro-batches per step; None: any number that divides."""
     remat: Sequence[Remat] = REMATS
@@ -77,6 +79,7 @@ def meshes(start: Workload, devices: int, space: Space, rejections: Rejections) 
     def split(sizes: dict[str, int], remainder: int, axes: list[str]) -> Iterator[Workload]:
         if not axes:
             fields: dict[str, Any] = _ONE | sizes | {"data": remainder, "micro_batch": 1}
+            fields |= {"zero": 1} if sizes.get("stage", 1) > 1 else {}
             work = dataclasses.replace(start, **fields)
             if why := _batch_obstacle(work, space.accumulation):
                 rejections.add(*why, unit="meshes")
@@ -84,8 +87,14 @@ def meshes(start: Workload, devices: int, space: Space, rejections: Rejections) 
                 yield work
             return
         axis, *rest = axes
-        for size in divisors(remainder):
-            if why := _obstacle(start, axis, size, sizes):
+        possible = divisors(remainder)
+        for size in possible:
+            why = _obstacle(start, axis, size, sizes)
+            is_pipelined = axis == "fsdp" and sizes.get("stage", 1) > 1
+            larger = (other for other in possible if is_pipelined and other > size)
+            if not why and any(not _obstacle(start, axis, other, sizes) for other in larger):
+                why = "a pipeline splits over fsdp what it can", f"fsdp={size} of {remainder} replicas"
+            if why:
                 rejections.add(*why, unit="meshes", count=_factorizations(remainder // size, len(rest) + 1))
             else:
                 yield from split(sizes | {axis: size}, remainder // size, rest)
@@ -96,21 +105,22 @@ def meshes(start: Workload, devices: int, space: Space, rejections: Rejections) 
 def variants(mesh: Workload, space: Space) -> Iterator[list[Workload]]:
     """All that can be done on one mesh, in lists that differ in the micro-batch alone, smallest first."""
     rows = mesh.batch // mesh.replicas
-    micro_batches = divisors(rows) if space.accumulation is None else [rows // space.accumulation]
+    micro_batches = [rows // space.accumulation] if space.accumulation else divisors(rows)
+    if not space.accumulation:
+        micro_batches = [size for size in micro_batches if rows // size >= min(mesh.stage, rows)]
     split = mesh.tensor > 1
     parallel = split and mesh.length // mesh.context % mesh.tensor == 0
-    layers = mesh.model.num_layers // mesh.stage
     choices = {
-        "zero": _stages(mesh.fsdp, space.zero),
+        "zero": _stages(mesh.fsdp, space.zero) if mesh.stage == 1 else (1,),
         "tables_once": (False, True) if mesh.fsdp > 1 and mesh.stage == 1 else (False,),
         "sequence_parallel": space.sequence_parallel if parallel else (False,),
         "overlapped_tensor_parallel": space.overlapped_tensor_parallel if split else (False,),
-        "virtual_stages": divisors(layers) if space.virtual_stages and mesh.stage > 1 else (1,),
+        "schedule": list(_schedules(mesh, space)),
         "remat": [remat for remat in space.remat if remat in _WITH_OFFLOAD or not mesh.offload_activations],
     }
     for values in itertools.product(*choices.values()):
         choice: dict[str, Any] = dict(zip(choices, values, strict=True))
-        choice["schedule"] = "interleaved" if choice["virtual_stages"] > 1 else "1f1b"
+        choice["schedule"], choice["virtual_stages"] = choice["schedule"]
         works = [dataclasses.replace(mesh, **choice, micro_batch=size) for size in micro_batches]
         yield [work for work in works if not _repeats(work, space)]
 
@@ -154,8 +164,9 @@ def _obstacle(start: Workload, axis: str, size: int, sizes: dict[str, int]) -> t
         for name, whole in _split_by_tensor(model).items():
             if whole % size:
                 return f"tensor does not divide the {name}", f"tensor={size} does not divide {whole} {name}"
-    elif axis == "stage" and model.num_layers % size:
-        return "stage does not divide the layers", f"stage={size} does not divide {model.num_layers} layers"
+    elif axis == "stage":
+        if why := dataclasses.replace(start, stage=size, zero=1).why_no_pipeline():
+            return "no pipeline of so many stages", why
     elif axis == "context":
         tokens = start.length / size
         if start.length % (size * sizes.get("tensor", 1)) or tokens < SHORTEST_CONTEXT:
@@ -177,6 +188,27 @@ def divides_by_tensor(model: ModelConfig, tensor: int) -> bool:
     return not any(whole % tensor for whole in _split_by_tensor(model).values())
 
 
+def nothing_divides(start: Workload, devices: int, accumulation: int = 1) -> str:
+    """Why there is no layout at all, with the nearest numbers of devices and rows that have one."""
+    tensors = [tensor for tensor in divisors(start.model.num_heads) if divides_by_tensor(start.model, tensor)]
+    replicas = divisors(start.batch // accumulation)
+    stages = [
+        stage
+        for stage in range(1, start.model.num_layers + 1)
+        if not dataclasses.replace(start, stage=stage, zero=1).why_no_pipeline()
+    ]
+    possible = sorted(set(map(math.prod, itertools.product(tensors, stages, replicas))))
+    fewer = max((number for number in possible if number < devices), default=None)
+    more = min((number for number in possible if number > devices), default=None)
+    near = " or ".join(f"{number:,}" for number in (fewer, more) if number)
+    rows = accumulation * min(devices // tensor for tensor in tensors if devices % tensor == 0)
+    pieces = f" and {accumulation} micro-batches" if accumulation > 1 else ""
+    return (
+        f"no layout splits train.batch_size={start.batch} over {devices:,} devices{pieces}; "
+        f"use {near} devices, or a train.batch_size that is a multiple of {rows:,}"
+    )
+
+
 def _split_by_tensor(model: ModelConfig) -> dict[str, int]:
     return {
         "heads": model.num_heads,
@@ -196,11 +228,22 @@ def _batch_obstacle(work: Workload, accumulation: int | None) -> tuple[str, str]
 
 def _repeats(work: Workload, space: Space) -> bool:
     """Whether a layout is another one by a different name, or its schedule cannot be."""
-    # Interleaving hands micro-batches on in groups of as many as there are stages.
-    broken = work.virtual_stages > 1 and work.accumulation % work.stage
+    broken = work.why_no_pipeline() is not None
     # Stage 2 is stage 1 where there is one micro-batch.
     unread = work.tables_once and not work.holds_tables
-    return bool(broken) or unread or (work.zero == 2 and work.accumulation == 1 and 1 in space.zero)
+    return broken or unread or (work.zero == 2 and work.accumulation == 1 and 1 in space.zero)
+
+
+def _schedules(mesh: Workload, space: Space) -> Iterator[tuple[Schedule, int]]:
+    """Schedules of a mesh, each with the parts of the model on a stage."""
+    if mesh.stage == 1:
+        yield "1f1b", 1
+        return
+    for schedule in space.schedules:
+        if schedule != "interleaved":
+            yield schedule, 1
+        elif mesh.model.num_layers % mesh.stage == 0:
+            yield from (("interleaved", parts) for parts in divisors(mesh.model.num_layers // mesh.stage)[1:])
 
 
 def _stages(fsdp: int, choices: Sequence[int]) -> list[int]:

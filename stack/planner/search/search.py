@@ -1,7 +1,7 @@
 """The fastest layouts of a model over some devices, among those whose memory fits.
 
-Every layout that the trainer can run is planned. Of those it cannot run yet (pipelines, split
-sequences, float8) each mesh is first judged by its likeliest layouts, and only the best meshes are
+Every layout that the trainer can run is planned. Of those it cannot run yet (split sequences, overlapped
+collectives, float8) each mesh is first judged by its likeliest layouts, and only the best meshes are
 planned in full: they are shown beside, never taken.
 """
 
@@ -33,13 +33,12 @@ from stack.planner.search.layouts import (
     Rejections,
     Space,
     describe,
-    divides_by_tensor,
-    divisors,
     meshes,
+    nothing_divides,
     variants,
 )
 
-RUNNABLE = Space(axes=("tensor", "fsdp"))
+RUNNABLE = Space(axes=("tensor", "stage", "fsdp"))
 """All that the trainer runs."""
 
 _FULLY_MODELLED = 8
@@ -104,7 +103,7 @@ def search(config: Config, *, hardware: Hardware, devices: int, top: int = 8) ->
     every = list(meshes(start, devices, Space(), run.rejections))
     fitting = run.plan((mesh for mesh in every if not mesh.why_modelled()), RUNNABLE)
     if not every:
-        raise ConfigError(_nothing_divides(start, devices))
+        raise ConfigError(nothing_divides(start, devices))
     best = _acceptable(config, fitting, top, run.rejections)
     own, obstacle = _own(config, hardware, devices)
     return Search(
@@ -134,7 +133,7 @@ def rank(start: Workload, *, hardware: Hardware, devices: int, space: Space) -> 
     """
     every = list(meshes(start, devices, space, Rejections()))
     if not every:
-        raise ConfigError(_nothing_divides(start, devices, space.accumulation or 1))
+        raise ConfigError(nothing_divides(start, devices, space.accumulation or 1))
     return fastest_first((works for mesh in every for works in variants(mesh, space)), hardware)
 
 
@@ -176,6 +175,7 @@ def apply_layout(config: Config, work: Workload) -> Config:
     changes |= {f"mesh.{axis}": getattr(work, axis) for axis in AXES}
     changes |= {"mesh.zero": work.zero, "mesh.sequence_parallel": work.sequence_parallel}
     changes |= {"mesh.tables_once": work.tables_once}
+    changes |= {"mesh.schedule": work.schedule, "mesh.virtual_stages": work.virtual_stages}
     changes |= {"train.accumulation": work.accumulation, "train.remat": work.remat}
     if work.remat != "none":  # Layers that are computed again are not unrolled.
         changes["model.scan_unroll"] = 1
@@ -288,7 +288,7 @@ def _find_modelled(
         zero=(0, 1, 3),
         sequence_parallel=(True,),
         overlapped_tensor_parallel=(True,),
-        virtual_stages=False,
+        schedules=("1f1b",),
         remat=("full", "none"),
     )
     quiet = _Run(hardware=run.hardware)
@@ -296,7 +296,7 @@ def _find_modelled(
         (min(candidates, key=_order), mesh) for mesh in every if (candidates := quiet.plan([mesh], likely))
     ]
     probes.sort(key=lambda pair: pair[0].order)
-    space = dataclasses.replace(likely, zero=(0, 1, 2, 3), virtual_stages=True, remat=REMATS)
+    space = dataclasses.replace(likely, zero=(0, 1, 2, 3), schedules=Space.schedules, remat=REMATS)
     candidates = quiet.plan([mesh for _, mesh in probes[:_FULLY_MODELLED]], space)
     candidates = _distinct(candidate for candidate in candidates if candidate.work.why_modelled())
     if not best:
@@ -314,22 +314,6 @@ def _find_modelled(
         if kind and kind[0].time.total < faster[-1].time.total:
             faster.append(kind[0])
     return tuple(faster[1:])
-
-
-def _nothing_divides(start: Workload, devices: int, accumulation: int = 1) -> str:
-    """Why there is no layout at all, with the nearest numbers of devices and rows that have one."""
-    tensors = [tensor for tensor in divisors(start.model.num_heads) if divides_by_tensor(start.model, tensor)]
-    replicas = divisors(start.batch // accumulation)
-    possible = sorted({tensor * replica for tensor in tensors for replica in replicas})
-    fewer = max((number for number in possible if number < devices), default=None)
-    more = min((number for number in possible if number > devices), default=None)
-    near = " or ".join(f"{number:,}" for number in (fewer, more) if number)
-    rows = accumulation * min(devices // tensor for tensor in tensors if devices % tensor == 0)
-    pieces = f" and {accumulation} micro-batches" if accumulation > 1 else ""
-    return (
-        f"no layout splits train.batch_size={start.batch} over {devices:,} devices{pieces}; "
-        f"use {near} devices, or a train.batch_size that is a multiple of {rows:,}"
-    )
 
 
 def binds(time: Time) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stack.parallel.pipeline.pipeline import Pipeline
-from stack.parallel.pipeline.places import KINDS, Rows, divide, place
+from stack.parallel.pipeline.places import KINDS, Rows, divide, place, slots_of
 from stack.parallel.pipeline.schedules import SCHEDULES, Action, Shape
 from stack.parallel.pipeline.table import Costs, Entry, ScheduleError, Table, check, lay_out
 
@@ -103,7 +103,9 @@ def test_slots_hand_everything_to_who_needs_it(found, most, random):
     table = found[1]
     stages, micros, chunks = table.shape
     layers = np.array([[random.randint(1, most) for _ in range(stages)] for _ in range(chunks)])
-    rows, slots = place(table, layers)
+    rows, slots = place(table, layers), slots_of(table)
+    assert all(getattr(rows, name).min() >= 0 for name in slots._fields)
+    assert all(getattr(rows, name).max() <= getattr(slots, name) for name in slots._fields)
     inputs, gradients, live, late = ([{} for _ in range(stages)] for _ in range(4))
     onward, back, flow = ([None] * stages for _ in range(3))
     done = Counter()

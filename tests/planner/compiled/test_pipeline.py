@@ -5,7 +5,6 @@ import pytest
 from stack.config import Config, DataConfig, DecoderConfig, KernelsConfig, MeshConfig, TrainConfig
 from stack.planner.compiled.report import compile_plan
 from stack.planner.formula.memory import memory
-from stack.planner.formula.time import step_time
 from stack.planner.formula.workload import from_config
 
 EMBED, LENGTH = 1024, 2048
@@ -45,6 +44,8 @@ def config(mesh: dict, remat: str, micro_batches: int = 8) -> Config:
         pytest.param({"stage": 4, "fsdp": 2}, "full", id="1f1b"),
         pytest.param({"stage": 4, "tensor": 2, "schedule": "zero_bubble"}, "none", id="zero_bubble"),
         pytest.param({"stage": 2, "schedule": "interleaved", "virtual_stages": 2}, "dots", id="interleaved"),
+        # Of sizes that 3 does not divide: what is worst is the update, of whole gradients.
+        pytest.param({"stage": 3}, "full", id="uneven"),
     ],
 )
 def test_the_formula_is_within_5_percent_of_the_compiler(mesh, remat):
@@ -53,17 +54,6 @@ def test_the_formula_is_within_5_percent_of_the_compiler(mesh, remat):
     planned = memory(from_config(whole, number))
     compiled = compile_plan(whole, hardware="h200", devices=number, schedule=False)
     assert planned.total - planned.reserve == pytest.approx(compiled.memory.total, rel=0.05)
-
-
-def test_the_bubble_of_a_plan_is_that_of_its_table():
-    from stack.hardware.chip import load
-    from stack.planner.formula.pipeline import plan_of
-
-    for schedule, remat in (("1f1b", "full"), ("zero_bubble", "none"), ("zero_bubble", "full")):
-        work = from_config(config({"stage": 4, "schedule": schedule}, remat), 4)
-        table, time = plan_of(work).table, step_time(work, load("h200"))
-        busy = time.matmul + time.attention + time.memory_bound
-        assert table.bubble == pytest.approx(time.bubble / (time.bubble + busy), rel=0.1)
 
 
 def test_what_the_optimizer_and_an_average_hold_is_counted():

@@ -17,7 +17,8 @@ from stack.config import Config, DecoderConfig
 from stack.parallel import mesh as meshes
 from stack.parallel.mesh import without_cache
 from stack.planner.compiled.compile import compile_step, devices
-from stack.planner.formula.memory import layers_in_flight, memory
+from stack.planner.formula.memory import memory
+from stack.planner.formula.projects import layers_in_flight
 from stack.planner.formula.residuals import trace_residuals
 from stack.planner.formula.shapes import num_parameters, parameters
 from stack.planner.formula.workload import Workload, from_config

@@ -1,6 +1,7 @@
 """`mesh: auto` and `remat: auto`: the planner chooses what is left to it, and nothing else."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +17,7 @@ from stack.planner.formula.time import step_time
 from stack.planner.formula.workload import from_config
 from stack.planner.search import auto
 from stack.planner.search.layouts import REMATS
+from stack.planner.search.search import RUNNABLE, rank, release_layout
 from stack.train.trainer import Trainer
 
 FIELDS: dict[str, Any] = {
@@ -75,6 +77,44 @@ def test_remat_auto_takes_the_fastest_that_fits_and_leaves_the_mesh(tmp_path):
     assert resolved.train.remat == min(fitting, key=lambda remat: step_time(works[remat], chip).total)
     assert resolved.train.remat != "none"
     assert resolved.mesh == start.mesh
+
+
+STAGED = (
+    *("mesh=auto", "model.num_heads=1", "model.num_layers=8", "model.embed_dim=128", "train.remat=full"),
+    *("train.batch_size=16", "train.accumulation=8", "data.sequence_length=16", "eval.batch_size=8"),
+)
+"""One head, so that no tensor parallelism divides it."""
+
+
+def test_a_pipeline_is_chosen_and_run_where_nothing_else_fits(tmp_path):
+    chip, start = chips.load("cpu"), config(tmp_path, *STAGED)
+    space = dataclasses.replace(RUNNABLE, accumulation=8, remat=("full",))
+    every = rank(release_layout(start, chip), hardware=chip, devices=2, space=space)
+    needs = {
+        is_staged: min(
+            1.05 * one.memory.program + one.memory.reserve
+            for one in every
+            if (one.work.stage > 1) == is_staged
+        )
+        for is_staged in (False, True)
+    }
+    assert needs[True] < needs[False]
+    file = chip_file(tmp_path, memory_bytes=f"{(needs[True] + needs[False]) / 2:.1f}")
+    trainer = Trainer(start.replace(f"target={{hardware: {file}}}"), devices=jax.devices()[:2])
+    assert (trainer.config.mesh.stage, trainer.config.mesh.zero) == (2, 1)
+    assert trainer.config.train.accumulation == 8
+    trainer.fit()
+    history = (trainer.folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(history[-1])["step"] == 2
+
+
+def test_a_pipeline_is_chosen_where_it_is_predicted_the_fastest(tmp_path):
+    """Slow links carry activations sooner than weights, if there are micro-batches to fill the stages."""
+    file = chip_file(tmp_path, domain_bandwidth="1e7")
+    start = config(tmp_path, *STAGED, f"target={{hardware: {file}}}")
+    assert auto.resolve(start, jax.devices()[:2]).mesh.stage == 2
+    one = start.replace("train.accumulation=1", "model.embed_dim=8", "data.sequence_length=64")
+    assert auto.resolve(one, jax.devices()[:2]).mesh.stage == 1
 
 
 def test_what_cannot_fit_is_refused_and_not_claimed(tmp_path):

@@ -135,7 +135,7 @@ def test_without_matplotlib_a_page_is_written(curves, tmp_path, monkeypatch):
 
 
 def test_there_is_no_plot_of_nothing(tmp_path):
-    curves = scaling.scaling(gpt2(), hardware=chips.load("h100"), devices=[7])
+    curves = scaling.scaling(gpt2(), hardware=chips.load("h100"), devices=[97])
     with pytest.raises(StackError, match="nothing to plot"):
         scaling.plot(
             scaling.Scaling(config=curves.config, hardware=curves.hardware, strong=curves.strong, weak=()),

@@ -11,6 +11,7 @@ import pytest
 
 from stack.config import AXES, Config, ConfigError, StackError, load
 from stack.config.layout import check_divides
+from stack.config.pipeline import check_pipeline
 from stack.hardware import chip as chips
 from stack.planner.formula.memory import memory
 from stack.planner.formula.time import step_time
@@ -65,7 +66,8 @@ def test_the_reasons_name_a_case():
     rejections = Rejections()
     list(meshes(release_layout(SMALL, CPU), 2 * 3 * 5 * 16, Space(), rejections))
     assert rejections["tensor does not divide the kv heads"].example == "tensor=3 does not divide 2 kv heads"
-    assert rejections["stage does not divide the layers"].example == "stage=3 does not divide 4 layers"
+    example = "stage=5: there are 4 layers, and each stage needs one"
+    assert rejections["no pipeline of so many stages"].example == example
     assert rejections["fsdp leaves a matrix whole"].example.startswith("fsdp=5 splits no axis of ")
     assert "rows over" in rejections["the batch does not divide over the replicas"].example
 
@@ -79,27 +81,86 @@ def test_every_runnable_layout_is_one_that_the_trainer_takes():
         for work in works
     ]
     assert len(works) > 100
-    for work in works[:: len(works) // 40]:
+    staged = [work for work in works if work.stage > 1]
+    assert {(work.schedule, work.virtual_stages) for work in staged} == {
+        ("1f1b", 1),
+        ("zero_bubble", 1),
+        ("interleaved", 2),
+    }
+    for work in (*works[:: len(works) // 40], *staged[:: len(staged) // 40]):
+        assert work.why_modelled() is None
         config = search.apply_layout(SMALL, work)
         assert from_config(config, 8, CPU) == work
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("init_from=some/run adapter={targets:[{modules:[layers.*]}]}", "adapter has no pipeline yet"),
+        ("optimizer.frozen=[embed.*]", "optimizer.frozen has no pipeline yet"),
+        ("train.offload_activations=true", "offload_activations has no pipeline yet"),
+    ],
+)
+def test_what_has_no_pipeline_is_searched_without_one(override, why):
+    config = SMALL.replace(*override.split(maxsplit=1))
+    rejections = Rejections()
+    every = list(meshes(release_layout(config, CPU), 8, RUNNABLE, rejections))
+    assert every
+    assert all(mesh.stage == 1 for mesh in every)
+    assert rejections["no pipeline of so many stages"].example == why
+    with pytest.raises(ConfigError, match="has no pipeline yet"):
+        check_pipeline(config.replace("mesh={stage: 2, zero: 1}"), 2)
+
+
+def test_the_rules_of_a_pipeline_are_the_configs():
+    """Of sizes: what the planner refuses the config refuses, and nothing else."""
+    start = dataclasses.replace(release_layout(SMALL, CPU), zero=1)
+    refused = 0
+    for stage, parts, accumulation in itertools.product((2, 3, 4, 5), (1, 2, 3), (1, 2, 3, 4)):
+        schedule = "interleaved" if parts > 1 or stage == 3 else "zero_bubble"
+        work = dataclasses.replace(
+            start, stage=stage, virtual_stages=parts, schedule=schedule, micro_batch=24 // accumulation
+        )
+        config = SMALL.replace(
+            f"mesh={{stage: {stage}, zero: 1, schedule: {schedule}, virtual_stages: {parts}}}",
+            f"train.accumulation={accumulation}",
+        )
+        if work.why_no_pipeline() is None:
+            check_pipeline(config, stage)
+        else:
+            refused += 1
+            with pytest.raises(ConfigError):
+                check_pipeline(config, stage)
+    assert 0 < refused < 48
 
 
 @pytest.mark.full
 def test_the_best_is_the_best_of_all_that_the_trainer_takes():
     result = search.search(SMALL, hardware=CPU, devices=8)
     seconds = []
-    for data, fsdp, tensor in itertools.product((1, 2, 4, 8), repeat=3):
-        if data * fsdp * tensor != 8:
+    for data, fsdp, tensor, stage in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2), (1, 2, 4)):
+        if data * fsdp * tensor * stage != 8:
             continue
         pieces = [n for n in range(1, 25) if 24 % n == 0]
-        for zero, accumulation, remat, parallel in itertools.product(
-            (0, 1, 2, 3), pieces, ("none", "full", "dots", "save_qkv_proj"), (False, True)
+        schedules = [("1f1b", 1)]
+        if stage > 1:
+            schedules += [("gpipe", 1), ("zero_bubble", 1), ("interleaved", 1), ("interleaved", 4 // stage)]
+        for zero, accumulation, remat, parallel, (schedule, parts) in itertools.product(
+            (0, 1, 2, 3) if stage == 1 else (1,),
+            pieces,
+            ("none", "full", "dots", "save_qkv_proj"),
+            (False, True),
+            schedules,
         ):
-            changes = [f"mesh={{data: {data}, fsdp: {fsdp}, tensor: {tensor}, zero: {zero}}}"]
+            if schedule == "interleaved" and accumulation % stage:
+                continue
+            changes = [f"mesh={{data: {data}, fsdp: {fsdp}, tensor: {tensor}, zero: {zero}, stage: {stage}}}"]
+            if stage > 1:
+                changes += [f"mesh.schedule={schedule}", f"mesh.virtual_stages={parts}"]
             if parallel:
                 changes.append("mesh.sequence_parallel=true")
             changes += [f"train.accumulation={accumulation}", f"train.remat={remat}", "eval.batch_size=null"]
-            if (parallel and tensor == 1) or 24 % (data * fsdp * accumulation) or tensor > 2:
+            if (parallel and tensor == 1) or 24 % (data * fsdp * accumulation):
                 continue
             work = from_config(SMALL.replace(*changes), 8, CPU)
             assert memory(work).total < CPU.memory_bytes
@@ -182,10 +243,10 @@ def test_devices_that_nothing_divides_get_the_nearest_that_work():
     with pytest.raises(ConfigError) as error:
         search.search(SMALL, hardware=CPU, devices=40)
     assert str(error.value) == (
-        "no layout splits train.batch_size=24 over 40 devices; use 24 or 48 devices, or a train.batch_size "
+        "no layout splits train.batch_size=24 over 40 devices; use 36 or 48 devices, or a train.batch_size "
         "that is a multiple of 20"
     )
-    for devices, rows in ((24, 24), (48, 24), (40, 20)):
+    for devices, rows in ((36, 24), (48, 24), (40, 20)):
         config = SMALL.replace(f"train.batch_size={rows}", "eval.batch_size=null")
         assert search.search(config, hardware=CPU, devices=devices).best
 
@@ -222,6 +283,20 @@ def test_the_written_config_loads_and_its_step_runs(tmp_path, on_base):
     assert f"{planned.time.total:.4g} s a step" in text
     if on_base:
         run_one_step(loaded)
+
+
+def test_a_pipeline_that_is_written_loads_and_its_step_runs(tmp_path):
+    slow = dataclasses.replace(CPU, domain_bandwidth=1e7)
+    sizes = ("model.num_heads=1", "model.num_kv_heads=1", "model.embed_dim=96", "data.sequence_length=8")
+    result = search.search(SMALL.replace(*sizes), hardware=slow, devices=8)
+    assert result.best[0].work.stage > 1
+    loaded = search.write(result, tmp_path / "chosen.yaml")
+    assert load(tmp_path / "chosen.yaml") == loaded
+    assert loaded.mesh.zero == 1
+    work = result.best[0].work
+    mesh = (loaded.mesh.stage, loaded.mesh.schedule, loaded.mesh.virtual_stages, loaded.train.accumulation)
+    assert mesh == (work.stage, work.schedule, work.virtual_stages, work.accumulation)
+    run_one_step(loaded)
 
 
 def run_one_step(config: Config) -> None:
