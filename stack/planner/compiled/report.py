@@ -1,6 +1,7 @@
 """What the compiler says of the training step on GPUs that are not here: `stack plan --compile`."""
 
 import dataclasses
+import math
 import re
 import tempfile
 import time
@@ -21,6 +22,7 @@ from stack.planner.compiled import compile as compiling
 from stack.planner.compiled.collectives import Collective, collectives, kernels, runs
 from stack.planner.compiled.findings import Finding, findings, gib, involuntary, over
 from stack.step import program as programs
+from stack.step import state as states
 from stack.step.options import compiler_options, compiler_settings
 
 
@@ -29,7 +31,7 @@ class CompiledMemory:
     """Bytes of the compiled step on each device."""
 
     arguments: int
-    """State and batch."""
+    """State and batch; of instances that train apart, the average that is kept beside them too."""
     outputs: int
     """Next state and metrics."""
     aliased: int
@@ -171,7 +173,7 @@ def compile_plan(
     text = compiled.as_text() or ""
     mesh = dict(program.mesh.shape)
     operations = tuple(collectives(text, dict(program.instance.mesh.shape)))
-    memory = _memory(compiled, chip.memory_bytes)
+    memory = _memory(compiled, chip.memory_bytes, beside=_beside_instances(program))
     return Compiled(
         hardware=chip.name,
         target=target,
@@ -250,10 +252,21 @@ _SCHEDULED = re.compile(r"^computation_schedules \{\n  computation_id: (\d+)\n(.
 _STATISTIC = re.compile(r"(\w+): ([-+.e\d]+)")
 
 
-def _memory(compiled: jax.stages.Compiled, device: float) -> CompiledMemory:
+def _beside_instances(program: programs.Program) -> int:
+    """Bytes on each device of what their steps do not touch: the last average, and its momentum."""
+    if program.instances is None:
+        return 0
+    held = {name: part for name, part in states.abstract(program).items() if name != "instances"}
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(held)
+    )
+
+
+def _memory(compiled: jax.stages.Compiled, device: float, *, beside: int) -> CompiledMemory:
     plan: Any = compiled.memory_analysis()
     return CompiledMemory(
-        arguments=plan.argument_size_in_bytes,
+        arguments=plan.argument_size_in_bytes + beside,
         outputs=plan.output_size_in_bytes,
         aliased=plan.alias_size_in_bytes,
         temporaries=plan.temp_size_in_bytes,

@@ -54,8 +54,27 @@ def memory(workload: Workload) -> Memory:
     if workload.stage > 1:
         from stack.planner.formula.pipeline import pipeline_memory  # It is made of what is here.
 
-        return pipeline_memory(workload)
-    return _of_one_stage(workload)
+        return _with_averages(workload, pipeline_memory(workload))
+    return _with_averages(workload, _of_one_stage(workload))
+
+
+def _with_averages(w: Workload, one: Memory) -> Memory:
+    """With the last average and its momentum, and the state of those that take turns with an instance."""
+    if not w.apart:
+        return one
+    shard = 4 * elements_at_rest(w)
+    others = w.instances // w.slices - 1
+    return dataclasses.replace(
+        one,
+        parameters=one.parameters + (1 + others) * shard,
+        optimizer=one.optimizer + w.outer_momentum * shard + others * 4 * optimizer_numbers(w),
+    )
+
+
+def elements_at_rest(w: Workload) -> float:
+    """Numbers of the parameters on one device, as they lie between steps."""
+    fsdp = w.fsdp if w.zero else 1
+    return sum(p.shard(fsdp=fsdp, stage=w.stage, tensor=w.tensor) for p in w.parameters)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

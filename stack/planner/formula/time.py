@@ -21,7 +21,7 @@ from stack.models.cost import Axis, Layers, Product
 from stack.models.flops import keys_per_token
 from stack.parallel.rules import TABLE
 from stack.planner.formula.links import ring_seconds
-from stack.planner.formula.memory import optimizer_numbers
+from stack.planner.formula.memory import elements_at_rest, optimizer_numbers
 from stack.planner.formula.projects import alternate_products
 from stack.planner.formula.result import Communication, Time
 from stack.planner.formula.stages import Stages, elements, own_stages, published_stages
@@ -109,6 +109,7 @@ def _step(work: Workload, chip: Hardware, stages: Stages) -> Time:
         work, chip, stages, forward.total, (recomputation + backward).total, head.total
     )
     communication["data"] = _data(work, chip, backward.total * stages.beside)
+    communication["average"] = _average(work, chip)
     communication["host"] = _host_memory(work, chip, layer.total)
     return Time(
         matmul=busy.matmul,
@@ -116,7 +117,7 @@ def _step(work: Workload, chip: Hardware, stages: Stages) -> Time:
         memory_bound=busy.memory,
         communication={name: part for name, part in communication.items() if part.bytes},
         bubble=per_micro_batch * stages.idle,
-        optimizer=_optimizer(work, chip),
+        optimizer=_optimizer(work, chip) * (work.instances // work.slices),
         host=busy.launch,
     )
 
@@ -335,11 +336,20 @@ def _fsdp(
 
 def _data(work: Workload, chip: Hardware, backward: float) -> Communication:
     """An all-reduce of what each device holds of the gradient, beside the last backward pass."""
-    ways = work.data * work.expert
+    ways = work.data // work.slices * work.expert
     stride = work.tensor * work.context * work.stage * work.fsdp
     size = _at_rest(work) * work.reduce_bytes / (work.fsdp if work.zero else 1)
     seconds = 2 * ring_seconds(size, ways, stride, chip)
     return _beside(2 * size * (ways - 1) / ways, seconds, backward, chip)
+
+
+def _average(work: Workload, chip: Hardware) -> Communication:
+    """A step's share of the all-reduce of parameters in float32 that ends a period; nothing is beside it."""
+    stride = work.tensor * work.context * work.stage * work.fsdp * work.expert * (work.data // work.slices)
+    size = 4 * elements_at_rest(work)
+    seconds = 2 * ring_seconds(size, work.slices, stride, chip) / work.average_every
+    volume = 2 * size * (work.slices - 1) / work.slices / work.average_every
+    return Communication(bytes=volume, seconds=seconds, exposed=seconds)
 
 
 def _host_memory(work: Workload, chip: Hardware, layer: float) -> Communication:

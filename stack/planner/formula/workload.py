@@ -5,6 +5,7 @@ import math
 from typing import Literal, get_args
 
 from stack.config import AdapterConfig, Config, ConfigError, ModelConfig
+from stack.config.instances import num_here
 from stack.config.layout import check_divides, resolve
 from stack.config.pipeline import compares_rows
 from stack.hardware.chip import Hardware, Precision
@@ -75,6 +76,14 @@ class Workload:
     """A moving average of the weights is kept."""
     offload_optimizer: bool = False
     offload_activations: bool = False
+    instances: int = 1
+    """That train apart, each on its part of the batch; so many or more lie over `data`."""
+    average_every: int = 1
+    """Steps from one average of them to the next."""
+    outer_momentum: bool = False
+    """Whether an average is a step with momentum."""
+    apart: bool = False
+    """Whether they are this run's at all, or one of them is, and meets others outside of it."""
     reduce_bytes: int = 4
     """Of one element of a gradient while it is summed: 4 float32, 2 bfloat16."""
     compares_rows: bool = False
@@ -89,6 +98,11 @@ class Workload:
     def replicas(self) -> int:
         """Places that see different rows."""
         return self.data * self.fsdp * self.expert
+
+    @property
+    def slices(self) -> int:
+        """Parts of `data` that are programs of their own, each with as many instances."""
+        return min(self.instances, self.data)
 
     @property
     def accumulation(self) -> int:
@@ -163,6 +177,8 @@ class Workload:
             return "overlapped tensor parallelism is not built yet"
         if self.remat not in get_args(StackRemat):
             return f"remat {self.remat} is another project's; save_qkv_proj is the nearest here"
+        if self.instances > 1 and self.data % self.instances and self.instances % self.data:
+            return f"data={self.data} and {self.instances} instances: neither divides the other"
         return self.why_no_pipeline()
 
     def why_no_pipeline(self) -> str | None:
@@ -219,12 +235,18 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
     platform, capability = ("gpu", 9.0) if chip is None else (chip.platform, chip.compute_capability)
     attention = choose_attention(config, platform=platform, compute_capability=capability)
     products = choose_matmul(config, platform=platform, compute_capability=capability)
-    micro_batch = train.batch_size // (sizes["data"] * sizes["fsdp"] * train.accumulation)
+    average, batch = config.average, train.batch_size // config.average.runs
+    instances = num_here(config, sizes["data"])
+    micro_batch = batch // (max(sizes["data"], instances) * sizes["fsdp"] * train.accumulation)
     return Workload(
         model=model if config.objective.scores_words else _without_words(model),
         length=data.sequence_length,
         masked=build(config).sizes.get("masked"),
-        batch=train.batch_size,
+        batch=batch,
+        instances=instances,
+        average_every=average.every,
+        outer_momentum=average.outer == "nesterov",
+        apart=average.apart,
         micro_batch=micro_batch,
         data=sizes["data"],
         fsdp=sizes["fsdp"],

@@ -91,7 +91,11 @@ def meshes(start: Workload, devices: int, space: Space, rejections: Rejections) 
         for size in possible:
             why = _obstacle(start, axis, size, sizes)
             is_pipelined = axis == "fsdp" and sizes.get("stage", 1) > 1
-            larger = (other for other in possible if is_pipelined and other > size)
+            larger = (
+                other
+                for other in possible
+                if is_pipelined and other > size and remainder // other % start.instances == 0
+            )
             if not why and any(not _obstacle(start, axis, other, sizes) for other in larger):
                 why = "a pipeline splits over fsdp what it can", f"fsdp={size} of {remainder} replicas"
             if why:
@@ -220,6 +224,9 @@ def _split_by_tensor(model: ModelConfig) -> dict[str, int]:
 
 def _batch_obstacle(work: Workload, accumulation: int | None) -> tuple[str, str] | None:
     ways = work.replicas * (accumulation or 1)
+    if work.data % work.instances:
+        told = f"{work.instances} instances on data={work.data}"
+        return "data is no multiple of the instances that are averaged", told
     if work.batch % ways == 0:
         return None
     text = f"{work.replicas} replicas" + (f" x {accumulation} micro-batches" if accumulation else "")

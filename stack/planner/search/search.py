@@ -17,6 +17,7 @@ import yaml
 
 from stack.config import AXES, Config, ConfigError, MeshConfig, StackError, TargetConfig, dump, load
 from stack.config.document import Dumper
+from stack.config.instances import with_instances
 from stack.config.layout import check_divides
 from stack.config.paths import expand
 from stack.hardware import chip as chips
@@ -160,6 +161,7 @@ def fastest_first(layouts: Iterable[Sequence[Workload]], hardware: Hardware) -> 
 def release_layout(config: Config, hardware: Hardware) -> Workload:
     """The workload of a config with its layout left open: one device, one micro-batch."""
     train = config.train.model_copy(update={"accumulation": 1, "remat": "full"})
+    config = with_instances(config, max(1, config.mesh.data))
     return from_config(config.model_copy(update={"mesh": MeshConfig(), "train": train}), 1, hardware)
 
 
