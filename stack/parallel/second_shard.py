@@ -68,9 +68,7 @@ def gather_second(weight: jax.Array, layout: Layout, names: tuple[str, ...], rol
     return jax.reshard(dequantize(blocks).astype(dtype), marked)
 
 
-def scatter_second(
-    cotangent: jax.Array, layout: Layout, names: tuple[str, ...], role: Role
-) -> jax.Array:
+def scatter_second(cotangent: jax.Array, layout: Layout, names: tuple[str, ...], role: Role) -> jax.Array:
     """The sum over `data` of a gradient that lies as the second shard does, split as the parameter is.
 
     Args:
@@ -93,9 +91,9 @@ def scatter_second(
         return dequantize(blocks).sum(0)
 
     # Unchecked: partial sums have no type here that anything but a sum would take.
-    return jax.shard_map(
-        add, in_specs=P(*second, unreduced={AXIS}), out_specs=P(*split), check_vma=False
-    )(cotangent)
+    return jax.shard_map(add, in_specs=P(*second, unreduced={AXIS}), out_specs=P(*split), check_vma=False)(
+        cotangent
+    )
 
 
 def _ways(spec: P, layout: Layout) -> int:

@@ -10,6 +10,7 @@ compiled GPU step all-reduces whole weights, with no warning.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -53,9 +54,7 @@ def gather_weight(
     return gather(weight)
 
 
-def _gather_from_second(
-    shard: SecondShard, layout: Layout, names: tuple[str, ...], role: Role
-) -> jax.Array:
+def _gather_from_second(shard: SecondShard, layout: Layout, names: tuple[str, ...], role: Role) -> jax.Array:
     """The same of a parameter that has a second shard, inside of a node."""
 
     @jax.custom_vjp
@@ -87,7 +86,7 @@ def _forward(weight: jax.Array, layout: Layout, split: P, whole: P, dtype: jnp.d
 
 
 def _at_rest(weight: jax.Array) -> jax.Array:
-    """Taken as it lies: XLA else lays all layers out anew, whole and in float32, before the loop over them."""
+    """Taken as it lies: XLA else lays all layers out anew, whole and in float32, before the loop."""
     at_rest = memory_layout.Layout(major_to_minor=tuple(range(weight.ndim)))
     return memory_layout.with_layout_constraint(weight, at_rest)
 
@@ -272,9 +271,10 @@ def _with_second_shards[M](
     shards = take_second_shards(model, layout)
 
     def give(variable: nnx.Variable, shard: nnx.Variable) -> nnx.Variable:
-        if not isinstance(shard[...], SecondShard):
+        value: Any = shard[...]
+        if not isinstance(value, SecondShard):
             return variable
-        return variable.replace(SecondShard(weight=shard[...].weight, master=variable[...]))
+        return variable.replace(replace(value, master=variable[...]))
 
     return lambda weights, micro: loss(jax.tree.map(give, weights, shards, is_leaf=is_variable), micro)
 

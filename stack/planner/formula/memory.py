@@ -85,6 +85,12 @@ class _Sizes:
     """Those that are trained, in float32, in shards."""
     layers_trained: float
     """Those of the layers."""
+    second: float
+    """Second shards, in the compute dtype; 0 where there are none."""
+    summed: float
+    """Gradients of what is trained, in float32, as they are summed over micro-batches: in shards, in second
+    shards where there are some."""
+    layers_summed: float
     copied: float
     """Matrices in the compute dtype, whole over `fsdp`, but those that lie so at rest."""
     trained_whole: float
@@ -141,11 +147,11 @@ def optimizer_numbers(workload: Workload) -> float:
 
 def moments(w: Workload, parts: Iterable[Parameter], *, stage: int = 1) -> float:
     """Numbers of the optimizer's state on one device, of parameters that lie split over so many stages."""
-    fsdp = w.fsdp if w.zero else 1
+    fsdp, data = w.fsdp if w.zero else 1, w.split_data
     parts = (p for p in parts if p.trained)
     if w.optimizer == "adafactor":
         parts = (p for p in parts if not _is_factored(p))
-    return sum(_kept(w, p) * p.shard(fsdp=fsdp, stage=stage, tensor=w.tensor) for p in parts)
+    return sum(_kept(w, p) * p.shard(fsdp=fsdp, data=data, stage=stage, tensor=w.tensor) for p in parts)
 
 
 def _kept(w: Workload, part: Parameter) -> int:
@@ -163,8 +169,13 @@ def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ..
     def trained(parts: Iterable[Parameter]) -> tuple[Parameter, ...]:
         return tuple(p for p in parts if p.trained)
 
-    def shard(parts: Iterable[Parameter]) -> float:
-        return sum(p.itemsize * p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
+    def shard(parts: Iterable[Parameter], data: int = w.split_data) -> float:
+        return sum(p.itemsize * p.shard(fsdp=fsdp, data=data, tensor=w.tensor) for p in parts)
+
+    def second(parts: Iterable[Parameter]) -> float:
+        if w.split_data == 1:
+            return 0.0
+        return compute * sum(p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts if p.is_matrix)
 
     def whole(parts: Iterable[Parameter]) -> float:
         return compute * sum(p.shard(tensor=w.tensor) for p in parts if p.is_matrix)
@@ -176,10 +187,15 @@ def _sizes(w: Workload, layers: tuple[Parameter, ...], ends: tuple[Parameter, ..
     matrices = [p.shard(tensor=w.tensor) / w.stage for p in some if p.is_matrix]
     matrices += [p.shard(tensor=w.tensor) for p in some_ends if p.is_matrix]
     scores = w.parameters.scores
+    # Of one micro-batch, layers add up over all replicas at once.
+    data = 1 if w.accumulation > 1 else w.split_data
     return _Sizes(
         shard=shard(layers) / w.stage + shard(ends),
         trained=shard(some) / w.stage + shard(some_ends),
         layers_trained=shard(some) / w.stage,
+        second=second(layers) + second(ends),
+        summed=shard(some, data) / w.stage + shard(some_ends, data),
+        layers_summed=shard(some, data) / w.stage,
         copied=copied(layers) / w.stage + copied(ends),
         trained_whole=whole(some) / w.stage + whole(some_ends),
         layers_trained_whole=whole(some) / w.stage,
@@ -204,7 +220,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
     # The sums over micro-batches.
     sums = 0.0
     if several:
-        sums = whole_sums if w.zero < 2 else s.trained
+        sums = whole_sums if w.zero < 2 else s.summed
         if w.holds_tables:
             sums = s.layers_trained + s.tables_trained * w.reduce_bytes / s.compute
     activations = {"activations": activation_bytes}
@@ -226,7 +242,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float, *, last: bool) -> I
             "temporaries": w.scored_tokens * w.model.embed_dim * s.compute,
             "collectives": s.tables if w.zero == 3 and not w.holds_tables else 0.0,
         }
-    stack = s.layers_trained if w.zero == 3 else s.layers_trained_whole
+    stack = s.layers_summed if w.zero == 3 else s.layers_trained_whole
     in_flight = 0.0
     if w.zero == 3:
         # Weights of two layers, one of them the next, and gradients of one that are being summed. What is
@@ -269,6 +285,8 @@ def _compute_copies(w: Workload, s: _Sizes) -> float:
     """
     if w.holds_tables:
         return s.tables
+    if w.split_data > 1:
+        return s.second
     if w.zero == 3 or _is_unrolled(w):
         return 0.0
     return s.copied
