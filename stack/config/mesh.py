@@ -38,7 +38,6 @@ class MeshConfig(Section):
         Condition(fields=("schedule", "virtual_stages"), other="stage", unless=1),
         Condition(fields=("virtual_stages",), other="schedule", values=("interleaved",)),
         Condition(fields=("tables_once", "second_shard"), other="zero", values=(3,)),
-        Condition(fields=("second_shard",), other="data", unless=1),
         Condition(fields=("gather_dtype", "scatter_dtype"), other="second_shard", values=(True,)),
         # Tables are gathered across the network once a step already.
         Condition(fields=("tables_once",), other="second_shard", values=(False,)),

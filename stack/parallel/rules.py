@@ -87,7 +87,7 @@ class Layout:
             zero=3 if mesh.shape["stage"] > 1 else config.zero,
             sequence_parallel=config.sequence_parallel,
             tables_once=config.tables_once,
-            second_shard=config.second_shard and mesh.shape["data"] > 1,
+            second_shard=config.second_shard,
             gather_dtype=config.gather_dtype,
             scatter_dtype=config.scatter_dtype,
             **changes,

@@ -156,7 +156,10 @@ def test_a_gradient_that_is_not_finite_stays_so_in_8_bits(bad: float):
     ("overrides", "told"),
     [
         (["mesh.zero=1"], r"second_shard=true is not read with zero=1; remove it, or set zero=3"),
-        (["mesh.data=1"], r"second_shard=true is not read with data=1; remove it, or set data > 1"),
+        (
+            ["mesh.data=1", "mesh.fsdp=8"],
+            r"mesh\.second_shard splits .* is 1 beside fsdp=8; set mesh\.data to the number",
+        ),
         (["mesh.tables_once=true"], r"tables_once=true is not read with second_shard=true; remove it"),
         (["mesh.stage=2"], r"mesh\.zero=3 gathers each layer again .* set mesh\.zero=1"),
         (["kernels.matmul=fp8"], r"mesh\.second_shard=true is not read with kernels\.matmul=fp8"),
