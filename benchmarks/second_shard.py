@@ -3,9 +3,10 @@
     uv run python benchmarks/second_shard.py [--config FILE] [--steps N] [--seeds S ...]
 
 Trains the quickstart over `data` 4 x `fsdp` 2 of virtual CPU devices with a second shard, on the same rows in
-the same order: weights and gradients cross `data` as they are, weights in 8 bits, and both. How far runs drift
-apart that differ in the order of sums alone is told by another layout. It tells the numbers, and nothing of
-the speed. It fails where the mean held-out loss of all seeds is more than `BAND` above that of the first.
+the same order: weights and gradients cross `data` as they are, weights in 8 bits, and both. How far runs
+drift apart that differ in the order of sums alone is told by another layout. It tells the numbers, and
+nothing of the speed. It fails where the mean held-out loss of all seeds is more than `BAND` above that of
+the first.
 """
 
 import argparse

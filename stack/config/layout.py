@@ -63,8 +63,8 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
     if config.mesh.second_shard and sizes["data"] == 1:
         raise ConfigError(
             "mesh.second_shard splits parameters over mesh.data as well, which is 1 beside"
-            f" fsdp={sizes['fsdp']}; set mesh.data to the number of nodes and mesh.fsdp to the devices of one,"
-            " or second_shard=false"
+            f" fsdp={sizes['fsdp']}; set mesh.data to the number of nodes and mesh.fsdp to the devices of"
+            " one, or second_shard=false"
         )
     if config.mesh.sequence_parallel and config.data.sequence_length % tensor:
         raise ConfigError(

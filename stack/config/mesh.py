@@ -1,4 +1,4 @@
-"""How the run is laid out over devices: changes speed and memory, never the numbers."""
+"""How the run is laid out over devices: changes speed and memory, never the numbers, but for what is int8."""
 
 from typing import Any, Literal, Self
 
