@@ -112,7 +112,7 @@ class _Parameter:
     whole: bool
     """On all of `tensor`."""
     int8: float
-    """Bytes of an element in 8 bits, with its share of a scale."""
+    """Bytes of an element in 8 bits, with its share of a scale; 0 where it has no second shard."""
 
 
 def _leaves(program: Program) -> Iterator[_Parameter]:
@@ -124,6 +124,7 @@ def _leaves(program: Program) -> Iterator[_Parameter]:
         ways = math.prod(layout.size(axis) for name in axes for axis in layout.mesh_axes(name))
         places = [place for place, entry in enumerate(leaf.sharding.spec) if "fsdp" in split_axes(P(entry))]
         split = leaf.shape[places[0]] if places else 0
+        second = layout.second_shard and "data" in split_axes(leaf.sharding.spec)
         yield _Parameter(
             elements=leaf.size // ways,
             matrix=role != "vector",
@@ -133,7 +134,7 @@ def _leaves(program: Program) -> Iterator[_Parameter]:
             staged="stage" in split_axes(leaf.sharding.spec),
             summed=leaf.size // ways // split if split else 0,
             whole=ways == 1,
-            int8=1 + 4 / block_size(leaf.sharding.shard_shape(leaf.shape)[-1]),
+            int8=1 + 4 / block_size(leaf.sharding.shard_shape(leaf.shape)[-1]) if second else 0.0,
         )
 
 
@@ -161,7 +162,7 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
         yield "all-gather", ("fsdp",), leaf.elements * compute * (1 if once else passes)
         yield "reduce-scatter", ("fsdp",), leaf.elements * reduce * (1 if once else scatters)
         shard = leaf.elements / layout.size("fsdp")
-        if layout.second_shard:
+        if leaf.int8:
             yield "all-gather", ("data",), shard * (leaf.int8 if layout.gather_dtype == "int8" else compute)
             if layout.scatter_dtype == "int8":
                 yield "all-to-all", ("data",), shard * leaf.int8
@@ -170,7 +171,7 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
         else:
             yield "all-reduce", ("data",), shard * reduce
         if program.config.optimizer.kind == "adafactor":
-            yield "all-reduce", ("fsdp", "data") if layout.second_shard else ("fsdp",), leaf.summed * 4
+            yield "all-reduce", ("fsdp", "data") if leaf.int8 else ("fsdp",), leaf.summed * 4
 
 
 def _staged_parameters(
