@@ -5,12 +5,14 @@ from mutation_average import AVERAGING
 from mutation_fp8 import FP8
 from mutation_pipeline import PIPELINES
 from mutation_preference import PREFERENCE
+from mutation_second_shard import SECOND_SHARD
 
 MUTATIONS = (
     *FP8,
     *PREFERENCE,
     *PIPELINES,
     *AVERAGING,
+    *SECOND_SHARD,
     Mutation(
         "what is given is predicted too",
         "stack/objectives/records.py",

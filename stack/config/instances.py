@@ -30,6 +30,11 @@ def check_instances(config: Config, sizes: dict[str, int]) -> None:
     where = f"average.every={config.average.every}"
     if config.average.every == 1:
         where = f"average.outer={config.average.outer}"
+    if config.mesh.second_shard:
+        raise ConfigError(
+            f"mesh.second_shard splits parameters over mesh.data, where with {where} each instance has its own;"
+            " set second_shard=false"
+        )
     tasks = getattr(config.objective, "tasks", ())
     if "retrieval" in (config.objective.kind, *(task.objective.kind for task in tasks)):
         raise ConfigError(

@@ -41,7 +41,8 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
     Raises:
       ConfigError: `tensor` does not divide heads, MLP or vocabulary, naming the largest that does; it cuts
         what shares a scale of 8 bits; sequence parallelism does not divide the sequence; a micro-batch or
-        an evaluation batch does not divide over data x fsdp; or see `check_pipeline`.
+        an evaluation batch does not divide over data x fsdp; a second shard has no `data`; or see
+        `check_pipeline`.
     """
     model, train, tensor = config.model, config.train, sizes["tensor"]
     parts = {
@@ -61,6 +62,12 @@ def check_divides(config: Config, sizes: dict[str, int]) -> None:
     _check_blocks(config, tensor)
     check_pipeline(config, sizes["stage"])
     check_instances(config, sizes)
+    if config.mesh.second_shard and sizes["data"] == 1:
+        raise ConfigError(
+            "mesh.second_shard splits parameters over mesh.data as well, which is 1 beside"
+            f" fsdp={sizes['fsdp']}; set mesh.data to the number of nodes and mesh.fsdp to the devices of"
+            " one, or second_shard=false"
+        )
     if config.mesh.sequence_parallel and config.data.sequence_length % tensor:
         raise ConfigError(
             f"mesh.sequence_parallel splits data.sequence_length={config.data.sequence_length} over "

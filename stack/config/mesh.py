@@ -1,4 +1,4 @@
-"""How the run is laid out over devices: changes speed and memory, never the numbers."""
+"""How the run is laid out over devices: changes speed and memory, never the numbers, but for what is int8."""
 
 from typing import Any, Literal, Self
 
@@ -28,13 +28,19 @@ class MeshConfig(Section):
 
     conditions = (
         Condition(
-            fields=(*AXES, "schedule", "virtual_stages", "zero", "sequence_parallel", "tables_once"),
+            fields=(
+                *(*AXES, "schedule", "virtual_stages", "zero", "sequence_parallel", "tables_once"),
+                *("second_shard", "gather_dtype", "scatter_dtype"),
+            ),
             other="auto",
             values=(False,),
         ),
         Condition(fields=("schedule", "virtual_stages"), other="stage", unless=1),
         Condition(fields=("virtual_stages",), other="schedule", values=("interleaved",)),
-        Condition(fields=("tables_once",), other="zero", values=(3,)),
+        Condition(fields=("tables_once", "second_shard"), other="zero", values=(3,)),
+        Condition(fields=("gather_dtype", "scatter_dtype"), other="second_shard", values=(True,)),
+        # Tables are gathered across the network once a step already.
+        Condition(fields=("tables_once",), other="second_shard", values=(False,)),
         Condition(fields=("sequence_parallel",), other="tensor", unless=1),
     )
 
@@ -65,6 +71,16 @@ class MeshConfig(Section):
     tables_once: bool = False
     """Stage 3: word and position tables are gathered, and their gradients scattered, once a step instead
     of every micro-batch. They are then whole on every device, in the compute dtype and in float32."""
+    second_shard: bool = False
+    """Stage 3: parameters, gradients and optimizer state are split over `data` too. Weights cross `data` once
+    a step into a second shard in the compute dtype, split over `fsdp` alone, from which layers are gathered
+    forward and backward (hpZ of ZeRO++, arXiv 2306.10209): nothing else but gradients crosses."""
+    gather_dtype: Literal["compute", "int8"] = "compute"
+    """What weights cross `data` in. int8: with a float32 scale for up to 256 numbers (qwZ of ZeRO++); the
+    step then computes with the rounded weights, evaluation with the exact ones."""
+    scatter_dtype: Literal["reduce", "int8"] = "reduce"
+    """What gradients cross `data` in, once a step. reduce: train.grad_reduce_dtype; int8: the sum of each
+    place on `data` is rounded, once, as weights are, and added up in float32 (after qgZ of ZeRO++)."""
     sequence_parallel: bool = False
     """Norms and residuals are split over `tensor` along the sequence (arXiv 2205.05198)."""
 

@@ -44,6 +44,8 @@ class Config(Section):
     conditions = (
         # What is to be computed again would be computed at once and kept, so the loop over layers stays.
         Condition(fields=("model.scan_unroll",), other="train.remat", values=("none", "auto")),
+        # Products in 8 bits gather their weights by themselves, from shards over `fsdp` alone.
+        Condition(fields=("mesh.second_shard",), other="kernels.matmul", values=("xla",)),
         Condition(
             fields=("eval.every", "eval.batch_size", "eval.batches", "eval.baselines"),
             other="data.heldout_fraction",

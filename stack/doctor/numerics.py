@@ -45,6 +45,7 @@ PARTS: dict[str, frozenset[str]] = {
     "fsdp zero 1": frozenset({"fsdp"}),
     "fsdp zero 2": frozenset({"fsdp", "no stage"}),
     "fsdp zero 3": frozenset({"fsdp", "no stage"}),
+    "second shard": frozenset({"data", "fsdp", "no stage"}),
     "tensor": frozenset({"tensor"}),
     "tensor sequence parallel": frozenset({"tensor"}),
     "accumulation": frozenset({"accumulation"}),
@@ -54,7 +55,7 @@ PARTS: dict[str, frozenset[str]] = {
     "stage zero_bubble": frozenset({"stage", "accumulation", "no stage"}),
 }
 """THE list: what a layout is made of, and of which kind; two parts of one kind exclude each other. A pipeline
-has micro-batches, and ZeRO 1."""
+has micro-batches, and ZeRO 1; a second shard is of `data` and `fsdp` together."""
 
 Family = Literal["gpt", "llama", "palm", "gemma", "bert", "t5"]
 """Models that go through the matrix; the first through all of it, those made of its layers through the parts
@@ -90,6 +91,7 @@ def cells() -> list[Cell]:
 def _cell(parts: tuple[str, ...]) -> Cell:
     kinds = frozenset().union(*(PARTS[part] for part in parts))
     tensor, stage = 4 if "tensor" in kinds else 1, 2 if "stage" in kinds else 1
+    tensor = min(tensor, 2) if "second shard" in parts else tensor  # So that `fsdp` has two ways as well.
     data, fsdp = 1, 1
     if "data" in kinds:
         data = 2 if kinds & {"fsdp", "tensor", "stage"} else NUM_DEVICES
@@ -100,6 +102,7 @@ def _cell(parts: tuple[str, ...]) -> Cell:
     if schedules := [part.removeprefix("stage ") for part in parts if part.startswith("stage")]:
         fields["schedule"] = schedules[0]
     fields["sequence_parallel"] = "tensor sequence parallel" in parts
+    fields["second_shard"] = "second shard" in parts
     accumulation = 4 if stage > 1 else 2 if "accumulation" in kinds else 1
     return Cell(parts=parts, mesh=MeshConfig.model_validate(fields), accumulation=accumulation)
 

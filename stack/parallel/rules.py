@@ -4,7 +4,7 @@ Layers and models name axes ("batch", "heads", ...); only this file knows what b
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from stack.config import MeshConfig
 
 BATCH_AXES = ("data", "fsdp")
-SPLIT_AXES = frozenset({"fsdp", "stage"})
-"""What parameters at rest are split over besides `tensor`: of a pipeline, over its stages too."""
+SPLIT_AXES = frozenset({"data", "fsdp", "stage"})
+"""What parameters at rest are split over besides `tensor`: of a pipeline, over its stages too, and over
+`data` where there is a second shard."""
 
 TABLE: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
@@ -61,6 +62,12 @@ class Layout:
     sequence_parallel: bool = False
     tables_once: bool = False
     """Whether stage 3 gathers tables once a step, not every micro-batch."""
+    second_shard: bool = False
+    """Whether parameters of stage 3 lie split over `data` too: see `stack.parallel.second_shard`."""
+    gather_dtype: Literal["compute", "int8"] = "compute"
+    """What weights cross `data` in then."""
+    scatter_dtype: Literal["reduce", "int8"] = "reduce"
+    """What gradients do."""
     dtype: Any = None
     """What matrices are cast to when they are gathered; None: as they are."""
     reduce_dtype: Any = "float32"
@@ -80,6 +87,9 @@ class Layout:
             zero=3 if mesh.shape["stage"] > 1 else config.zero,
             sequence_parallel=config.sequence_parallel,
             tables_once=config.tables_once,
+            second_shard=config.second_shard,
+            gather_dtype=config.gather_dtype,
+            scatter_dtype=config.scatter_dtype,
             **changes,
         )
 
@@ -163,17 +173,22 @@ class Layout:
         """Partition of a parameter at rest.
 
         `tensor` by the table; `fsdp`, from ZeRO stage 1, splits the first dimension it divides among
-        those that no other axis splits, and so does `stage`, which may share one with `fsdp`. The stack of
-        layers is never split: the scan walks along it.
+        those that no other axis splits, and so does `stage`, which may share one with `fsdp`. Where there is
+        a second shard, `data` does as well. The stack of layers is never split: the scan walks along it.
         """
+        splitting = ("fsdp", "data") if self.second_shard else ("fsdp",)
         axes = [self.mesh_axes(name) for name in names]
         free = [name != "layers" and not split for name, split in zip(names, axes, strict=True)]
-        for axis in ("fsdp", "stage") if role not in ELEMENTWISE and self.zero > 0 else ():
+        for axis in (*splitting, "stage") if role not in ELEMENTWISE and self.zero > 0 else ():
             ways = [self.size(axis) * math.prod(map(self.size, split)) for split in axes]
             fits = [place for place, size in enumerate(shape) if free[place] and size % ways[place] == 0]
             if fits and self.size(axis) > 1:
                 axes[fits[0]] = (*axes[fits[0]], axis)
         return P(*map(_entry, axes))
+
+    def second_spec(self, names: tuple[str, ...], shape: tuple[int, ...], role: Role) -> P:
+        """The same but for `data`: the partition of the second shard; without one, as at rest."""
+        return replace(self, second_shard=False).parameter_spec(names, shape, role)
 
 
 ONE_DEVICE = Layout()

@@ -10,6 +10,7 @@ compiled GPU step all-reduces whole weights, with no warning.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,15 +21,20 @@ from jax.experimental import layout as memory_layout
 from jax.sharding import PartitionSpec as P
 
 from stack.parallel.rules import ELEMENTWISE, SPLIT_AXES, Layout, Role, split_axes
+from stack.parallel.second_shard import SecondShard, gather_second, scatter_second
 
 
-def gather_weight(weight: jax.Array, layout: Layout, names: tuple[str, ...], role: Role) -> jax.Array:
+def gather_weight(
+    weight: jax.Array | SecondShard, layout: Layout, names: tuple[str, ...], role: Role
+) -> jax.Array:
     """One parameter, whole over `fsdp`, ready for use; differentiable.
 
     Matrices and tables come in the compute dtype and `reduced`; what is used elementwise cannot be
     `reduced`, is small, never split, and stays float32. At stage 3 a product in float8 gathers its weight by
     itself.
     """
+    if isinstance(weight, SecondShard):
+        return _gather_from_second(weight, layout, names, role)
     if role in ELEMENTWISE or (role == "float8" and layout.zero == 3):
         return weight
     dtype = layout.dtype or weight.dtype
@@ -48,19 +54,41 @@ def gather_weight(weight: jax.Array, layout: Layout, names: tuple[str, ...], rol
     return gather(weight)
 
 
-def is_gathered(weight: jax.Array, layout: Layout) -> bool:
+def _gather_from_second(shard: SecondShard, layout: Layout, names: tuple[str, ...], role: Role) -> jax.Array:
+    """The same of a parameter that has a second shard, inside of a node."""
+
+    @jax.custom_vjp
+    def gather(weight: jax.Array, master: jax.Array) -> jax.Array:
+        del master  # Of which the gradient is.
+        return jax.reshard(_at_rest(weight), P(*layout.whole_spec(names), reduced=layout.replicas))
+
+    partial_sum = bool(jax.typeof(shard.master).sharding.spec.reduced)
+
+    def backward(_: None, cotangent: jax.Array) -> tuple[None, jax.Array]:
+        return None, scatter_gradient(cotangent, layout, names, role, partial_sum=partial_sum)
+
+    gather.defvjp(lambda weight, master: (gather(weight, master), None), backward)
+    return gather(shard.weight, shard.master)
+
+
+def is_gathered(weight: jax.Array | SecondShard, layout: Layout) -> bool:
     """Whether a matrix has been through `gather_weight`."""
+    if isinstance(weight, SecondShard):
+        return False
     spec = jax.typeof(weight).sharding.spec
     return layout.trivial or (not split_axes(spec) & SPLIT_AXES and spec.reduced == layout.replicas)
 
 
 def _forward(weight: jax.Array, layout: Layout, split: P, whole: P, dtype: jnp.dtype) -> jax.Array:
-    # Taken as it lies at rest: XLA else lays all layers out anew, whole and in float32, before the loop.
-    at_rest = memory_layout.Layout(major_to_minor=tuple(range(weight.ndim)))
-    weight = memory_layout.with_layout_constraint(weight, at_rest)
     # Two steps: gathered in one, the transpose is an all-reduce of the whole weight when data > 1.
-    weight = jax.reshard(weight.astype(dtype), P(*split, reduced=_others(layout, split)))
+    weight = jax.reshard(_at_rest(weight).astype(dtype), P(*split, reduced=_others(layout, split)))
     return jax.reshard(weight, P(*whole, reduced=layout.replicas))
+
+
+def _at_rest(weight: jax.Array) -> jax.Array:
+    """Taken as it lies: XLA else lays all layers out anew, whole and in float32, before the loop."""
+    at_rest = memory_layout.Layout(major_to_minor=tuple(range(weight.ndim)))
+    return memory_layout.with_layout_constraint(weight, at_rest)
 
 
 def _others(layout: Layout, split: P) -> frozenset[str]:
@@ -75,12 +103,13 @@ def scatter_gradient(
 
     A partial sum is still to be added over the replicas that hold the same shard.
     """
-    cotangent = cotangent.astype(layout.reduce_dtype)
-    if layout.trivial:
+    at_rest = layout.parameter_spec(names, cotangent.shape, role)
+    if layout.trivial or jax.typeof(cotangent).sharding.spec == at_rest:  # It has been scattered.
         return cotangent.astype(jnp.float32)
-    split = layout.parameter_spec(names, cotangent.shape, role)
+    cotangent = cotangent.astype(layout.reduce_dtype)
+    split = layout.second_spec(names, cotangent.shape, role)
     cotangent = jax.reshard(cotangent, P(*split, unreduced=_others(layout, split)))
-    return (cotangent if partial_sum else jax.reshard(cotangent, split)).astype(jnp.float32)
+    return (cotangent if partial_sum else scatter_second(cotangent, layout, names, role)).astype(jnp.float32)
 
 
 def gather_module[M](module: M, layout: Layout) -> M:
@@ -162,6 +191,8 @@ def gradients[M](
         weights = gather_module(model, layout)
     else:  # With one micro-batch the layers add up over the replicas too, each beside the next one's work.
         weights = model if accumulation == 1 else _before_micro_batches(model, layout)
+    if layout.second_shard:
+        loss = _with_second_shards(loss, model, layout)
 
     def one(micro: Any) -> tuple[Any, Any]:
         (_, sums), cotangent = jax.value_and_grad(loss, has_aux=True)(weights, micro)
@@ -224,10 +255,40 @@ def _before_micro_batches[M](model: M, layout: Layout) -> M:
             return variable
         if layout.tables_once and variable.role == "table":
             return variable.replace(gather_weight(variable[...], layout, variable.axes, variable.role))
-        split = layout.parameter_spec(variable.axes, variable.shape, variable.role)
-        return variable.replace(jax.reshard(variable[...], P(*split, reduced=_others(layout, split))))
+        split = layout.second_spec(variable.axes, variable.shape, variable.role)
+        spec = P(*split, reduced=_others(layout, split))
+        if layout.second_shard:  # Nothing reads it: it is what the gradient is of.
+            return variable.replace(jnp.zeros(variable.shape, jnp.float32, out_sharding=spec))
+        return variable.replace(jax.reshard(variable[...], spec))
 
     return jax.tree.map(prepare, model, is_leaf=is_variable)
+
+
+def _with_second_shards[M](
+    loss: Callable[[M, Any], tuple[jax.Array, Any]], model: M, layout: Layout
+) -> Callable[[M, Any], tuple[jax.Array, Any]]:
+    """The same loss, of what its gradient goes to: it computes with second shards, which are made here."""
+    shards = take_second_shards(model, layout)
+
+    def give(variable: nnx.Variable, shard: nnx.Variable) -> nnx.Variable:
+        value: Any = shard[...]
+        if not isinstance(value, SecondShard):
+            return variable
+        return variable.replace(replace(value, master=variable[...]))
+
+    return lambda weights, micro: loss(jax.tree.map(give, weights, shards, is_leaf=is_variable), micro)
+
+
+def take_second_shards[M](module: M, layout: Layout) -> M:
+    """A module (or its state) as a step computes with it, if its parameters have a second shard."""
+
+    def take(variable: nnx.Variable) -> nnx.Variable:
+        if not layout.second_shard or variable.role in ELEMENTWISE:
+            return variable
+        weight = gather_second(variable[...], layout, variable.axes, variable.role)
+        return variable.replace(SecondShard(weight=weight, master=variable[...]))
+
+    return jax.tree.map(take, module, is_leaf=is_variable)
 
 
 def split_rows(x: jax.Array, *, number: int) -> jax.Array:

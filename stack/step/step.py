@@ -12,7 +12,7 @@ from flax import nnx
 from stack.layers.dropout import example_keys
 from stack.layers.linear import use_float8
 from stack.objectives.protocol import Outputs, Sums
-from stack.parallel.zero import gather_module, gradients
+from stack.parallel.zero import gather_module, gradients, take_second_shards
 from stack.step import ema, float8, guard, pipeline
 from stack.step.offload import apply_by_layer
 from stack.step.optimizer import schedule
@@ -106,7 +106,7 @@ def loss_gradient(
     if program.matmul.fp8 is not None:
         use_float8(model, program.matmul.fp8, float8.amaxes(program, history))
     graph, trained, rest = nnx.split(model, lambda path, _: path not in program.frozen, ...)
-    rest = rest if layout.zero == 3 else gather_module(rest, layout)
+    rest = take_second_shards(rest, layout) if layout.zero == 3 else gather_module(rest, layout)
 
     def loss(
         shared: tuple[jax.Array, jax.Array], weights: Any, micro: Batch, **how: Any

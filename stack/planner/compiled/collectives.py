@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -98,6 +98,29 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
                 )
             )
     return operations
+
+
+def bytes_between_nodes(operations: Iterable[Collective], mesh: Mapping[str, int], node: int) -> float:
+    """Bytes per step that come into one node from the others, at the least.
+
+    Of n nodes, a gather brings a node what the other n - 1 have, once, however many of its devices want it;
+    a scatter brings one sum from each of them of what stays there; a sum that all have is both.
+
+    Args:
+      operations: of the program of one device; every group of one crosses nodes as that of device 0 does.
+      mesh: the mesh axes and their sizes, in order; device n is at place n of it.
+      node: devices of a node, which are neighbours.
+    """
+    devices = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+    total = 0.0
+    for one in operations:
+        group = devices[tuple(slice(None) if axis in one.axes else 0 for axis in mesh)].reshape(-1)
+        nodes = len(set((group // node).tolist()))
+        members = len(group) // nodes  # In one node.
+        ways = {"all-reduce": 2, "all-to-all": members, "collective-permute": nodes / (nodes - 1 or 1)}
+        crossing = one.bytes * (nodes - 1) / nodes * ways.get(one.kind, 1)
+        total += crossing * one.times * node / members
+    return total
 
 
 def kernels(hlo: str) -> dict[str, int]:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from stack.config import Config
 from stack.models import model_cost
 from stack.parallel import mesh as meshes
+from stack.parallel.int8 import block_size
 from stack.parallel.rules import BATCH_AXES, split_axes
 from stack.planner.compiled.findings import Finding, Kind
 from stack.planner.compiled.report import Compiled
@@ -76,8 +77,9 @@ def limits(program: Program) -> Limits:
 
     ZeRO (arXiv 1910.02054): with P the bytes of the matrices in the compute dtype and G in that of
     reduction, `fsdp` gathers P and scatters G; stage 3 does so every micro-batch and gathers the layers
-    twice; stage 2 scatters every micro-batch; `data` sums G / fsdp once. Vectors are whole, and may
-    be summed every micro-batch. Adafactor sums its squares over the dimension that is split. Tensor
+    twice; stage 2 scatters every micro-batch; `data` sums G / fsdp once, or for a second shard (arXiv
+    2306.10209) gathers P / fsdp and scatters G / fsdp once, either in 8 bits if asked. Vectors are whole, and
+    may be summed every micro-batch. Adafactor sums its squares over the dimension that is split. Tensor
     parallelism (arXiv 1909.08053): with A the bytes of a micro-batch's hidden states, two sums a layer
     forward and two backward; `sequence_parallel` (arXiv 2205.05198) has a gather and a scatter for each
     sum; layers computed again repeat those of their forward pass. Layers that attend to another text have
@@ -109,6 +111,8 @@ class _Parameter:
     """Elements of a sum over the dimension that `fsdp` splits; 0 if it splits none."""
     whole: bool
     """On all of `tensor`."""
+    int8: float
+    """Bytes of an element in 8 bits, with its share of a scale; 0 where it has no second shard."""
 
 
 def _leaves(program: Program) -> Iterator[_Parameter]:
@@ -120,6 +124,7 @@ def _leaves(program: Program) -> Iterator[_Parameter]:
         ways = math.prod(layout.size(axis) for name in axes for axis in layout.mesh_axes(name))
         places = [place for place, entry in enumerate(leaf.sharding.spec) if "fsdp" in split_axes(P(entry))]
         split = leaf.shape[places[0]] if places else 0
+        second = layout.second_shard and "data" in split_axes(leaf.sharding.spec)
         yield _Parameter(
             elements=leaf.size // ways,
             matrix=role != "vector",
@@ -129,6 +134,7 @@ def _leaves(program: Program) -> Iterator[_Parameter]:
             staged="stage" in split_axes(leaf.sharding.spec),
             summed=leaf.size // ways // split if split else 0,
             whole=ways == 1,
+            int8=1 + 4 / block_size(leaf.sharding.shard_shape(leaf.shape)[-1]) if second else 0.0,
         )
 
 
@@ -155,9 +161,17 @@ def _parameters(program: Program) -> Iterator[tuple[str, tuple[str, ...], float]
         once = layout.tables_once and leaf.table
         yield "all-gather", ("fsdp",), leaf.elements * compute * (1 if once else passes)
         yield "reduce-scatter", ("fsdp",), leaf.elements * reduce * (1 if once else scatters)
-        yield "all-reduce", ("data",), leaf.elements * reduce / layout.size("fsdp")
+        shard = leaf.elements / layout.size("fsdp")
+        if leaf.int8:
+            yield "all-gather", ("data",), shard * (leaf.int8 if layout.gather_dtype == "int8" else compute)
+            if layout.scatter_dtype == "int8":
+                yield "all-to-all", ("data",), shard * leaf.int8
+            else:
+                yield "reduce-scatter", ("data",), shard * reduce
+        else:
+            yield "all-reduce", ("data",), shard * reduce
         if program.config.optimizer.kind == "adafactor":
-            yield "all-reduce", ("fsdp",), leaf.summed * 4
+            yield "all-reduce", ("fsdp", "data") if leaf.int8 else ("fsdp",), leaf.summed * 4
 
 
 def _staged_parameters(

@@ -87,6 +87,12 @@ class _Sizes:
     """Those that are trained, in float32, in shards."""
     layers_trained: float
     """Those of the layers."""
+    second: float
+    """Second shards, in the compute dtype; 0 where there are none."""
+    summed: float
+    """Gradients of what is trained, in float32, as they are summed over micro-batches: in shards, in second
+    shards where there are some."""
+    layers_summed: float
     copied: float
     """Matrices in the compute dtype, whole over `fsdp`, but those that lie so at rest."""
     trained_whole: float
@@ -125,7 +131,9 @@ def optimizer_numbers(workload: Workload) -> float:
     """Float32 numbers of the optimizer's state on one device."""
     w, fsdp = workload, workload.fsdp if workload.zero else 1
     parts = [p for p in w.parameters if p.trained and not (w.optimizer == "adafactor" and _is_factored(p))]
-    return sum(_kept(w, p) * p.shard(fsdp=fsdp, stage=w.stage, tensor=w.tensor) for p in parts)
+    return sum(
+        _kept(w, p) * p.shard(fsdp=fsdp, data=w.split_data, stage=w.stage, tensor=w.tensor) for p in parts
+    )
 
 
 def _kept(w: Workload, part: Parameter) -> int:
@@ -143,8 +151,13 @@ def _sizes(w: Workload) -> _Sizes:
     def trained(parts: Iterable[Parameter]) -> tuple[Parameter, ...]:
         return tuple(p for p in parts if p.trained)
 
-    def shard(parts: Iterable[Parameter]) -> float:
-        return sum(p.itemsize * p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts)
+    def shard(parts: Iterable[Parameter], data: int = w.split_data) -> float:
+        return sum(p.itemsize * p.shard(fsdp=fsdp, data=data, tensor=w.tensor) for p in parts)
+
+    def second(parts: Iterable[Parameter]) -> float:
+        if w.split_data == 1:
+            return 0.0
+        return compute * sum(p.shard(fsdp=fsdp, tensor=w.tensor) for p in parts if p.is_matrix)
 
     def whole(parts: Iterable[Parameter]) -> float:
         return compute * sum(p.shard(tensor=w.tensor) for p in parts if p.is_matrix)
@@ -155,10 +168,15 @@ def _sizes(w: Workload) -> _Sizes:
     some, some_ends = trained(layers), trained(ends)
     matrices = (p.shard(tensor=w.tensor) for p in (*some, *some_ends) if p.is_matrix)
     scores = w.parameters.scores
+    # Of one micro-batch, layers add up over all replicas at once.
+    data = 1 if w.accumulation > 1 else w.split_data
     return _Sizes(
         shard=shard(layers) + shard(ends),
         trained=shard(some) + shard(some_ends),
         layers_trained=shard(some),
+        second=second(layers) + second(ends),
+        summed=shard(some, data) + shard(some_ends, data),
+        layers_summed=shard(some, data),
         copied=copied(layers) + copied(ends),
         trained_whole=whole(some) + whole(some_ends),
         layers_trained_whole=whole(some),
@@ -183,7 +201,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float) -> Iterable[dict[st
     # The sums over micro-batches.
     sums = 0.0
     if several:
-        sums = whole_sums if w.zero < 2 else s.trained
+        sums = whole_sums if w.zero < 2 else s.summed
         if w.holds_tables:
             sums = s.layers_trained + s.tables_trained * w.reduce_bytes / s.compute
     activations = {"activations": activation_bytes}
@@ -204,7 +222,7 @@ def _phases(w: Workload, s: _Sizes, activation_bytes: float) -> Iterable[dict[st
         "temporaries": w.scored_tokens * w.model.embed_dim * s.compute,
         "collectives": s.tables if w.zero == 3 and not w.holds_tables else 0.0,
     }
-    stack = s.layers_trained if w.zero == 3 else s.layers_trained_whole
+    stack = s.layers_summed if w.zero == 3 else s.layers_trained_whole
     in_flight = 0.0
     if w.zero == 3:
         # Weights of two layers, one of them the next, and gradients of one that are being summed. What is
@@ -247,6 +265,8 @@ def _compute_copies(w: Workload, s: _Sizes) -> float:
     """
     if w.holds_tables:
         return s.tables
+    if w.split_data > 1:
+        return s.second
     if w.zero == 3 or _is_unrolled(w):
         return 0.0
     return s.copied

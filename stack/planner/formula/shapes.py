@@ -54,15 +54,16 @@ class Parameter:
         """Elements, of all copies."""
         return self.copies * math.prod(size for _, size in self.axes)
 
-    def shard(self, *, fsdp: int = 1, stage: int = 1, tensor: int = 1) -> float:
+    def shard(self, *, fsdp: int = 1, data: int = 1, stage: int = 1, tensor: int = 1) -> float:
         """Elements on each device, of all copies.
 
         Args:
           fsdp: ways it is split at rest; 1 also for what is gathered.
+          data: the same, where there is a second shard.
           stage: the same, of a pipeline's stages.
           tensor: ways of tensor parallelism.
         """
-        return self.size / _ways(self.axes, self.role, fsdp, stage, tensor)
+        return self.size / _ways(self.axes, self.role, fsdp, data, stage, tensor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,10 +222,13 @@ def names_of_frozen(
 
 
 @cache
-def _ways(axes: Axes, role: Role, fsdp: int, stage: int, tensor: int) -> int:
+def _ways(axes: Axes, role: Role, fsdp: int, data: int, stage: int, tensor: int) -> int:
     """Devices that a parameter is split over, by the rule of the trainer."""
-    mesh = MeshConfig(fsdp=fsdp, stage=stage, tensor=tensor, zero=1)
-    layout = Layout.of(meshes.abstract(mesh, fsdp * stage * tensor), mesh)
+    second = data > 1
+    mesh = MeshConfig(
+        data=data, fsdp=fsdp, stage=stage, tensor=tensor, zero=3 if second else 1, second_shard=second
+    )
+    layout = Layout.of(meshes.abstract(mesh, data * fsdp * stage * tensor), mesh)
     names, shape = zip(*axes, strict=True)
     spec = layout.parameter_spec(names, shape, role)
     return math.prod(layout.size(axis) for axis in _mesh_axes(spec))

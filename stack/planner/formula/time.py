@@ -19,6 +19,7 @@ from stack.hardware.chip import Hardware, Precision
 from stack.models import model_cost
 from stack.models.cost import Axis, Layers, Product
 from stack.models.flops import keys_per_token
+from stack.parallel.int8 import LONGEST
 from stack.parallel.rules import TABLE
 from stack.planner.formula.links import ring_seconds
 from stack.planner.formula.memory import elements_at_rest, optimizer_numbers
@@ -30,6 +31,9 @@ from stack.step.muon import ITERATIONS
 
 _BYTES = 2
 """Of an activation, and of a weight as it is used."""
+
+_INT8_BYTES = 1 + 4 / LONGEST
+"""Of a number in 8 bits between nodes, with its share of a scale."""
 
 _KERNELS = 12
 """Kernels of a layer's forward pass: four products or five, attention, two norms, the rest fused."""
@@ -335,9 +339,24 @@ def _fsdp(
 
 
 def _data(work: Workload, chip: Hardware, backward: float) -> Communication:
-    """An all-reduce of what each device holds of the gradient, beside the last backward pass."""
+    """An all-reduce of what each device holds of the gradient, beside the last backward pass.
+
+    With a second shard, a gather of weights before the first forward pass and a scatter of gradients, which
+    of several micro-batches comes after the last of them.
+    """
     ways = work.data // work.slices * work.expert
     stride = work.tensor * work.context * work.stage * work.fsdp
+    if work.split_data > 1:
+        parts = []
+        for trained, dtype, bytes_each, beside in (
+            (False, work.gather_dtype, _BYTES, 0.0),
+            (True, work.scatter_dtype, work.reduce_bytes, backward if work.accumulation == 1 else 0.0),
+        ):
+            size = elements(work, work.parameters, trained=trained) / work.fsdp
+            size *= _INT8_BYTES if dtype == "int8" else bytes_each
+            seconds = ring_seconds(size, ways, stride, chip)
+            parts.append(_beside(size * (ways - 1) / ways, seconds, beside, chip))
+        return _sum(parts)
     size = _at_rest(work) * work.reduce_bytes / (work.fsdp if work.zero else 1)
     seconds = 2 * ring_seconds(size, ways, stride, chip)
     return _beside(2 * size * (ways - 1) / ways, seconds, backward, chip)
@@ -373,7 +392,7 @@ def _optimizer(work: Workload, chip: Hardware) -> float:
 
     The weight is written once more as it is used; of an average the old is read and the new written.
     """
-    weights = _at_rest(work) / (work.fsdp if work.zero else 1)
+    weights = _at_rest(work) / (work.fsdp * work.split_data if work.zero else 1)
     numbers = optimizer_numbers(dataclasses.replace(work, stage=1)) / work.stage + work.ema * weights
     update = (weights * (3 * 4 + _BYTES) + numbers * 2 * 4) / _bandwidth(chip)
     return update + (_muon(work, chip) if work.optimizer == "muon" else 0.0)
@@ -399,12 +418,15 @@ def _muon(work: Workload, chip: Hardware) -> float:
         )
         fsdp = work.fsdp if work.zero else 1
         ways = {"tensor": part.shard() / part.shard(tensor=work.tensor)}
-        ways["fsdp"] = part.shard(tensor=work.tensor) / part.shard(fsdp=fsdp, tensor=work.tensor)
+        second = part.shard(fsdp=fsdp, tensor=work.tensor)
+        ways["fsdp"] = part.shard(tensor=work.tensor) / second
+        ways["data"] = second / part.shard(fsdp=fsdp, data=work.split_data, tensor=work.tensor)
         matrices = math.ceil(part.copies / work.stage / math.prod(ways.values()))
         size = matrices * short * long * _BYTES
         stride = work.tensor * work.context * work.expert * work.stage
         moves = ring_seconds(size, round(ways["fsdp"]), stride, chip)
         moves += ring_seconds(size, round(ways["tensor"]), 1, chip)
+        moves += ring_seconds(size, round(ways["data"]), stride * fsdp, chip)
         seconds += ITERATIONS * matrices * step + 2 * moves
     return seconds
 

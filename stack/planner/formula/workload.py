@@ -51,6 +51,10 @@ class Workload:
     zero: int = 3
     tables_once: bool = False
     """At stage 3, tables are gathered and their gradients scattered once a step."""
+    second_shard: bool = False
+    """At stage 3, parameters are split over `data` too, and a second shard of them is not."""
+    gather_dtype: Literal["compute", "int8"] = "compute"
+    scatter_dtype: Literal["reduce", "int8"] = "reduce"
     sequence_parallel: bool = False
     virtual_stages: int = 1
     """Parts of the model each pipeline stage holds (arXiv 2104.04473, section 2.2)."""
@@ -113,6 +117,11 @@ class Workload:
     def holds_tables(self) -> bool:
         """Whether every device holds the tables and their gradients whole over `fsdp` for all of a step."""
         return self.tables_once and self.zero == 3 and self.stage == 1 and self.accumulation > 1
+
+    @property
+    def split_data(self) -> int:
+        """Ways of `data` that parameters at rest are split over."""
+        return self.data if self.second_shard and self.zero == 3 else 1
 
     @property
     def parameters(self) -> Parameters:
@@ -258,6 +267,9 @@ def from_config(config: Config, num_devices: int, chip: Hardware | None = None) 
         virtual_stages=config.mesh.virtual_stages,
         zero=config.mesh.zero,
         tables_once=config.mesh.tables_once,
+        second_shard=config.mesh.second_shard,
+        gather_dtype=config.mesh.gather_dtype,
+        scatter_dtype=config.mesh.scatter_dtype,
         sequence_parallel=config.mesh.sequence_parallel,
         remat=train.remat,
         precision=_precision(model.dtype, chip) if products.fp8 is None else "float8",

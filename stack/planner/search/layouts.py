@@ -136,6 +136,8 @@ def describe(work: Workload) -> str:
     parts = [" x ".join(sizes) or "one device", f"zero {work.zero}"]
     if work.tables_once:
         parts.append("tables once")
+    if work.split_data > 1:
+        parts.append("second shard")
     if work.sequence_parallel:
         parts.append("sequence parallel")
     if work.overlapped_tensor_parallel:

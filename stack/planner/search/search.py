@@ -175,9 +175,8 @@ def apply_layout(config: Config, work: Workload) -> Config:
     """
     changes: dict[str, Any] = {"mesh.auto": False}
     changes |= {f"mesh.{axis}": getattr(work, axis) for axis in AXES}
-    changes |= {"mesh.zero": work.zero, "mesh.sequence_parallel": work.sequence_parallel}
-    changes |= {"mesh.tables_once": work.tables_once}
-    changes |= {"mesh.schedule": work.schedule, "mesh.virtual_stages": work.virtual_stages}
+    own = ("zero", "sequence_parallel", "tables_once", "second_shard", "gather_dtype", "scatter_dtype")
+    changes |= {f"mesh.{name}": getattr(work, name) for name in (*own, "schedule", "virtual_stages")}
     changes |= {"train.accumulation": work.accumulation, "train.remat": work.remat}
     if work.remat != "none":  # Layers that are computed again are not unrolled.
         changes["model.scan_unroll"] = 1

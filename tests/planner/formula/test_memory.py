@@ -96,6 +96,25 @@ def test_shards_by_shape_are_those_of_the_program(
     assert shards == sorted(map(shard_elements, jax.tree.leaves(program.parameters)))
 
 
+@pytest.mark.parametrize(("name", "changes"), [("gpt2_124m", NARROW), ("llama3_8b", ())])
+def test_shards_beside_a_second_shard_are_those_of_the_program(name: str, changes: tuple[str, ...]) -> None:
+    mesh = ("mesh.data=2", "mesh.fsdp=4", "mesh.tensor=2", "mesh.zero=3", "mesh.second_shard=true")
+    config = recipe(name, *changes, *mesh)
+    program = programs.on_mesh(config, meshes.abstract(config.mesh, 16), "cpu")
+    shards = sorted(part.shard(fsdp=4, data=2, tensor=2) for part in parameters(config.model))
+    assert shards == sorted(map(shard_elements, jax.tree.leaves(program.parameters)))
+
+
+def test_a_second_shard_halves_what_is_at_rest_over_two_nodes_and_adds_a_copy() -> None:
+    whole, second = (memory(work(data=2, second_shard=wanted)) for wanted in (False, True))
+    vectors = sum(part.size for part in parameters(GPT) if not part.is_matrix)
+    matrices = sum(part.shard(fsdp=8) for part in parameters(GPT) if part.is_matrix)
+    assert whole.parameters == 4 * (matrices + vectors)
+    assert second.parameters == 4 * (matrices / 2 + vectors) + 2 * matrices
+    assert second.optimizer == 2 * 4 * (matrices / 2 + vectors)
+    assert second.gradients == whole.gradients, "sums over micro-batches lie as the second shard does"
+
+
 @pytest.mark.parametrize("kind", [None, "parallel_decoder"])
 def test_parameters_are_of_the_layers_or_of_an_end(kind: str | None) -> None:
     config = recipe("gpt2_124m", *([f"model.kind={kind}"] if kind else []))

@@ -55,6 +55,22 @@ def test_the_parts_add_up():
     assert set(time.communication) == {"tensor", "context", "stage", "fsdp", "data"}
 
 
+def test_a_second_shard_sends_weights_and_gradients_once_each():
+    def sent(**changes: Any) -> float:
+        return step_time(work(data=4, **changes), H100).communication["data"].bytes
+
+    def second(**changes: Any) -> float:
+        return sent(second_shard=True, **changes) / sent()
+
+    # In bytes a number, the sum of shards is 4 there and 4 back.
+    assert second() == pytest.approx((2 + 4) / 8)
+    assert second(reduce_bytes=2) == pytest.approx((2 + 2) / 8)
+    int8 = 1 + 4 / 256
+    assert second(gather_dtype="int8") == pytest.approx((int8 + 4) / 8)
+    assert second(gather_dtype="int8", scatter_dtype="int8") == pytest.approx(2 * int8 / 8)
+    assert second(batch=64) == pytest.approx(second()), "however many micro-batches there are"
+
+
 def test_a_layer_takes_as_long_as_its_window_says():
     def attention(**changes: Any) -> float:
         model = MODEL.model_copy(update={"num_layers": 3} | changes)
