@@ -153,6 +153,17 @@ def test_stages_send_what_the_gate_lets_them(mesh):
     assert planned == pytest.approx(sent + share * weights, rel=0.01)
 
 
+def test_stages_go_at_the_pace_of_their_slowest_link():
+    """Four stages of four devices: two are in a node of eight, and wait for those that are not."""
+    within, across = (
+        step_time(work(stage=4, tensor=ways, fsdp=1, batch=64), H100).communication["stage"]
+        for ways in (2, 4)
+    )
+    ticks, activation = (8 + 3) * 3, 8 * 2048 * 2048 * 2
+    assert across.exposed > 2 * ticks * activation / (H100.network_bandwidth * H100.efficiency.link)
+    assert within.exposed < across.exposed / 4
+
+
 def test_others_bubble_is_that_of_1f1b():
     """(p - 1) / m of the work on the layers (arXiv 2104.04473, section 2.2)."""
     w = work(fsdp=1, stage=4, micro_batch=4, batch=64, zero=0)

@@ -181,7 +181,7 @@ def test_what_is_returned_runs_fits_and_is_ranked(llama):
         check_divides(
             search.apply_layout(llama.config, one.work), {axis: getattr(one.work, axis) for axis in AXES}
         )
-    kinds = {(one.work.tensor, one.work.zero) for one in llama.best}
+    kinds = {(one.work.stage, one.work.tensor, one.work.zero) for one in llama.best}
     assert len(kinds) == 8
 
 
