@@ -32,7 +32,7 @@ def check_instances(config: Config, sizes: dict[str, int]) -> None:
         where = f"average.outer={config.average.outer}"
     if config.mesh.second_shard:
         raise ConfigError(
-            f"mesh.second_shard splits parameters over mesh.data, where each instance has its own;"
+            "mesh.second_shard splits parameters over mesh.data, where each instance has its own;"
             " set second_shard=false"
         )
     tasks = getattr(config.objective, "tasks", ())
