@@ -6,7 +6,7 @@ so that nothing can be said between them. Only at its end are all devices in one
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -164,6 +164,9 @@ class AveragedSteps:
         params, outer = (jax.tree.map(common, state.get(part)) for part in ("params", "outer"))
         with meshes.use(mesh):
             return self._average.lower(params, outer, state["instances"]["params"])
+
+    def hear(self, is_asked: Callable[[], bool]) -> None:
+        """Nobody is waited for."""
 
     def begin(self, state: State, step: int) -> tuple[State, int]:
         """Where it is."""

@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stack.parallel import mesh as meshes
@@ -23,7 +25,9 @@ def abstract(program: Program, state: State) -> State:
         return jax.ShapeDtypeStruct((instances.number, *leaf.shape), leaf.dtype, sharding=sharding)
 
     outer = {"outer": state["params"]} if _has_momentum(program) else {}
-    return {"params": state["params"], **outer, "instances": jax.tree.map(stack, state)}
+    whole = NamedSharding(program.mesh, P())
+    rounds = {"rounds": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)} if _meets(program) else {}
+    return {"params": state["params"], **outer, **rounds, "instances": jax.tree.map(stack, state)}
 
 
 def spread(program: Program, state: State) -> State:
@@ -40,7 +44,13 @@ def spread(program: Program, state: State) -> State:
     with meshes.use(instances_of(program).mesh):
         stacked = jax.jit(make)(common(program, state))
     outer = {"outer": jax.tree.map(jnp.zeros_like, state["params"])} if _has_momentum(program) else {}
-    return {"params": state["params"], **outer, "instances": stacked}
+    rounds = {"rounds": counted(program, 0)} if _meets(program) else {}
+    return {"params": state["params"], **outer, **rounds, "instances": stacked}
+
+
+def counted(program: Program, rounds: int) -> jax.Array:
+    """How many rounds of a meeting a state has taken."""
+    return jax.device_put(np.int32(rounds), NamedSharding(program.mesh, P()))
 
 
 def instances_of(program: Program) -> Instances:
@@ -53,6 +63,10 @@ def common(program: Program, tree: Any) -> Any:
     """Arrays of the program's mesh on that of its instances, the same for all of them."""
     instances = instances_of(program)
     return jax.tree.map(lambda leaf: meshes.retype(leaf, instances.common(leaf.sharding.spec)), tree)
+
+
+def _meets(program: Program) -> bool:
+    return program.config.average.folder is not None
 
 
 def _has_momentum(program: Program) -> bool:

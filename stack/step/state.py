@@ -26,12 +26,15 @@ moments may be in host memory.
 Parameters that are not trained are under "frozen", where there are any; the moving average of the others
 under "ema", where there is one; what delayed scaling looks back on under "float8".
 Where instances train apart: {"params": the last average, "outer": the momentum of the outer step, if it has
-any, "instances": of each such a state, [instances, ...]}."""
+any, "rounds": how many averages it has taken of a meeting, "instances": of each such a state,
+[instances, ...]}."""
+
+_OF_TRAINING = ("opt_state", "outer", "rounds", "instances")
 
 
 def without_training(state: State) -> State:
     """The parts of a state that evaluations and samples ask for."""
-    return {name: part for name, part in state.items() if name not in ("opt_state", "outer", "instances")}
+    return {name: part for name, part in state.items() if name not in _OF_TRAINING}
 
 
 def init(program: Program, params: dict[str, Any] | None = None) -> State:

@@ -1,6 +1,6 @@
 """The steps of a run, as the host sees them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -26,6 +26,10 @@ class Steps(Protocol):
 
     def lower(self) -> jax.stages.Lowered:
         """The step, traced and typed for the devices of the program's mesh, which need not be here."""
+        ...
+
+    def hear(self, is_asked: Callable[[], bool]) -> None:
+        """Is told what says that the run is to be saved and to end: then nobody else is waited for."""
         ...
 
     def begin(self, state: State, step: int) -> tuple[State, int]:
@@ -66,6 +70,9 @@ class PlainSteps:
         """On all devices."""
         with meshes.use(concrete(self._program)):
             return self.step.lower(abstract(self._program), self._program.abstract_batch())
+
+    def hear(self, is_asked: Callable[[], bool]) -> None:
+        """Nobody is waited for."""
 
     def begin(self, state: State, step: int) -> tuple[State, int]:
         """Where it is."""

@@ -7,8 +7,8 @@ and one that goes on from a checkpoint, comes to the same average.
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,12 +22,17 @@ from jax.sharding import PartitionSpec as P
 from stack.config.fields import flatten
 from stack.config.paths import expand
 from stack.parallel import mesh as meshes
+from stack.parallel import messages
 from stack.parallel.meeting import Arrays, Meeting
 from stack.parallel.narrow import narrow, widen
+from stack.step import state as states
 from stack.step.averaging import AveragedSteps
+from stack.step.instances import counted
 from stack.step.program import Program
 from stack.step.state import State
 from stack.step.step import Batch
+
+_POLL_SECONDS = 0.2
 
 _ALIKE = ("seed", "init_from", "model", "objective", "optimizer", "data", "train", "average", "stability")
 _OWN = ("average.instance", "average.folder", "average.wait_seconds", "data.cache_dir", "data.workers")
@@ -70,6 +75,7 @@ class StreamedSteps(AveragedSteps):
         self._sent: Future[None] | None = None
         self._coming: tuple[int, Future[_Came]] | None = None
         self._notes: list[str] = []
+        self._is_asked: Callable[[], bool] = lambda: False
 
     def begin(self, state: State, step: int) -> tuple[State, int]:
         """Enters the meeting; the state to go on with, and the steps taken by it.
@@ -86,20 +92,30 @@ class StreamedSteps(AveragedSteps):
                 and not any(name == own or name.startswith(f"{own}.") for own in _OWN)
             }
             self._meeting.enter(config.name, terms)
-        newest, me = self._meeting.newest(), self._average_config.instance
-        here = step // self._gap
-        if newest is not None and any(
-            me not in (self._meeting.closed(number) or ()) for number in range(here + 1, newest + 1)
-        ):
+        taken = int(states.to_host(state["rounds"]))
+        newest = messages.from_first(self._missed(taken))  # Files may come between two processes' looks.
+        if newest:
             self._notes.append(
-                f"the others made averages without this instance: it goes on from that of step"
+                "the others made averages without this instance: it goes on from that of step"
                 f" {newest * self._gap:,}, not from its own step {step:,}"
             )
             return self._rejoined(state, newest), newest * self._gap
         number = step // self._gap
-        if number and step < number * self._gap + self._average_config.delay:
+        if number > taken:
             self._start(number, self._parts(number, state), is_sent=step > number * self._gap)
+            if step >= number * self._gap + self._average_config.delay:
+                state = self._take(state)
         return state, step
+
+    def _missed(self, taken: int) -> int:
+        """The newest round, if after those that were taken there is one without this instance; else 0."""
+        newest, me = self._meeting.newest() or 0, self._average_config.instance
+        rounds = range(taken + 1, newest + 1)
+        return newest if any(me not in (self._meeting.closed(number) or ()) for number in rounds) else 0
+
+    def hear(self, is_asked: Callable[[], bool]) -> None:
+        """Is told what says that the run is to end."""
+        self._is_asked = is_asked
 
     def advance(self, step: int, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """The same after so many steps; what is due is sent, and what has come is taken."""
@@ -245,9 +261,16 @@ class StreamedSteps(AveragedSteps):
         return came
 
     def _take(self, state: State) -> State:
+        """The state with what came of the round; without, if the run is to end while others are waited for.
+
+        It takes it when it goes on. Processes of one instance would have to agree, so they wait to the end.
+        """
         assert self._coming is not None, "what is due was sent"
-        (number, coming), self._coming = self._coming, None
-        came, average = coming.result(), self._average_config
+        (number, coming), average = self._coming, self._average_config
+        while not wait([coming], timeout=_POLL_SECONDS).done:
+            if self._is_asked() and jax.process_count() == 1:
+                return state
+        self._coming, came = None, coming.result()
         absent = [one for one in range(average.instances or 1) if one not in came.members]
         if absent:
             self._notes.append(
@@ -266,6 +289,7 @@ class StreamedSteps(AveragedSteps):
             )
         joined = jax.tree.map(lambda leaf: self._instances.join({0: leaf}), own)
         after = {"params": old, "instances": state["instances"] | {"params": joined}}
+        after |= {"rounds": counted(self._program, number)}
         return state | after | ({"outer": momentum} if momentum else {})
 
     def _rejoined(self, state: State, newest: int) -> State:

@@ -65,13 +65,18 @@ class Stop:
         finally:
             self._is_training = False
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step, which is the same on all processes; called for each, in order."""
+    def is_asked(self) -> bool:
+        """Whether this process was asked to stop, or its time is over."""
         if self._asked is None and self._deadline is not None and time.monotonic() >= self._deadline:
             self._asked = f"train.stop_after_minutes={self._limit:g}"
+        return self._asked is not None
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step, which is the same on all processes; called for each, in order."""
+        asked = self.is_asked()
         if jax.process_count() == 1:
-            return self._asked is not None
-        if self._asked is not None and not self._noticed:
+            return asked
+        if asked and not self._noticed:
             self._noticed = True
             os.kill(os.getpid(), signal.SIGTERM)
         return multihost_utils.reached_preemption_sync_point(step)

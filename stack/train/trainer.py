@@ -172,6 +172,7 @@ class Trainer:
             keep_freed_memory()
         starting.check(self.program, self.ledger.store, lambda: self.tokenizer)
         stop = Stop(self.config.train.stop_after_minutes)
+        self.steps.hear(stop.is_asked)
         with (
             guard_memory(self.config, list(self.mesh.devices.flat)),
             meshes.use(self.mesh),

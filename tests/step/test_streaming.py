@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,21 @@ def test_a_run_goes_on_while_an_average_is_on_its_way(tmp_path):
             made.fit(progress=False)
     instance(tmp_path / "parts", 0, *how).fit(progress=False)
     assert saved_state(tmp_path / "parts", "run-0") == saved_state(tmp_path / "whole", "run-0")
+
+
+def test_a_run_that_waits_for_others_can_be_stopped(tmp_path):
+    """A real process, which then goes on to the bits of one that was not stopped."""
+    how = (*DILOCO, f"average.folder={tmp_path / 'there'}", "eval.every=0", "train.log_every=1")
+    waits = start(tmp_path, "run-0", *how, "average.wait_seconds=300")
+    while not (tmp_path / "there" / "1" / "0.npz").exists():
+        time.sleep(0.05)
+    waits.send_signal(signal.SIGTERM)
+    assert waits.communicate(timeout=60)[1].count("stopped at step 4") == 1
+    assert waits.returncode == 75
+    soon = ("average.wait_seconds=0.01", "eval.every=0", "train.log_every=1")
+    instance(tmp_path, 0, *soon).fit(progress=False)
+    instance(tmp_path / "whole", 0, *soon).fit(progress=False)
+    assert saved_state(tmp_path, "run-0") == saved_state(tmp_path / "whole", "run-0")
 
 
 def test_an_instance_that_dies_is_left_out_and_comes_back(tmp_path):
