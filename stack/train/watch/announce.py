@@ -73,7 +73,10 @@ def _average(program: Program) -> str:
         f" {average.outer_momentum:g} (DiLoCo)",
     }[average.outer]
     every = "every step" if average.every == 1 else f"every {average.every:,} steps"
-    return f"{instances.number} instances, {every} {how}"
+    who = f"{instances.number} instances"
+    if average.folder is not None:
+        who = f"instance {average.instance} of {average.instances}, who meet in {average.folder}"
+    return f"{who}, {every} {how}"
 
 
 def _in_8_bits(products: str) -> str | None:
