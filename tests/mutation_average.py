@@ -16,8 +16,8 @@ AVERAGING = (
     Mutation(
         "the outer momentum is not looked ahead",
         "stack/step/averaging.py",
-        "steps = jax.tree.map(lambda old, now: config.outer_momentum * old + now, outer, way)",
-        "steps = outer",
+        "config.outer_learning_rate * (config.outer_momentum * speed + way)",
+        "config.outer_learning_rate * speed",
         INSTANCES,
     ),
     Mutation(

@@ -191,8 +191,8 @@ MUTATIONS = (
     Mutation(
         "MFU with rows for tokens",
         "stack/train/watch/speed.py",
-        "self._config.train.batch_size * self._config.data.sequence_length",
-        "self._config.train.batch_size",
+        "places = rows * self._config.data.sequence_length",
+        "places = rows",
         "tests/train/watch/test_speed.py",
     ),
     Mutation(

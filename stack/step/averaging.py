@@ -81,15 +81,29 @@ def average(config: AverageConfig, params: Any, outer: Any, apart: Any) -> tuple
     Returns:
       The new parameters, the new momentum, and the parameters of the instances: the new ones of each.
     """
-    means = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), apart)
-    if config.outer == "none":
-        new = means
-    else:
-        way = jax.tree.map(jnp.subtract, params, means)
-        outer = jax.tree.map(lambda old, now: config.outer_momentum * old + now, outer, way)
-        steps = jax.tree.map(lambda old, now: config.outer_momentum * old + now, outer, way)
-        new = jax.tree.map(lambda old, step: old - config.outer_learning_rate * step, params, steps)
+    new = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), apart)
+    if config.outer == "nesterov":
+        way = jax.tree.map(jnp.subtract, params, new)
+        outer = jax.tree.map(partial(outer_speed, config), outer, way)
+        new = jax.tree.map(partial(outer_step, config), params, outer, way)
     return new, outer, jax.tree.map(_like_all, new, apart)
+
+
+def outer_step(config: AverageConfig, begun: Any, speed: Any, way: Any) -> Any:
+    """A parameter after an outer step with Nesterov momentum; arrays of JAX or NumPy.
+
+    Args:
+      config: rate and momentum.
+      begun: the last average.
+      speed: the momentum, this step in it; see `outer_speed`.
+      way: from the average of the instances to the last one.
+    """
+    return begun - config.outer_learning_rate * (config.outer_momentum * speed + way)
+
+
+def outer_speed(config: AverageConfig, speed: Any, way: Any) -> Any:
+    """The momentum of a parameter after an outer step, of that before it."""
+    return config.outer_momentum * speed + way
 
 
 def _like_all(new: jax.Array, apart: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from stack.parallel import messages
 from stack.parallel.meeting import Arrays, Meeting
 from stack.parallel.narrow import narrow, widen
 from stack.step import state as states
-from stack.step.averaging import AveragedSteps
+from stack.step.averaging import AveragedSteps, outer_speed, outer_step
 from stack.step.instances import counted
 from stack.step.program import Program
 from stack.step.state import State
@@ -248,9 +248,8 @@ class StreamedSteps(AveragedSteps):
             if average.outer == "none":
                 came.params[name] = begun[name] - way
                 continue
-            speed, rate = np.float32(average.outer_momentum), np.float32(average.outer_learning_rate)
-            came.outer[name] = speed * momentum[name] + way
-            came.params[name] = begun[name] - rate * (speed * came.outer[name] + way)
+            came.outer[name] = outer_speed(average, momentum[name], way)
+            came.params[name] = outer_step(average, begun[name], came.outer[name], way)
         if jax.process_index() == 0 and average.instance == min(members):
             meeting.keep(
                 number,
