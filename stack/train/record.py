@@ -14,6 +14,7 @@ from stack.versions import RECORDED, installed_version
 _IDENTITY = (
     *("seed", "init_from", "model", "objective", "optimizer", "adapter", "data", "average"),
     *("train.batch_size", "train.grad_reduce_dtype", "kernels.matmul"),
+    *("mesh.gather_dtype", "mesh.scatter_dtype"),
     *(f"kernels.fp8.{name}" for name in Fp8Config.model_fields),
     *("stability.spike_deviations", "stability.spike_window"),
 )
