@@ -22,6 +22,12 @@ WAYS = {
     "data parallel": [],
     **{f"local SGD, {every}": [f"average.every={every}"] for every in (10, 50)},
     **{f"DiLoCo, {every}": [f"average.every={every}", "average.outer=nesterov"] for every in (1, 10, 50)},
+    **{
+        f"DiLoCo of momentum 0.5, {every}": [
+            *(f"average.every={every}", "average.outer=nesterov", "average.outer_momentum=0.5"),
+        ]
+        for every in (10, 50)
+    },
 }
 
 
@@ -69,11 +75,11 @@ def run(way: str, overrides: list[str], seed: int, options: argparse.Namespace) 
     if not _is_done(folder, options.steps):
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(options.data), "JAX_PLATFORMS": "cpu"}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    return {one["step"]: one["nats_per_byte"] for one in _records(folder) if one["kind"] == "eval"}
+    return {one["step"]: one["nats_per_byte"] for one in _records(folder) if one["kind"] == "heldout"}
 
 
 def _is_done(folder: Path, steps: int) -> bool:
-    return any(one["kind"] == "eval" and one["step"] == steps for one in _records(folder))
+    return any(one["kind"] == "heldout" and one["step"] == steps for one in _records(folder))
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

@@ -309,5 +309,6 @@ def test_the_page_on_averaging_runs(folder) -> None:
     assert "average   4 instances, every 10 steps an outer step of rate 0.7, momentum 0.9" in printed[0]
     told = [json.loads(line) for line in (folder / "runs/first/metrics.jsonl").read_text().splitlines()]
     other = [json.loads(line) for line in (folder / "runs/second/metrics.jsonl").read_text().splitlines()]
-    losses = [[line["loss"] for line in lines if line["kind"] == "eval"] for lines in (told, other)]
+    losses = [[line["loss"] for line in lines if line["kind"] == "heldout"] for lines in (told, other)]
     assert losses[0] == losses[1]
+    assert len(losses[0]) == 1

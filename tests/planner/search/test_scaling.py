@@ -21,7 +21,7 @@ def gpt2(*overrides: str) -> Config:
 
 @pytest.fixture(scope="module")
 def curves() -> scaling.Scaling:
-    return scaling.scaling(gpt2(), hardware=chips.load("h100"), devices=scaling.counts("4..80"))
+    return scaling.scaling(gpt2(), hardware=chips.load("h100"), devices=scaling.counts("4..68"))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_what_is_no_range_is_refused(text):
 
 @pytest.mark.full
 def test_strong_keeps_the_batch_and_weak_that_of_each_device(curves):
-    assert [point.devices for point in curves.strong] == [4, 8, 16, 32, 64, 80]
+    assert [point.devices for point in curves.strong] == [4, 8, 16, 32, 64, 68]
     assert {point.batch for point in curves.strong} == {16}
     assert [point.batch / point.devices for point in curves.weak] == [4] * 6
     for point in (*curves.strong, *curves.weak):
@@ -57,9 +57,9 @@ def test_strong_keeps_the_batch_and_weak_that_of_each_device(curves):
 def test_strong_scaling_ends_where_the_batch_is_split_up(curves):
     obstacles = {point.devices: point.obstacle for point in curves.strong}
     assert obstacles[64] is None
-    assert obstacles[80] is not None
-    assert obstacles[80].startswith(
-        "no layout splits train.batch_size=16 over 80 devices; use 64 or 96 devices, or "
+    assert obstacles[68] is not None
+    assert obstacles[68].startswith(
+        "no layout splits train.batch_size=16 over 68 devices; use 66 or 72 devices, or "
     )
     assert all(point.obstacle is None for point in curves.weak)
 
@@ -97,10 +97,10 @@ def test_the_target_says_what_each_device_has():
 @pytest.mark.full
 def test_the_table_and_the_json_hold_every_point(curves):
     lines = scaling.lines(curves)
-    assert sum(line.lstrip().startswith("80 ") for line in lines) == 2
+    assert sum(line.lstrip().startswith("68 ") for line in lines) == 2
     assert any("100.0%" in line and "zero" in line for line in lines)
     answer = json.loads(json.dumps(scaling.as_dict(curves)))
-    assert [point["devices"] for point in answer["strong"]] == [4, 8, 16, 32, 64, 80]
+    assert [point["devices"] for point in answer["strong"]] == [4, 8, 16, 32, 64, 68]
     assert answer["strong"][0]["efficiency"] == 1.0
     assert "obstacle" in answer["strong"][-1]
 
