@@ -182,7 +182,7 @@ class AveragedSteps:
     def hear(self, is_asked: Callable[[], bool]) -> None:
         """Nobody is waited for."""
 
-    def begin(self, state: State, step: int) -> tuple[State, int]:
+    def begin(self, state: State, step: int, content: Mapping[str, str]) -> tuple[State, int]:
         """Where it is."""
         return state, step
 

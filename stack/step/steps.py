@@ -32,8 +32,14 @@ class Steps(Protocol):
         """Is told what says that the run is to be saved and to end: then nobody else is waited for."""
         ...
 
-    def begin(self, state: State, step: int) -> tuple[State, int]:
-        """Where to go on: a state and its steps, those that are given if nothing knows better."""
+    def begin(self, state: State, step: int, content: Mapping[str, str]) -> tuple[State, int]:
+        """Where to go on: a state and its steps, those that are given if nothing knows better.
+
+        Args:
+          state: as it was restored, or is made.
+          step: of it.
+          content: digests of what the run reads, by name.
+        """
         ...
 
     def settle(self) -> None:
@@ -74,7 +80,7 @@ class PlainSteps:
     def hear(self, is_asked: Callable[[], bool]) -> None:
         """Nobody is waited for."""
 
-    def begin(self, state: State, step: int) -> tuple[State, int]:
+    def begin(self, state: State, step: int, content: Mapping[str, str]) -> tuple[State, int]:
         """Where it is."""
         return state, step
 

@@ -19,6 +19,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 
+from stack.config.errors import StackError
 from stack.config.fields import flatten
 from stack.config.paths import expand
 from stack.parallel import mesh as meshes
@@ -34,17 +35,27 @@ from stack.step.step import Batch
 
 _POLL_SECONDS = 0.2
 
-_ALIKE = ("seed", "init_from", "model", "objective", "optimizer", "data", "train", "average", "stability")
-_OWN = ("average.instance", "average.folder", "average.wait_seconds", "data.cache_dir", "data.workers")
-_OWN += ("train.accumulation", "train.remat", "train.log_every", "train.profile_steps", "train.audit")
-_OWN += (
-    "train.steps",
-    "optimizer.schedule",
-    "train.offload_activations",
-    "train.stop_after_minutes",
-    "train.tensorboard",
+_ALIKE = (
+    *(
+        "seed",
+        "init_from",
+        "model",
+        "objective",
+        "optimizer",
+        "data",
+        "train.batch_size",
+        "average",
+        "content",
+    ),
+    *("train.grad_reduce_dtype", "stability.spike_deviations", "stability.spike_window"),
 )
-"""What instances may differ in."""
+"""What instances must be alike in."""
+
+_OWN = (
+    *("average.instance", "average.folder", "average.wait_seconds", "optimizer.schedule", "data.cache_dir"),
+    *("data.workers", "data.tokenizer", "data.sources", "model.scan_unroll", "objective.logits_bytes"),
+)
+"""But in these: what is read of them is compared as content."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,21 +88,18 @@ class StreamedSteps(AveragedSteps):
         self._notes: list[str] = []
         self._is_asked: Callable[[], bool] = lambda: False
 
-    def begin(self, state: State, step: int) -> tuple[State, int]:
+    def begin(self, state: State, step: int, content: Mapping[str, str]) -> tuple[State, int]:
         """Enters the meeting; the state to go on with, and the steps taken by it.
 
-        Where an average was made without this instance since its checkpoint, it goes on from the newest.
+        Where an average was made without this instance since its checkpoint, it goes on from the newest that
+        leaves it a step to take.
         """
         config = self._program.config
         if jax.process_index() == 0:
-            fields = dict(flatten(config.model_dump(mode="json")))
-            terms = {
-                name: value
-                for name, value in fields.items()
-                if name.split(".")[0] in _ALIKE
-                and not any(name == own or name.startswith(f"{own}.") for own in _OWN)
-            }
-            self._meeting.enter(config.name, terms)
+            fields = dict(flatten(config.model_dump(mode="json"))) | dict(content)
+            terms = {name: value for name, value in fields.items() if not _is_own(name)}
+            folder = expand(config.output_dir) / config.name
+            self._meeting.enter(config.name, terms, folder / "meeting.json")
         taken = int(states.to_host(state["rounds"]))
         newest = messages.from_first(self._missed(taken))  # Files may come between two processes' looks.
         if newest:
@@ -104,14 +112,23 @@ class StreamedSteps(AveragedSteps):
         if number > taken:
             self._start(number, self._parts(number, state), is_sent=step > number * self._gap)
             if step >= number * self._gap + self._average_config.delay:
-                state = self._take(state)
+                state = self._take(state, may_leave=False)
         return state, step
 
     def _missed(self, taken: int) -> int:
-        """The newest round, if after those that were taken there is one without this instance; else 0."""
-        newest, me = self._meeting.newest() or 0, self._average_config.instance
-        rounds = range(taken + 1, newest + 1)
-        return newest if any(me not in (self._meeting.closed(number) or ()) for number in rounds) else 0
+        """The newest average to go on from, if one after those taken is without this instance; or 0."""
+        meeting, average, steps = self._meeting, self._average_config, self._program.config.train.steps
+        last = meeting.last()
+        rounds = [number for number in range(taken + 1, last + 1) if number < last or meeting.closed(number)]
+        if not any(average.instance not in (meeting.closed(number) or ()) for number in rounds):
+            return 0
+        newest = meeting.newest(within=average.fragments, most=(steps - 1) // self._gap)
+        if newest <= taken and any(meeting.closed(number) is None for number in rounds):
+            raise StackError(
+                f"average.folder: the others are at step {last * self._gap:,}, and have nothing left that a"
+                f" run of train.steps={steps:,} could go on from; set train.steps as theirs"
+            )
+        return newest if newest > taken else 0
 
     def hear(self, is_asked: Callable[[], bool]) -> None:
         """Is told what says that the run is to end."""
@@ -124,8 +141,8 @@ class StreamedSteps(AveragedSteps):
         number, since = divmod(taken, self._gap)
         if number and since == 0:
             self._start(number, self._parts(number, state), is_sent=False)
-        if number and since == self._average_config.delay:
-            state = self._take(state)
+        if self._coming is not None and since >= self._average_config.delay:
+            state = self._take(state, may_leave=taken < self._program.config.train.steps)
         return state, metrics
 
     def settle(self) -> None:
@@ -142,7 +159,7 @@ class StreamedSteps(AveragedSteps):
         return (number - 1) % self._average_config.fragments
 
     def _parts(self, number: int, state: State) -> dict[str, dict[str, jax.Array]]:
-        """A round's fragment, whole on every device: the last average, its momentum, and what it is now."""
+        """A round's fragment: the last average, its momentum, and what it is now."""
         apart = jax.tree.map(partial(self._instances.part, index=0), state["instances"]["params"])
         with meshes.use(self._instances.slice_meshes[0]):
             return self._cut(self._fragment(number), state["params"], state.get("outer", {}), apart)
@@ -153,13 +170,18 @@ class StreamedSteps(AveragedSteps):
             own = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), apart)
             return {
                 name: {
-                    ".".join(path): jax.reshard(leaf[rows] if rows else leaf, P())
+                    ".".join(path): self._for_host(leaf[rows] if rows else jnp.copy(leaf))
                     for path, leaf, rows in self._of(fragment, tree)
                 }
                 for name, tree in (("params", params), ("outer", outer), ("own", own))
             }
 
         return jax.jit(cut, static_argnums=0)
+
+    @staticmethod
+    def _for_host(leaf: jax.Array) -> jax.Array:
+        """As it lies, if this process has all of it; else whole on every device."""
+        return leaf if jax.process_count() == 1 else jax.reshard(leaf, P())
 
     @cached_property
     def _put(self) -> Any:
@@ -234,32 +256,32 @@ class StreamedSteps(AveragedSteps):
             meeting.send(number, sent)
         told.set_result(None)
         members = meeting.close(number)
+        kept = meeting.kept(number) or meeting.keep(number, self._averaged(number, members, begun, momentum))
+        if jax.process_index() == 0:
+            meeting.forget(number - 4 * average.fragments)
+        return _Came(params=_part(kept, "params"), outer=_part(kept, "outer"), members=members)
+
+    def _averaged(self, number: int, members: tuple[int, ...], begun: Arrays, momentum: Arrays) -> Arrays:
+        """What comes of a round: the new parameters of its fragment, and their momentum."""
+        average = self._average_config
         ways = {name: np.zeros_like(values) for name, values in begun.items()}
         for member in members:
-            got = meeting.sent(number, member)
-            assert got is not None, "it was there when the round was closed"
+            got = self._meeting.sent(number, member)
             for name, way in ways.items():
                 kinds = {
                     kind: got[f"{kind}.{name}"] for kind in ("values", "scales") if f"{kind}.{name}" in got
                 }
                 np.add(way, widen(kinds, average.sent_as, way.shape) / np.float32(len(members)), out=way)
-        came = _Came(params={}, outer={}, members=members)
+        came: Arrays = {}
         for name, way in ways.items():
             if average.outer == "none":
-                came.params[name] = begun[name] - way
+                came[f"params.{name}"] = begun[name] - way
                 continue
-            came.outer[name] = outer_speed(average, momentum[name], way)
-            came.params[name] = outer_step(average, begun[name], came.outer[name], way)
-        if jax.process_index() == 0 and average.instance == min(members):
-            meeting.keep(
-                number,
-                {f"params.{name}": values for name, values in came.params.items()}
-                | {f"outer.{name}": values for name, values in came.outer.items()},
-            )
-            meeting.forget(number - 4 * average.fragments)
+            speed = outer_speed(average, momentum[name], way)
+            came |= {f"outer.{name}": speed, f"params.{name}": outer_step(average, begun[name], speed, way)}
         return came
 
-    def _take(self, state: State) -> State:
+    def _take(self, state: State, *, may_leave: bool) -> State:
         """The state with what came of the round; without, if the run is to end while others are waited for.
 
         It takes it when it goes on. Processes of one instance would have to agree, so they wait to the end.
@@ -267,7 +289,7 @@ class StreamedSteps(AveragedSteps):
         assert self._coming is not None, "what is due was sent"
         (number, coming), average = self._coming, self._average_config
         while not wait([coming], timeout=_POLL_SECONDS).done:
-            if self._is_asked() and jax.process_count() == 1:
+            if may_leave and self._is_asked() and jax.process_count() == 1:
                 return state
         self._coming, came = None, coming.result()
         absent = [one for one in range(average.instances or 1) if one not in came.members]
@@ -300,16 +322,10 @@ class StreamedSteps(AveragedSteps):
         for number in range(max(1, newest - self._average_config.fragments + 1), newest + 1):
             kept = self._meeting.kept(number)
             if kept is None:
-                continue
-            parts = {
-                part: {
-                    name.removeprefix(f"{part}."): values
-                    for name, values in kept.items()
-                    if name.startswith(f"{part}.")
-                }
-                for part in ("params", "outer")
-            }
-            state = self._with(state, number, parts["params"], parts["outer"])
+                raise StackError(
+                    f"average.folder: the average of round {number} is gone; start the run again"
+                )
+            state = self._with(state, number, _part(kept, "params"), _part(kept, "outer"))
         taken = np.int32(newest * self._gap)
         instances = self._instances
         of_all = jax.tree.map(partial(instances.part, index=0), state["instances"])
@@ -330,3 +346,16 @@ class StreamedSteps(AveragedSteps):
         with meshes.use(instances.slice_meshes[0]):
             moved = jax.jit(at, donate_argnums=0)(of_all)
         return state | {"instances": jax.tree.map(lambda leaf: instances.join({0: leaf}), moved)}
+
+
+def _is_own(name: str) -> bool:
+    """Whether instances may differ in a field."""
+    alike = any(name == one or name.startswith(f"{one}.") for one in _ALIKE)
+    return not alike or any(name == one or name.startswith(f"{one}.") for one in _OWN)
+
+
+def _part(kept: Arrays, part: str) -> Arrays:
+    """Of what came of a round, the parameters or their momentum, by the names of the parameters."""
+    return {
+        name.removeprefix(f"{part}."): values for name, values in kept.items() if name.startswith(f"{part}.")
+    }

@@ -138,9 +138,17 @@ class Ledger:
         self.position = self._without(Position())
         return None
 
-    def begin(self, steps: Steps, state: State) -> State:
-        """The state to go on with: the one that was restored, unless its steps know of a later one."""
-        state, step = steps.begin(state, self.position.step)
+    def begin(self, steps: Steps, state: State, data: Mapping[str, str]) -> State:
+        """The state to go on with: the one that was restored, unless its steps know of a later one.
+
+        Args:
+          steps: of the run.
+          state: restored, or made.
+          data: `Data.fingerprint` of now.
+        """
+        content = {f"content.{name}": digest for name, digest in data.items()}
+        content |= {"content.init_from": str(self.origin.get("digest"))}
+        state, step = steps.begin(state, self.position.step, content)
         self.position = self.position.at(step, self._config.train.batch_size)
         return state
 

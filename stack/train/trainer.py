@@ -287,7 +287,7 @@ class Trainer:
             self.ledger.begins = True
         else:
             self.state = states.completed(self.program, self.state)
-        self.state = self.ledger.begin(self.steps, self.state)
+        self.state = self.ledger.begin(self.steps, self.state, self.data.fingerprint)
         _ = self.compared
         if jax.process_index() == 0:  # Last: what could not go on leaves the folder as it was.
             self.ledger.write(self.data.fingerprint, self.tokenizer)

@@ -50,7 +50,7 @@ def params_of(state: dict[str, Any]) -> Params:
 def train(made: Trainer, steps: int) -> Params:
     with meshes.use(made.mesh):
         state = starting.begin(made.program, made.tokenizer, warn=print)[0]
-        state, _ = made.steps.begin(state, 0)
+        state, _ = made.steps.begin(state, 0, {})
         for step in range(steps):
             state, _ = made.steps.advance(step, state, made.batch(step))
         return params_of(state)
@@ -255,7 +255,7 @@ def test_instances_that_are_not_alike_do_not_meet(tmp_path):
     train_all(tmp_path, 1)
     with pytest.raises(StackError, match=r"began with optimizer\.learning_rate=0\.01, not 0\.02"):
         train(instance(tmp_path, 0, "optimizer.learning_rate=0.02"), 1)
-    with pytest.raises(StackError, match="the run run-0 is instance 0 there"):
+    with pytest.raises(StackError, match="instance 0 there is another run, of the name run-0"):
         train(instance(tmp_path, 0, "name=another"), 1)
 
 
@@ -265,9 +265,10 @@ def test_a_round_is_closed_once_for_all(tmp_path):
     assert first.close(1) == (0,)
     late.send(1, {"values": np.arange(3)})
     assert late.close(1) == first.close(1) == (0,)
-    assert first.newest() is None
+    assert first.newest(within=1, most=9) == 0
     first.keep(1, {"values": np.arange(3)})
-    assert late.newest() == 1
+    assert late.newest(within=1, most=9) == late.last() == 1
+    assert late.newest(within=1, most=0) == 0
     kept = late.kept(1)
     assert kept is not None
     np.testing.assert_array_equal(kept["values"], np.arange(3))
