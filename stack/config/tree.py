@@ -168,6 +168,12 @@ class Config(Section):
                     f"{name}={steps} comes between two averages, and only those are kept and evaluated; with"
                     f" average.every={every} set it to {nearest}"
                 )
+        average, stall = self.average, 60 * self.train.stall_minutes
+        if average.folder is not None and average.wait_seconds >= stall:
+            raise ValueError(
+                f"average.wait_seconds={average.wait_seconds:g} is as long as a step may take at all; set it"
+                f" below {stall:g}, or raise train.stall_minutes={self.train.stall_minutes:g}"
+            )
         unread = {
             "adapter": self.adapter is not None,
             "optimizer.frozen": bool(self.optimizer.frozen),

@@ -165,7 +165,7 @@ def plan(
         chip = dataclasses.replace(chip, price_per_hour=price_per_hour)
     resized, notes = for_devices(config, devices)
     count = math.prod(getattr(resized.mesh, axis) for axis in AXES)
-    work = from_config(resized, count, chip)
+    work, rows = from_config(resized, count, chip), config.train.batch_size // config.average.runs
     if work.precision == "float16" and config.model.dtype == "bfloat16":
         notes.append(f"{chip.name} has no bfloat16: planned in float16, which is modelled only")
     elif why := work.why_modelled():
@@ -179,7 +179,7 @@ def plan(
         hardware=chip,
         devices=count,
         work=work,
-        total_tokens=config.train.steps * config.train.batch_size * config.data.sequence_length,
+        total_tokens=config.train.steps * rows * config.data.sequence_length,
         parameters=num_parameters(work.model, work.adapter, work.frozen),
         memory=memory_of(work),
         time=step_time(work, chip),

@@ -114,6 +114,7 @@ class Ledger:
                 accepted = self._compare(record, data() if data else None, reading=data is None)
                 if data is not None:
                     self._check_length(step)
+                    records.check_state(record, self._config, place=str(self._folder))
                 state = checkpoints.restore(step, self._parts(checkpoints, step, abstract))
             except DamagedError as error:
                 damaged.append(str(error))

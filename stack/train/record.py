@@ -144,6 +144,34 @@ def compare(
     return [{"field": name, "old": old, "new": new} for name, old, new in found]
 
 
+def check_state(record: Record, config: Config, *, place: str) -> None:
+    """Refuses to go on with a state of other instances, whatever is accepted.
+
+    Args:
+      record: kept with it.
+      config: of now.
+      place: names the run.
+
+    Raises:
+      StackError: it is.
+    """
+    then = AverageConfig.model_validate(record.config.get("average", {}))
+    old, new = (_state_of(average) for average in (then, config.average))
+    if old != new:
+        raise StackError(
+            f"{place}: its state is that of {old}, not of {new}; restore average, or begin a new run from it:"
+            f" name=... init_from={place}"
+        )
+
+
+def _state_of(average: AverageConfig) -> str:
+    """What a state is of, as far as instances go."""
+    if not average.apart:
+        return "one model"
+    who = f"{average.instances} instances" if average.folder is None else "an instance that meets others"
+    return who + (" with an outer momentum" if average.outer == "nesterov" else "")
+
+
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Dotted fields in which two configs differ, with both values; fields that only one knows are left out.
 

@@ -96,6 +96,11 @@ def fit_seeds(config: Config, number: int, *, progress: bool = True, **options: 
     """
     if number < 1:
         raise ConfigError(f"--seeds {number}: there is nothing to train; give 1 or more")
+    if config.average.folder is not None:
+        raise ConfigError(
+            f"--seeds {number}: the runs that meet at average.folder have one seed; train each seed in a folder"
+            " of its own"
+        )
     if not config.data.heldout_fraction:
         raise ConfigError(
             "--seeds compares evaluations, and data.heldout_fraction=0 holds nothing out; set it above 0"

@@ -1,6 +1,7 @@
 """Instances that are runs of their own: they meet in a folder, in turn, late, in few bits, and not always."""
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ from tiny_runs import config, records, saved_state, start, wait_for_step
 
 from stack import ConfigError, StackError, Trainer
 from stack.parallel import mesh as meshes
-from stack.parallel.meeting import Meeting
+from stack.parallel.meeting import LeftBehindError, Meeting
 from stack.step import state as states
 from stack.step.program import build
 from stack.step.step import loss_gradient
@@ -196,7 +197,8 @@ def test_a_run_that_waits_for_others_can_be_stopped(tmp_path):
     assert saved_state(tmp_path, "run-0") == saved_state(tmp_path / "whole", "run-0")
 
 
-def test_an_instance_that_dies_is_left_out_and_comes_back(tmp_path):
+@pytest.mark.parametrize("delay", [pytest.param(0, marks=pytest.mark.full), 3])
+def test_an_instance_that_dies_is_left_out_and_comes_back(tmp_path, delay):
     """Real processes: the second is killed within a period, and started again."""
     there = tmp_path / "there"
     how = ("train.steps=120", "eval.every=0", "average.every=10", "average.instances=2", "mesh.fsdp=1")
@@ -206,7 +208,7 @@ def test_an_instance_that_dies_is_left_out_and_comes_back(tmp_path):
         "average.wait_seconds=2",
         "train.log_every=1",
     )
-    how += ("checkpoint.every=10",)
+    how += ("checkpoint.every=10", f"average.delay={delay}")
     first, second = (start(tmp_path, f"run-{n}", *how, f"average.instance={n}") for n in range(2))
     try:
         wait_for_step(tmp_path, "run-1", 23, second)
@@ -224,11 +226,11 @@ def test_an_instance_that_dies_is_left_out_and_comes_back(tmp_path):
         outputs[1]
     )
     closed = {int(path.parent.name): json.loads(path.read_text()) for path in there.glob("*/instances.json")}
-    assert closed[12] == [0, 1], closed
+    assert closed[11] == [0, 1], closed
     mine, other = (saved_state(tmp_path, f"run-{n}") for n in range(2))
-    assert {name: data for name, data in mine.items() if name.startswith(("params.", "outer."))} == {
-        name: data for name, data in other.items() if name.startswith(("params.", "outer."))
-    }
+    common = [name for name in mine if name.startswith(("params.", "outer."))]
+    assert common
+    assert [mine[name] for name in common] == [other[name] for name in common]
     steps = [line["step"] for line in records(tmp_path, "run-1") if line["kind"] == "train"]
     assert steps[-1] == 120
     assert len(steps) < 120
@@ -257,6 +259,97 @@ def test_instances_that_are_not_alike_do_not_meet(tmp_path):
         train(instance(tmp_path, 0, "optimizer.learning_rate=0.02"), 1)
     with pytest.raises(StackError, match="instance 0 there is another run, of the name run-0"):
         train(instance(tmp_path, 0, "name=another"), 1)
+
+
+def test_a_place_is_that_of_one_run_not_of_its_name(tmp_path):
+    """Started anew in a folder where others have met, a run would be given what is not of its training."""
+    train_all(tmp_path, 4)
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(
+        StackError, match=r"another run, of the name run-0; .* another folder for a new training"
+    ):
+        train(instance(tmp_path, 0), 1)
+
+
+def test_who_comes_back_past_the_end_has_a_step_to_take(tmp_path):
+    """What it ends with is saved, and is what the others ended with."""
+    soon = ("average.wait_seconds=0.01", "eval.every=0")
+    instance(tmp_path, 0, *soon).fit(progress=False)
+    late = instance(tmp_path, 1, *soon)
+    late.fit(progress=False)
+    steps = [line["step"] for line in records(tmp_path, "run-1") if line["kind"] == "train"]
+    assert steps == [5, 6, 7, 8]
+    mine, other = (saved_state(tmp_path, f"run-{number}") for number in range(2))
+    common = [name for name in mine if name.startswith(("params.", "outer."))]
+    assert [mine[name] for name in common] == [other[name] for name in common]
+
+
+def test_other_data_is_refused_by_what_is_in_it(tmp_path):
+    for number, text in enumerate(("one text " * 900, "another one " * 900)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "text.txt").write_text(text)
+    same = ("data.heldout_fraction=0", "eval.every=100", "average.wait_seconds=0.01")
+    runs = [
+        instance(
+            tmp_path,
+            number,
+            *same,
+            f'data.sources=[{{"kind": "text", "path": "{tmp_path}/{number}/text.txt"}}]',
+        )
+        for number in range(2)
+    ]
+    runs[0].fit(progress=False)
+    with pytest.raises(StackError, match=r"began with content\.corpus"):
+        runs[1].fit(progress=False)
+
+
+def test_what_was_sent_stays_and_who_is_left_behind_is_told(tmp_path):
+    first, late = (Meeting(tmp_path, instance=number, instances=2, wait_seconds=0.01) for number in range(2))
+    for number in range(1, 7):
+        first.send(number, {"values": np.arange(3) + number})
+        first.close(number)
+    first.send(6, {"values": np.zeros(3)})
+    np.testing.assert_array_equal(first.sent(6, 0)["values"], np.arange(3) + 6)
+    first.forget(5)
+    with pytest.raises(LeftBehindError, match="the others are 5 averages ahead"):
+        late.send(1, {"values": np.arange(3)})
+    with pytest.raises(LeftBehindError, match="start this run again"):
+        late.close(1)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut off"])
+def test_what_is_damaged_is_named_and_left_out(tmp_path, data):
+    first, second = (
+        Meeting(tmp_path, instance=number, instances=2, wait_seconds=0.01) for number in range(2)
+    )
+    for number, meeting in enumerate((first, second)):
+        meeting.send(1, {"values": np.arange(3) + number})
+    (tmp_path / "1" / "1.npz").write_bytes(data)
+    assert first.close(1) == (0,)
+    with pytest.raises(StackError, match=r"1/1\.npz is damaged or gone"):
+        first.sent(1, 1)
+    (tmp_path / "1" / "instances.json").write_bytes(data)
+    with pytest.raises(StackError, match=r"1/instances\.json is damaged"):
+        first.close(1)
+
+
+def test_a_folder_that_is_removed_is_told(tmp_path):
+    meeting = Meeting(tmp_path / "there", instance=0, instances=2, wait_seconds=60)
+    meeting.send(1, {"values": np.arange(3)})
+    shutil.rmtree(tmp_path / "there")
+    with pytest.raises(StackError, match="was removed while instances met there"):
+        meeting.close(1)
+
+
+def test_a_state_of_instances_is_no_state_of_one_model(tmp_path):
+    """Whatever is accepted."""
+    run = config(tmp_path, "run", *DILOCO, "eval.every=4")
+    Trainer(run, devices=jax.devices()[:1]).fit(progress=False)
+    plain = config(tmp_path, "run", "model.num_layers=3", "mesh.fsdp=1", "eval.every=4")
+    other = Trainer(plain, devices=jax.devices()[:1], accept=["average"])
+    with pytest.raises(StackError, match=r"is that of 2 instances with an outer momentum, not of one model"):
+        other.fit(progress=False)
 
 
 def test_a_round_is_closed_once_for_all(tmp_path):
