@@ -188,7 +188,7 @@ class Meeting:
 
     def _arrays(self, path: Path) -> Arrays:
         try:
-            with np.load(path) as found:
+            with path.open("rb") as file, np.load(file) as found:
                 return {str(name): found[f"{number}"] for number, name in enumerate(found["names"])}
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise StackError(

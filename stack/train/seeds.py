@@ -98,8 +98,8 @@ def fit_seeds(config: Config, number: int, *, progress: bool = True, **options: 
         raise ConfigError(f"--seeds {number}: there is nothing to train; give 1 or more")
     if config.average.folder is not None:
         raise ConfigError(
-            f"--seeds {number}: the runs that meet at average.folder have one seed; train each seed in a folder"
-            " of its own"
+            f"--seeds {number}: runs that meet at average.folder have one seed; train each seed in another"
+            " folder"
         )
     if not config.data.heldout_fraction:
         raise ConfigError(

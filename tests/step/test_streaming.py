@@ -289,7 +289,7 @@ def test_other_data_is_refused_by_what_is_in_it(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "text.txt").write_text(text)
-    same = ("data.heldout_fraction=0", "eval.every=100", "average.wait_seconds=0.01")
+    same = ("data.heldout_fraction=0", "average.wait_seconds=0.01")
     runs = [
         instance(
             tmp_path,
