@@ -143,7 +143,8 @@ class AveragedSteps:
             rows = {name: instances.rows(values, index) for name, values in batch.items()}
             with meshes.use(instances.slice_meshes[index]):
                 after[index], metrics[index] = self._steps(part, rows)
-        return state | {"instances": self._join(after)}, self._join(metrics)
+        taken = state["step"] + 1
+        return state | {"step": taken, "instances": self._join(after)}, self._join(metrics)
 
     def lower(self) -> jax.stages.Lowered:
         """The step of the instances of one slice, traced and typed for its devices."""

@@ -27,7 +27,8 @@ def abstract(program: Program, state: State) -> State:
     outer = {"outer": state["params"]} if _has_momentum(program) else {}
     whole = NamedSharding(program.mesh, P())
     rounds = {"rounds": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)} if _meets(program) else {}
-    return {"params": state["params"], **outer, **rounds, "instances": jax.tree.map(stack, state)}
+    shared = {"params": state["params"], "step": state["step"]}
+    return {**shared, **outer, **rounds, "instances": jax.tree.map(stack, state)}
 
 
 def spread(program: Program, state: State) -> State:
@@ -45,12 +46,12 @@ def spread(program: Program, state: State) -> State:
         stacked = jax.jit(make)(common(program, state))
     outer = {"outer": jax.tree.map(jnp.zeros_like, state["params"])} if _has_momentum(program) else {}
     rounds = {"rounds": counted(program, 0)} if _meets(program) else {}
-    return {"params": state["params"], **outer, **rounds, "instances": stacked}
+    return {"params": state["params"], "step": state["step"], **outer, **rounds, "instances": stacked}
 
 
-def counted(program: Program, rounds: int) -> jax.Array:
-    """How many rounds of a meeting a state has taken."""
-    return jax.device_put(np.int32(rounds), NamedSharding(program.mesh, P()))
+def counted(program: Program, number: int) -> jax.Array:
+    """A count of a state's: of steps, or of the rounds of a meeting that it has taken."""
+    return jax.device_put(np.int32(number), NamedSharding(program.mesh, P()))
 
 
 def instances_of(program: Program) -> Instances:

@@ -25,9 +25,9 @@ State = dict[str, Any]
 moments may be in host memory.
 Parameters that are not trained are under "frozen", where there are any; the moving average of the others
 under "ema", where there is one; what delayed scaling looks back on under "float8".
-Where instances train apart: {"params": the last average, "outer": the momentum of the outer step, if it has
-any, "rounds": how many averages it has taken of a meeting, "instances": of each such a state,
-[instances, ...]}."""
+Where instances train apart: {"params": the last average, "step": as above, "outer": the momentum of the
+outer step, if it has any, "rounds": how many averages it has taken of a meeting, "instances": of each such a
+state, [instances, ...]}."""
 
 _OF_TRAINING = ("opt_state", "outer", "rounds", "instances")
 

@@ -345,7 +345,8 @@ class StreamedSteps(AveragedSteps):
 
         with meshes.use(instances.slice_meshes[0]):
             moved = jax.jit(at, donate_argnums=0)(of_all)
-        return state | {"instances": jax.tree.map(lambda leaf: instances.join({0: leaf}), moved)}
+        after = {"instances": jax.tree.map(lambda leaf: instances.join({0: leaf}), moved)}
+        return state | after | {"step": counted(self._program, int(taken))}
 
 
 def _is_own(name: str) -> bool:

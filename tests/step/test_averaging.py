@@ -16,6 +16,7 @@ from stack.step.program import build
 from stack.step.step import loss_gradient
 from stack.train import starting
 from stack.train.checkpoint.checkpoints import named_leaves
+from stack.transfer.exporting import export
 
 SGD = (
     *("optimizer.kind=sgd", "optimizer.clip_norm=null", "optimizer.weight_decay=0", "optimizer.beta1=0"),
@@ -213,10 +214,13 @@ def test_evaluation_and_text_are_of_the_average(tmp_path):
     for name, values in average.items():
         np.testing.assert_array_equal(values, states.to_host(each[name])[3], err_msg=name)
     opened = Trainer.from_run(made.folder, ["mesh.data=1"], devices=jax.devices()[:1])
-    assert opened._trained().keys() == {"params"}
+    assert opened._trained().keys() == {"params", "step"}
+    assert int(opened._trained()["step"]) == 8
     for name, values in params_of(opened._trained()).items():
         np.testing.assert_array_equal(values, average[name], err_msg=name)
     assert opened.generate("def ") == made.generate("def ")
+    told = list(export(opened, tmp_path / "hf"))
+    assert any("step 8" in line for line in told), told
     assert opened.evaluate()["loss"] == pytest.approx(made.evaluate()["loss"], rel=1e-5)
 
 
