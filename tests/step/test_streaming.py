@@ -17,11 +17,13 @@ from tiny_runs import config, records, saved_state, start, wait_for_step
 from stack import ConfigError, StackError, Trainer
 from stack.parallel import mesh as meshes
 from stack.parallel.meeting import LeftBehindError, Meeting
+from stack.planner.plan import plan
 from stack.step import state as states
 from stack.step.program import build
 from stack.step.step import loss_gradient
 from stack.train import starting
 from stack.train.checkpoint.checkpoints import named_leaves
+from stack.train.seeds import fit_seeds
 
 SGD = (
     *("optimizer.kind=sgd", "optimizer.clip_norm=null", "optimizer.weight_decay=0", "optimizer.beta1=0"),
@@ -367,3 +369,19 @@ def test_a_round_is_closed_once_for_all(tmp_path):
     np.testing.assert_array_equal(kept["values"], np.arange(3))
     first.forget(2)
     assert late.closed(1) is None
+
+
+def test_a_plan_of_one_instance_has_the_steps_of_the_run(tmp_path):
+    alone = config(tmp_path, "run", "mesh.fsdp=1")
+    meets = ("average.every=4", "average.instances=2", f"average.folder={tmp_path}")
+    for run in (alone, alone.replace(*meets)):
+        assert plan(run, hardware="h200", devices=1).steps == 8
+
+
+def test_runs_of_several_seeds_do_not_meet(tmp_path):
+    run = config(
+        tmp_path, "run", *DILOCO, f"average.folder={tmp_path / 'there'}", "average.wait_seconds=0.01"
+    )
+    with pytest.raises(ConfigError, match="train each seed in another folder"):
+        fit_seeds(run, 2, progress=False)
+    assert not (tmp_path / "runs").exists()
