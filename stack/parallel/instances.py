@@ -12,6 +12,8 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from stack.parallel.rules import axes_of, spec_entry
+
 AXIS = "instance"
 """The mesh axis over slices; it stands before all others."""
 
@@ -81,10 +83,9 @@ class Instances:
     def rows(self, array: jax.Array, index: int) -> jax.Array:
         """What a slice has of the rows of a batch, which are split over `data` first: [rows, ...]."""
         mesh, (first, *rest) = self.slice_meshes[index], (*_spec(array), None)[: array.ndim]
-        names = first if isinstance(first, tuple) else (first,)
-        kept = tuple(name for name in names if name is not None and mesh.shape[name] > 1)
+        kept = tuple(name for name in axes_of(first) if mesh.shape[name] > 1)
         shape = (array.shape[0] // self.slices, *array.shape[1:])
-        return self._on_slice(array, index, P(_entry(kept), *rest), shape)
+        return self._on_slice(array, index, P(spec_entry(kept), *rest), shape)
 
     def join(self, parts: Mapping[int, jax.Array]) -> jax.Array:
         """[instances, ...] of the parts of the slices that this process has devices of."""
@@ -103,12 +104,6 @@ class Instances:
     @cached_property
     def _devices(self) -> tuple[frozenset[jax.Device], ...]:
         return tuple(frozenset(mesh.devices.flat) for mesh in self.slice_meshes)
-
-
-def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    if not names:
-        return None
-    return names[0] if len(names) == 1 else names
 
 
 def _spec(array: jax.Array) -> P:

@@ -128,7 +128,7 @@ class Layout:
         """Partition of an activation with these logical axes; None where there is nothing to split."""
         if self.trivial:
             return None
-        return P(*(_entry(self.mesh_axes(name)) if name else None for name in names))
+        return P(*(spec_entry(self.mesh_axes(name)) if name else None for name in names))
 
     def product_spec(self, names: tuple[str, ...], *, contracted: tuple[str, ...]) -> P | None:
         """Partition of a matmul's result before its partial sums are added.
@@ -143,7 +143,7 @@ class Layout:
             return self.spec(*names)
         summed = {axis for name in contracted for axis in self.mesh_axes(name)}
         entries = (tuple(axis for axis in self.mesh_axes(name) if axis not in summed) for name in names)
-        return P(*map(_entry, entries), unreduced=summed)
+        return P(*map(spec_entry, entries), unreduced=summed)
 
     def shard(self, x: jax.Array, *names: str | None) -> jax.Array:
         """`x`, laid out as its logical axes say."""
@@ -167,7 +167,7 @@ class Layout:
 
     def whole_spec(self, names: tuple[str, ...]) -> P:
         """Partition of a parameter once gathered over `fsdp`: what `tensor` alone makes of it."""
-        return P(*(_entry(self.mesh_axes(name)) for name in names))
+        return P(*(spec_entry(self.mesh_axes(name)) for name in names))
 
     def parameter_spec(self, names: tuple[str, ...], shape: tuple[int, ...], role: Role) -> P:
         """Partition of a parameter at rest.
@@ -184,7 +184,7 @@ class Layout:
             fits = [place for place, size in enumerate(shape) if free[place] and size % ways[place] == 0]
             if fits and self.size(axis) > 1:
                 axes[fits[0]] = (*axes[fits[0]], axis)
-        return P(*map(_entry, axes))
+        return P(*map(spec_entry, axes))
 
     def second_spec(self, names: tuple[str, ...], shape: tuple[int, ...], role: Role) -> P:
         """The same but for `data`: the partition of the second shard; without one, as at rest."""
@@ -197,11 +197,17 @@ ONE_DEVICE = Layout()
 
 def split_axes(spec: P) -> frozenset[str]:
     """The mesh axes that a partition names."""
-    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec.partitions)
-    return frozenset(axis for entry in entries for axis in entry if axis is not None)
+    return frozenset(axis for entry in spec.partitions for axis in axes_of(entry))
 
 
-def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a partition."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def spec_entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     """Axes as PartitionSpec normalises them, so that equal layouts compare equal."""
     if not axes:
         return None

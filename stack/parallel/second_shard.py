@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from stack.parallel.int8 import Blocks, dequantize, quantize, spec_of_blocks
-from stack.parallel.rules import Layout, Role, split_axes
+from stack.parallel.rules import Layout, Role, axes_of, split_axes
 
 AXIS = "data"
 """Of the mesh: what parameters at rest are split over, and their second shards are not."""
@@ -83,7 +83,7 @@ def scatter_second(cotangent: jax.Array, layout: Layout, names: tuple[str, ...],
     )
     if layout.scatter_dtype == "reduce" or split == second:
         return jax.reshard(cotangent, split)
-    place = next(place for place, entry in enumerate(split) if AXIS in _names(entry))
+    place = next(place for place, entry in enumerate(split) if AXIS in axes_of(entry))
 
     def add(partial_sum: jax.Array) -> jax.Array:
         parts = jnp.stack(jnp.split(partial_sum, layout.size(AXIS), axis=place))
@@ -99,13 +99,6 @@ def scatter_second(cotangent: jax.Array, layout: Layout, names: tuple[str, ...],
 def _ways(spec: P, layout: Layout) -> int:
     """Devices that the last axis is split over."""
     ways = 1
-    for axis in _names(spec.partitions[-1]):
+    for axis in axes_of(spec.partitions[-1]):
         ways *= layout.size(axis)
     return ways
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a partition."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)

@@ -6,7 +6,7 @@ so that nothing can be said between them. Only at its end are all devices in one
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from stack.config import AverageConfig
 from stack.parallel import mesh as meshes
 from stack.parallel import messages
 from stack.step.instances import common, instances_of
+from stack.step.plain import Steps
 from stack.step.program import Program, on_mesh_like
 from stack.step.state import State, abstract
 from stack.step.step import Batch, update
@@ -110,12 +111,12 @@ def _like_all(new: jax.Array, apart: jax.Array) -> jax.Array:
     return jnp.broadcast_to(new, apart.shape, out_sharding=jax.typeof(apart).sharding)
 
 
-class AveragedSteps:
+class AveragedSteps(Steps):
     """The steps of instances; see `Steps`."""
 
     def __init__(self, program: Program, options: Mapping[str, Any]) -> None:
         """Compiles when it is first asked, with these options of the compiler."""
-        self._program, self._options = program, dict(options)
+        super().__init__(program, options)
         self._instances = instances_of(program)
         self._before: str | None = None
 
@@ -179,20 +180,6 @@ class AveragedSteps:
         params, outer = (jax.tree.map(common, state.get(part)) for part in ("params", "outer"))
         with meshes.use(mesh):
             return self._average.lower(params, outer, state["instances"]["params"])
-
-    def hear(self, is_asked: Callable[[], bool]) -> None:
-        """Nobody is waited for."""
-
-    def begin(self, state: State, step: int, content: Mapping[str, str]) -> tuple[State, int]:
-        """Where it is."""
-        return state, step
-
-    def settle(self) -> None:
-        """There is nothing."""
-
-    def notes(self) -> list[str]:
-        """None."""
-        return []
 
     def advance(self, step: int, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """The same after so many steps, and the average if a period ends with it."""

@@ -1,108 +1,17 @@
-"""The steps of a run, as the host sees them."""
+"""Which steps a run has."""
 
-from collections.abc import Callable, Mapping
-from functools import cached_property, partial
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-
-from stack.parallel import mesh as meshes
 from stack.step.averaging import AveragedSteps
+from stack.step.plain import Steps
 from stack.step.program import Program
-from stack.step.state import State, abstract, concrete
-from stack.step.step import Batch, train_step
 from stack.step.streaming import StreamedSteps
-
-Metrics = dict[str, jax.Array]
-
-
-class Steps(Protocol):
-    """What a trainer asks of its program."""
-
-    @property
-    def step(self) -> Any:
-        """(state, batch) -> (state, metrics), jitted; the state's buffers are donated."""
-        ...
-
-    def lower(self) -> jax.stages.Lowered:
-        """The step, traced and typed for the devices of the program's mesh, which need not be here."""
-        ...
-
-    def hear(self, is_asked: Callable[[], bool]) -> None:
-        """Is told what says that the run is to be saved and to end: then nobody else is waited for."""
-        ...
-
-    def begin(self, state: State, step: int, content: Mapping[str, str]) -> tuple[State, int]:
-        """Where to go on: a state and its steps, those that are given if nothing knows better.
-
-        Args:
-          state: as it was restored, or is made.
-          step: of it.
-          content: digests of what the run reads, by name.
-        """
-        ...
-
-    def settle(self) -> None:
-        """Waits for what a checkpoint of the state relies on."""
-        ...
-
-    def notes(self) -> list[str]:
-        """What a person should know, told once."""
-        ...
-
-    def advance(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
-        """The step that follows so many, and whatever else is done with the state after it."""
-        ...
-
-    def read(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Metrics as numbers; waits for them."""
-        ...
-
-
-class PlainSteps:
-    """One program on all devices."""
-
-    def __init__(self, program: Program, options: Mapping[str, Any]) -> None:
-        """Compiles when it is first asked, with these options of the compiler."""
-        self._program, self._options = program, dict(options)
-
-    @cached_property
-    def step(self) -> Any:
-        """See `train_step`."""
-        step = partial(train_step, self._program)
-        return jax.jit(step, donate_argnums=0, compiler_options=self._options)
-
-    def lower(self) -> jax.stages.Lowered:
-        """On all devices."""
-        with meshes.use(concrete(self._program)):
-            return self.step.lower(abstract(self._program), self._program.abstract_batch())
-
-    def hear(self, is_asked: Callable[[], bool]) -> None:
-        """Nobody is waited for."""
-
-    def begin(self, state: State, step: int, content: Mapping[str, str]) -> tuple[State, int]:
-        """Where it is."""
-        return state, step
-
-    def settle(self) -> None:
-        """There is nothing."""
-
-    def notes(self) -> list[str]:
-        """None."""
-        return []
-
-    def advance(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
-        """The step, and nothing else."""
-        return self.step(state, batch)
-
-    def read(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """They are whole everywhere."""
-        return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
 
 
 def steps_of(program: Program, options: Mapping[str, Any]) -> Steps:
     """The steps of a program, compiled with these options when they are first asked for."""
     if program.instances is None:
-        return PlainSteps(program, options)
+        return Steps(program, options)
     makes = AveragedSteps if program.config.average.folder is None else StreamedSteps
     return makes(program, options)

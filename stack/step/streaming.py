@@ -331,15 +331,14 @@ class StreamedSteps(AveragedSteps):
         of_all = jax.tree.map(partial(instances.part, index=0), state["instances"])
 
         def at(state: State) -> State:
-            is_clock = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
             return state | {
                 "step": jnp.full_like(state["step"], taken),
                 "opt_state": jax.tree.map(
                     lambda node: (
-                        node._replace(count=jnp.full_like(node.count, taken)) if is_clock(node) else node
+                        node._replace(count=jnp.full_like(node.count, taken)) if _is_clock(node) else node
                     ),
                     state["opt_state"],
-                    is_leaf=is_clock,
+                    is_leaf=_is_clock,
                 ),
             }
 
@@ -347,6 +346,11 @@ class StreamedSteps(AveragedSteps):
             moved = jax.jit(at, donate_argnums=0)(of_all)
         after = {"instances": jax.tree.map(lambda leaf: instances.join({0: leaf}), moved)}
         return state | after | {"step": counted(self._program, int(taken))}
+
+
+def _is_clock(node: Any) -> bool:
+    """Whether a part of an optimizer's state counts the steps of the schedule."""
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def _is_own(name: str) -> bool:

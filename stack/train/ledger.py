@@ -18,8 +18,8 @@ from stack.data.dataset import digest
 from stack.data.position import Position
 from stack.data.tokenizer import FILE, Tokenizer, check_vocabulary, load_tokenizer
 from stack.hardware.defaults import Setting
+from stack.step.plain import Steps
 from stack.step.state import MAY_BE_NEW, State, without_training
-from stack.step.steps import Steps
 from stack.storage import durable
 from stack.train import record as records
 from stack.train.best import find_best

@@ -1,29 +1,22 @@
 """Instances that train apart: what they compute, wherever they lie."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from plain_sgd import SGD, Params, PlainSgd, params_of
 from tiny_runs import config, records, saved_state
 
 from stack import ConfigError, StackError, Trainer
 from stack.parallel import mesh as meshes
 from stack.step import state as states
-from stack.step.program import build
-from stack.step.step import loss_gradient
 from stack.train import starting
 from stack.train.checkpoint.checkpoints import named_leaves
 from stack.transfer.exporting import export
 
-SGD = (
-    *("optimizer.kind=sgd", "optimizer.clip_norm=null", "optimizer.weight_decay=0", "optimizer.beta1=0"),
-    *("optimizer.learning_rate=0.5", "optimizer.schedule.warmup_steps=0"),
-)
 LOCAL = ("average.every=4", "average.instances=4")
-Params = dict[str, np.ndarray]
 DILOCO = (*LOCAL, "average.outer=nesterov")
 
 
@@ -33,10 +26,6 @@ def trainer(folder, name: str, *overrides: str, devices: int = 1) -> Trainer:
 
 def begun(made: Trainer) -> dict[str, Any]:
     return starting.begin(made.program, made.tokenizer, warn=print)[0]
-
-
-def params_of(state: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {name: states.to_host(leaf) for name, leaf in named_leaves(state["params"]).items()}
 
 
 def train(made: Trainer, steps: int, *, first: int = 0) -> tuple[dict[str, Any], list[dict[str, float]]]:
@@ -50,58 +39,24 @@ def train(made: Trainer, steps: int, *, first: int = 0) -> tuple[dict[str, Any],
     return state, told
 
 
-def by_hand(made: Trainer, steps: int, *, nesterov: bool) -> dict[str, np.ndarray]:
-    """The same of plain SGD, a loop in float64 but for the gradients of one instance's rows."""
-    average, rate = made.config.average, made.config.optimizer.learning_rate
-    number = made.config.average.instances or 1
-    size = made.config.train.batch_size // number
-    one = build(
-        made.config.replace(
-            *("average.every=1", "average.outer=none", "average.instances=null"),
-            *("average.outer_learning_rate=0.7", "average.outer_momentum=0.9", f"train.batch_size={size}"),
-            *("mesh.data=1", "mesh.fsdp=1"),
-        ),
-        jax.devices()[:1],
-    )
-    with meshes.use(states.concrete(one)):
-        start = params_of(states.init(one))
-        tree = jax.tree.structure(one.split(one.parameters)[0])
-        gradient = jax.jit(partial(loss_gradient, one))
-        names = list(named_leaves(one.split(one.parameters)[0]))
-        place = {name: leaf.sharding for name, leaf in named_leaves(one.split(one.parameters)[0]).items()}
-        outer: Params = {name: values.astype(np.float64) for name, values in start.items()}
-        momentum = {name: np.zeros_like(values) for name, values in outer.items()}
+def by_hand(made: Trainer, steps: int, *, nesterov: bool) -> Params:
+    """Local SGD and DiLoCo of plain SGD, in NumPy."""
+    average, number = made.config.average, 4
+    apart = PlainSgd(made.config, number)
+    outer, momentum = apart.begun, {name: np.zeros_like(values) for name, values in apart.begun.items()}
+    inner = [dict(outer) for _ in range(number)]
+    for step in range(steps):
+        apart.step(step, inner)
+        if (step + 1) % average.every:
+            continue
+        for name, begun in list(outer.items()):
+            mean = np.mean([params[name] for params in inner], axis=0)
+            if nesterov:
+                momentum[name] = average.outer_momentum * momentum[name] + (begun - mean)
+                change = (begun - mean) + average.outer_momentum * momentum[name]
+                mean = begun - average.outer_learning_rate * change
+            outer[name] = mean
         inner = [dict(outer) for _ in range(number)]
-        for step in range(steps):
-            rows = {name: np.asarray(values) for name, values in made.batch(step).items()}
-            for instance, params in enumerate(inner):
-                mine = slice(instance * size, (instance + 1) * size)
-                batch = jax.tree.map(
-                    lambda values, like: jax.device_put(values[mine], like.sharding),  # noqa: B023
-                    rows,
-                    one.abstract_batch(),
-                )
-                arrays = [jax.device_put(np.float32(params[name]), place[name]) for name in names]
-                found, _ = gradient(jax.tree.unflatten(tree, arrays), np.int32(step), batch)
-                for name, values in named_leaves(found).items():
-                    params[name] = params[name] - rate * np.asarray(values, np.float64)
-            if (step + 1) % average.every:
-                continue
-            means: Params = {name: np.mean([params[name] for params in inner], axis=0) for name in outer}
-            deltas = {name: outer[name] - mean for name, mean in means.items()}
-            momentum = {
-                name: average.outer_momentum * momentum[name] + delta for name, delta in deltas.items()
-            }
-            outer = (
-                means
-                if not nesterov
-                else {
-                    name: outer[name]
-                    - average.outer_learning_rate * (delta + average.outer_momentum * momentum[name])
-                    for name, delta in deltas.items()
-                }
-            )
-            inner = [dict(outer) for _ in range(number)]
     return outer
 
 

@@ -5,30 +5,21 @@ import shutil
 import signal
 import threading
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from plain_sgd import SGD, Params, PlainSgd, params_of
 from tiny_runs import config, records, saved_state, start, wait_for_step
 
 from stack import ConfigError, StackError, Trainer
 from stack.parallel import mesh as meshes
 from stack.parallel.meeting import LeftBehindError, Meeting
 from stack.planner.plan import plan
-from stack.step import state as states
-from stack.step.program import build
-from stack.step.step import loss_gradient
 from stack.train import starting
-from stack.train.checkpoint.checkpoints import named_leaves
 from stack.train.seeds import fit_seeds
 
-SGD = (
-    *("optimizer.kind=sgd", "optimizer.clip_norm=null", "optimizer.weight_decay=0", "optimizer.beta1=0"),
-    *("optimizer.learning_rate=0.5", "optimizer.schedule.warmup_steps=0"),
-)
 DILOCO = (
     "average.every=4",
     "average.instances=2",
@@ -36,7 +27,6 @@ DILOCO = (
     "model.num_layers=3",
     "mesh.fsdp=1",
 )
-Params = dict[str, np.ndarray]
 
 
 def instance(folder: Path, number: int, *overrides: str) -> Trainer:
@@ -44,10 +34,6 @@ def instance(folder: Path, number: int, *overrides: str) -> Trainer:
     meets = (f"average.folder={folder / 'there'}", f"average.instance={number}", "average.wait_seconds=60")
     made = config(folder, f"run-{number}", *DILOCO, *meets, *overrides)
     return Trainer(made, devices=jax.devices()[number : number + 1])
-
-
-def params_of(state: dict[str, Any]) -> Params:
-    return {name: states.to_host(leaf) for name, leaf in named_leaves(state["params"]).items()}
 
 
 def train(made: Trainer, steps: int) -> Params:
@@ -84,65 +70,29 @@ def test_runs_that_meet_have_the_numbers_of_one_run(tmp_path):
 
 
 def by_hand(made: Trainer, steps: int, *, fragments: int, delay: int, kept: float) -> Params:
-    """Streaming DiLoCo in NumPy, in float64 but for the gradients of one instance's rows."""
-    average, rate = made.config.average, made.config.optimizer.learning_rate
-    layers, gap = made.config.model.num_layers, average.every // fragments
-    size = made.config.train.batch_size // 2
-    plain = made.config.replace(
-        *("average.every=1", "average.outer=none", "average.instances=null", "average.folder=null"),
-        *("average.instance=0", "average.wait_seconds=600", "average.fragments=1", "average.delay=0"),
-        f"train.batch_size={size}",
-    )
-    one = build(plain, jax.devices()[:1])
-    batches = Trainer(plain.replace(f"train.batch_size={2 * size}"), devices=jax.devices()[:1])
+    """Streaming DiLoCo of plain SGD, in NumPy."""
+    layers, gap = made.config.model.num_layers, made.config.average.every // fragments
+    apart = PlainSgd(made.config, 2)
+    outer, momentum = apart.begun, {name: np.zeros_like(values) for name, values in apart.begun.items()}
+    inner, sent = [dict(outer) for _ in range(2)], {}
 
-    def masks(fragment: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, values in outer.items():
-            if name.startswith("layers."):
-                here = np.arange(layers) % fragments == fragment
-                found[name] = here.reshape(-1, *[1] * (values.ndim - 1))
-            else:
-                found[name] = np.array(fragment == (0 if "table" in name else fragments - 1))
-        return found
+    def is_in(fragment: int, name: str) -> np.ndarray:
+        if not name.startswith("layers."):
+            return np.array(fragment == (0 if "table" in name else fragments - 1))
+        return (np.arange(layers) % fragments == fragment).reshape(-1, *[1] * (outer[name].ndim - 1))
 
-    with meshes.use(states.concrete(one)):
-        outer: Params = {name: v.astype(np.float64) for name, v in params_of(states.init(one)).items()}
-        likes = one.split(one.parameters)[0]
-        gradient = jax.jit(partial(loss_gradient, one))
-        momentum = {name: np.zeros_like(values) for name, values in outer.items()}
-        inner, sent = [dict(outer) for _ in range(2)], {}
-        for step in range(steps):
-            rows = {name: np.asarray(values) for name, values in batches.batch(step).items()}
-            for number, params in enumerate(inner):
-                mine = slice(number * size, (number + 1) * size)
-                batch = jax.tree.map(
-                    lambda values, like: jax.device_put(values[mine], like.sharding),  # noqa: B023
-                    rows,
-                    one.abstract_batch(),
-                )
-                arrays = [
-                    jax.device_put(np.float32(params[name]), leaf.sharding)
-                    for name, leaf in named_leaves(likes).items()
-                ]
-                found, _ = gradient(
-                    jax.tree.unflatten(jax.tree.structure(likes), arrays), np.int32(step), batch
-                )
-                for name, values in named_leaves(found).items():
-                    params[name] = params[name] - rate * np.asarray(values, np.float64)
-            if (step + 1) % gap == 0:
-                sent[step + 1] = {
-                    name: outer[name] - np.mean([params[name] for params in inner], axis=0) for name in outer
-                }
-            if (way := sent.pop(step + 1 - delay, None)) is not None:
-                here = masks(((step + 1 - delay) // gap - 1) % fragments)
-                for name, where in here.items():
-                    momentum[name] = np.where(where, 0.9 * momentum[name] + way[name], momentum[name])
-                    new = outer[name] - 0.7 * (0.9 * momentum[name] + way[name])
-                    outer[name] = np.where(where, new, outer[name])
-                    for params in inner:
-                        mixed = kept * params[name] + (1 - kept) * outer[name] if delay else outer[name]
-                        params[name] = np.where(where, mixed, params[name])
+    for step in range(steps):
+        apart.step(step, inner)
+        if (step + 1) % gap == 0:
+            means = {name: np.mean([params[name] for params in inner], axis=0) for name in outer}
+            sent[step + 1] = {name: outer[name] - mean for name, mean in means.items()}
+        for name, way in sent.pop(step + 1 - delay, {}).items():
+            where = is_in(((step + 1 - delay) // gap - 1) % fragments, name)
+            momentum[name] = np.where(where, 0.9 * momentum[name] + way, momentum[name])
+            outer[name] = np.where(where, outer[name] - 0.7 * (0.9 * momentum[name] + way), outer[name])
+            for params in inner:
+                mixed = kept * params[name] + (1 - kept) * outer[name]
+                params[name] = np.where(where, mixed, params[name])
     return outer
 
 

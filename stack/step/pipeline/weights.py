@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from stack.parallel.rules import axes_of
+
 MANUAL = ("data", "fsdp", "stage")
 """The mesh axes that a pipeline's step splits by hand; `tensor` stays in the types of arrays."""
 
@@ -51,7 +53,7 @@ class Deal(NamedTuple):
 
 def manual_spec(spec: P) -> P:
     """What of a partition the step splits by hand."""
-    return P(*(tuple(axis for axis in _axes(entry) if axis in MANUAL) or None for entry in spec))
+    return P(*(tuple(axis for axis in axes_of(entry) if axis in MANUAL) or None for entry in spec))
 
 
 def by_hand(function: Callable[[jax.Array], jax.Array], values: jax.Array) -> jax.Array:
@@ -119,15 +121,9 @@ def _scatter(gradient: jax.Array, spec: P, deal: Deal | None) -> jax.Array:
 def _splits(spec: P) -> Iterator[tuple[int, str]]:
     """The dimensions that are split and over which axes, the outermost first."""
     for dimension, entry in enumerate(spec):
-        for axis in _axes(entry):
+        for axis in axes_of(entry):
             yield dimension, axis
 
 
 def _dimension(spec: P, axis: str) -> int | None:
     return next((dimension for dimension, other in _splits(spec) if other == axis), None)
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
